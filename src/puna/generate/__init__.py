@@ -1,0 +1,1 @@
+"""Generation: sampling, the key/value cache, the slots of a running batch, and the engine over them."""

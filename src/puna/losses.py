@@ -1,0 +1,151 @@
+"""The equations, as pure functions of tensors: language model, ranking, safety, KL, GAE, PPO, the combined reward.
+
+Shapes: N tokens, B sequences or pairs, T steps, V vocabulary. Every mask is True where an entry counts. Nothing here
+knows a config, a model or a device. What crosses processes is the caller's: pass `reduce` (a sum over ranks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from puna.types import Grade
+
+Reduce = Callable[[Tensor], Tensor]
+
+MARGINS: dict[str, dict[Grade, float]] = {
+    "none": {"significantly_better": 0.0, "better": 0.0, "slightly_better": 0.0, "negligibly_better": 0.0},
+    "small": {"significantly_better": 1.0, "better": 2 / 3, "slightly_better": 1 / 3, "negligibly_better": 0.0},
+    "large": {"significantly_better": 3.0, "better": 2.0, "slightly_better": 1.0, "negligibly_better": 0.0},
+}
+"""Paper A.3.3, Table 27: the margin each grade asks for."""
+
+
+def same(x: Tensor) -> Tensor:
+    """The reduction over one process."""
+    return x
+
+
+# Language model ------------------------------------------------------------------------------------------------------
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """log p(target) under softmax(logits / temperature), in float32. logits (..., V), targets (...) -> (...).
+
+    Raises IndexError (from torch) where a target is outside the vocabulary.
+    """
+    logits = logits.float() / temperature
+    return -F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+
+
+def language_model_loss(logprobs: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
+    """Negative log-likelihood of the counted tokens over a *global* count of them, a scalar.
+
+    logprobs, mask (...). The count is of the whole step, over all micro-batches and ranks, so that how a batch is split
+    changes nothing.
+    """
+    return -(logprobs * mask).sum() / count
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Entropy in nats of softmax(logits), (..., V) -> (...)."""
+    logp = F.log_softmax(logits.float(), dim=-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
+# Reward model (3.2.2) ------------------------------------------------------------------------------------------------
+
+
+def ranking_loss(chosen: Tensor, rejected: Tensor, margin: Tensor) -> Tensor:
+    """-log sigmoid(r_chosen - r_rejected - m), each (B,) -> (B,). Paper equations 1 and 2 (m = 0)."""
+    return -F.logsigmoid(chosen - rejected - margin)
+
+
+def safety_auxiliary_loss(scores: Tensor, is_safe: Tensor) -> Tensor:
+    """Cross-entropy of sigmoid(score) against the safety label, (B,) -> (B,).
+
+    The paper (A.3.4, Table 29) names an auxiliary safety loss without its formula; this is the reading under which a
+    score of 0.5 separates safe from unsafe, which is how it measures recall.
+    """
+    return F.binary_cross_entropy_with_logits(scores, is_safe.to(scores.dtype), reduction="none")
+
+
+# The reward of RLHF (3.2.3) ------------------------------------------------------------------------------------------
+
+
+def logit(p: Tensor, eps: float = 1e-6) -> Tensor:
+    """The sigmoid's inverse, finite at 0 and 1."""
+    return torch.logit(p, eps=eps)
+
+
+def combine_rewards(safety: Tensor, helpfulness: Tensor, is_safety: Tensor, threshold: float = 0.15) -> Tensor:
+    """R_c (B,): the safety score where the prompt is tagged or the score is below the threshold, else helpfulness.
+
+    safety, helpfulness (B,) in (0, 1); is_safety (B,) bool.
+    """
+    return torch.where(is_safety | (safety < threshold), safety, helpfulness)
+
+
+def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce = same) -> Tensor:
+    """Mean over the counted entries of all ranks, a scalar; 0 where nothing counts."""
+    return reduce((x * mask).sum()) / reduce(mask.sum()).clamp(min=1)
+
+
+def whiten(x: Tensor, mask: Tensor | None = None, reduce: Reduce = same, eps: float = 1e-8) -> Tensor:
+    """Shift and scale to mean 0 and deviation 1 over the counted entries of all ranks; the mean is *not* kept.
+
+    Entries that do not count come back as 0.
+    """
+    mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+    mean = masked_mean(x, mask, reduce)
+    variance = masked_mean((x - mean) ** 2, mask, reduce)
+    return (x - mean) * torch.rsqrt(variance + eps) * mask
+
+
+def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """Per-token rewards (B, T): -beta (log pi - log pi_0) everywhere, plus the score on each row's last action.
+
+    scores (B,), the rest (B, T). Their sum over a row is score - beta * KL, the paper's equation 4; the estimate of KL
+    is log pi - log pi_0 of the drawn tokens (k1): unbiased, and not clamped.
+    """
+    rewards = -beta * (logprobs - reference) * mask
+    last = mask.shape[1] - 1 - mask.flip(1).to(torch.int64).argmax(dim=1)  # (B,) index of the last True
+    return rewards.scatter_add(1, last[:, None], (scores * mask.any(dim=1))[:, None].to(rewards.dtype))
+
+
+# PPO (3.2.3; Schulman et al. 2017) -----------------------------------------------------------------------------------
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, each (B, T), from rewards, values, mask (B, T) (Schulman et al. 2015).
+
+    Masked-out steps (prompt, other turns, pads) are skipped: the recursion carries over them.
+    """
+    advantages = torch.zeros_like(values)
+    following_advantage = torch.zeros_like(values[:, 0])
+    following_value = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        counted = mask[:, t]
+        delta = rewards[:, t] + gamma * following_value - values[:, t]
+        advantage = delta + gamma * lam * following_advantage
+        advantages[:, t] = torch.where(counted, advantage, 0.0)
+        following_advantage = torch.where(counted, advantage, following_advantage)
+        following_value = torch.where(counted, values[:, t], following_value)
+    return advantages, (advantages + values) * mask
+
+
+def policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> Tensor:
+    """PPO's clipped surrogate, negated, per token; all (...)."""
+    ratio = (logprobs - old).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """Half the larger of the squared errors of the value and of the value clipped around the old one, per token."""
+    clipped = old + (values - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)

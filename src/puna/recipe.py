@@ -1,0 +1,346 @@
+"""The whole recipe, the paper's Figure 4: pretrain -> SFT -> V1 ... V5 -> report.
+
+A plan is a list of steps, each a stage's `run` with its config. Every path is known beforehand, so the plan can be
+printed (`--dry-run`), and a run that was killed goes on: finished steps have a done-marker, a killed step resumes from
+its own last checkpoint.
+
+    for each version:
+        collect preferences with the newest models, train both reward models on all preferences so far,
+        rejection-sample with the newest model, pool, fine-tune the base on the pool;
+        from `ghost_attention_from` on with Ghost Attention's dialogs, for the last `ppo_versions` with PPO on top
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from puna import config
+from puna.config import ConfigError
+from puna.evals.valley import EvaluateConfig
+from puna.evals.valley import run as evaluate
+from puna.formats import convert
+from puna.formats.convert import ImportConfig
+from puna.report.html import ReportConfig
+from puna.report.html import run as report
+from puna.run_folder import RunFolder
+from puna.stages import collect, context_distillation, ghost_attention, ppo, pretrain, rejection_sampling, reward, sft
+from puna.valley import write as valley
+from puna.valley.write import ValleyConfig
+
+NOT_SET = Path("set-by-the-recipe")
+
+
+@dataclass(frozen=True)
+class PreferenceFiles:
+    """Comparisons that exist already, in place of collecting them."""
+
+    format: str = "preferences"
+    """how to read them (see puna.data.readers)."""
+    helpfulness: tuple[Path, ...] = ()
+    helpfulness_test: tuple[Path, ...] = ()
+    safety: tuple[Path, ...] = ()
+    safety_test: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """`puna run RECIPE.toml --out DIR`: a table a stage; the recipe sets their paths."""
+
+    out: Path = Path("runs/recipe")
+    """the run's folder; run again to resume."""
+    dry_run: bool = False
+    """print the plan and stop."""
+    smoke: bool = False
+    """use the recipe's [smoke] overrides: minutes instead of hours, to see that everything works."""
+    versions: int = 5
+    """rounds of RLHF (paper: V1 to V5)."""
+    ghost_attention_from: int = 4
+    """first version that is tuned with Ghost Attention (paper: after V3); 0 never."""
+    pool_all_from: int = 4
+    """first version that pools all earlier rounds (paper: after V3); before, a round has its own samples only."""
+    ppo_versions: int = 1
+    """so many of the last versions have PPO on top (paper: V5)."""
+    base: Path | None = None
+    """a chat model to import (see puna.formats.convert) in place of the embedded world, pretraining and SFT."""
+    preferences: PreferenceFiles = PreferenceFiles()
+    """existing comparisons; with a base they stand in for collecting, and their prompts are sampled."""
+    valley: ValleyConfig = field(default_factory=lambda: ValleyConfig(out=NOT_SET))
+    pretrain: pretrain.PretrainConfig = field(default_factory=lambda: pretrain.PretrainConfig(NOT_SET, ()))
+    sft: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(NOT_SET, NOT_SET, ()))
+    version: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(NOT_SET, NOT_SET, ()))
+    """each version's fine-tuning of the base on the pool."""
+    collect: collect.CollectConfig = field(default_factory=lambda: collect.CollectConfig(NOT_SET, (), ()))
+    reward_helpfulness: reward.RewardConfig = field(default_factory=lambda: reward.RewardConfig(NOT_SET, NOT_SET, ()))
+    reward_safety: reward.RewardConfig = field(default_factory=lambda: reward.RewardConfig(NOT_SET, NOT_SET, ()))
+    rejection_sampling: rejection_sampling.RejectionSamplingConfig = field(
+        default_factory=lambda: rejection_sampling.RejectionSamplingConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ())
+    )
+    ghost_attention: ghost_attention.GhostAttentionConfig = field(
+        default_factory=lambda: ghost_attention.GhostAttentionConfig(NOT_SET, NOT_SET, ())
+    )
+    context_distillation: context_distillation.ContextDistillationConfig = field(
+        default_factory=lambda: context_distillation.ContextDistillationConfig(NOT_SET, NOT_SET, NOT_SET, ())
+    )
+    ppo: ppo.PPOConfig = field(default_factory=lambda: ppo.PPOConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ()))
+    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(NOT_SET, NOT_SET))
+    threads: int = 0
+    """torch threads of every stage; 0 leaves torch's choice."""
+    seed: int = 0
+    """every stage's seed is made from this one."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the plan."""
+
+    name: str
+    run: Callable[[Any], Path]
+    config: Any
+
+
+def plan(cfg: RecipeConfig) -> list[Step]:
+    """Figure 4 as a list: the embedded world's whole way, or the RLHF half on an imported model and existing comparisons."""
+    return _plan_on_files(cfg) if cfg.base else _plan_in_the_valley(cfg)
+
+
+def _plan_in_the_valley(cfg: RecipeConfig) -> list[Step]:
+    out, world, seed = cfg.out, cfg.out / "valley", cfg.seed
+    steps = [
+        Step("valley", valley.run, replace(cfg.valley, out=world, versions=cfg.versions, seed=seed)),
+        Step("pretrain", pretrain.run, replace(cfg.pretrain, out=out / "pretrain", data=(world / "corpus.jsonl",), seed=seed)),
+        _evaluation(cfg, "pretrain", plain=True),
+        Step(
+            "sft",
+            sft.run,
+            replace(
+                cfg.sft,
+                out=out / "sft",
+                init=out / "pretrain/model",
+                data=(world / "demonstrations.jsonl", world / "careless.jsonl"),
+                seed=seed,
+            ),
+        ),
+        _evaluation(cfg, "sft"),
+    ]
+    for version in range(1, cfg.versions + 1):
+        steps += _version(cfg, version)
+    return [*steps, Step("report", report, ReportConfig(run=out))]
+
+
+def _version(cfg: RecipeConfig, version: int) -> list[Step]:
+    """One round: preferences, reward models, selection, fine-tuning from the base, and perhaps PPO."""
+    out, world, seed = cfg.out / f"v{version}", cfg.out / "valley", 1000 * cfg.seed + version
+    newest, previous = _chat_model(cfg, version - 1), _chat_model(cfg, max(0, version - 2))
+    rounds = [cfg.out / f"v{k}" for k in range(1, version + 1)]
+    pooled = rounds[:-1] if version >= cfg.pool_all_from else []
+    prompts = (world / f"prompts/v{version}_sampling.jsonl",)
+    selected = [out / "rejection_sampling/pool.jsonl", out / "context_distillation/dialogs.jsonl"]
+    steps = [
+        Step(
+            f"v{version}/preferences",
+            collect.run,
+            replace(
+                cfg.collect,
+                out=out / "preferences",
+                models=tuple(dict.fromkeys((newest, previous))),
+                prompts=(world / f"prompts/v{version}_preferences.jsonl",),
+                batch=version,
+                seed=seed,
+            ),
+        ),
+        *_reward_models(cfg, out, newest, [folder / "preferences" for folder in rounds], seed),
+        Step(
+            f"v{version}/rejection_sampling",
+            rejection_sampling.run,
+            replace(
+                cfg.rejection_sampling,
+                out=out / "rejection_sampling",
+                init=newest,
+                reward_helpfulness=out / "reward_helpfulness/model",
+                reward_safety=out / "reward_safety/model",
+                prompts=prompts,
+                earlier=tuple(folder / "rejection_sampling/best.jsonl" for folder in pooled),
+                seed=seed,
+            ),
+        ),
+        Step(
+            f"v{version}/context_distillation",
+            context_distillation.run,
+            replace(
+                cfg.context_distillation,
+                out=out / "context_distillation",
+                init=newest,
+                reward_safety=out / "reward_safety/model",
+                prompts=prompts,
+                seed=seed,
+            ),
+        ),
+    ]
+    if cfg.ghost_attention_from and version >= cfg.ghost_attention_from:
+        scripts = (world / "scripts.jsonl",)
+        ghost = replace(cfg.ghost_attention, out=out / "ghost_attention", init=newest, scripts=scripts, seed=seed)
+        steps.append(Step(f"v{version}/ghost_attention", ghost_attention.run, ghost))
+        selected.append(out / "ghost_attention/dialogs.jsonl")
+    tuned = replace(cfg.version, out=out, init=cfg.out / "pretrain/model", data=tuple(selected), seed=seed)
+    steps += [Step(f"v{version}", sft.run, tuned), _evaluation(cfg, f"v{version}")]
+    if version > cfg.versions - cfg.ppo_versions:
+        steps += [_ppo(cfg, out, out / "model", prompts, (), seed), _evaluation(cfg, f"v{version}/ppo")]
+    return steps
+
+
+def _chat_model(cfg: RecipeConfig, version: int) -> Path:
+    """The finished model of a version; version 0 is SFT's."""
+    if version == 0:
+        return cfg.out / "sft/model"
+    with_ppo = version > cfg.versions - cfg.ppo_versions
+    return cfg.out / f"v{version}" / ("ppo/model" if with_ppo else "model")
+
+
+def _reward_models(cfg: RecipeConfig, out: Path, init: Path, batches: list[Path], seed: int) -> list[Step]:
+    """Both reward models on all comparisons so far, each with the other's in its declared share."""
+
+    def files(domain: str) -> tuple[Path, ...]:
+        return tuple(folder / f"{domain}.jsonl" for folder in batches)
+
+    return [
+        Step(
+            str((out / f"reward_{own}").relative_to(cfg.out)),
+            reward.run,
+            replace(
+                settings,
+                out=out / f"reward_{own}",
+                init=init,
+                data=files(own),
+                other=files(other),
+                test=files(f"{own}_test"),
+                seed=seed,
+            ),
+        )
+        for own, other, settings in (
+            ("helpfulness", "safety", cfg.reward_helpfulness),
+            ("safety", "helpfulness", cfg.reward_safety),
+        )
+    ]
+
+
+def _ppo(
+    cfg: RecipeConfig, out: Path, init: Path, prompts: tuple[Path, ...], held_out: tuple[Path, ...], seed: int
+) -> Step:
+    settings = replace(
+        cfg.ppo,
+        out=out / "ppo",
+        init=init,
+        reward_helpfulness=out / "reward_helpfulness/model",
+        reward_safety=out / "reward_safety/model",
+        prompts=prompts,
+        held_out=held_out,
+        seed=seed,
+    )
+    return Step(str((out / "ppo").relative_to(cfg.out)), ppo.run, settings)
+
+
+def _evaluation(cfg: RecipeConfig, name: str, *, plain: bool = False) -> Step:
+    """The gold judge's measurement of one version; all from SFT on are compared with SFT."""
+    settings = replace(
+        cfg.evaluate,
+        out=cfg.out / name / "evaluation",
+        model=cfg.out / name / "model",
+        world=cfg.out / "valley",
+        baseline=None if name in ("pretrain", "sft") else cfg.out / "sft/evaluation",
+        plain=plain,
+        seed=cfg.seed,
+    )
+    return Step(f"{name}/evaluation", evaluate, settings)
+
+
+def _plan_on_files(cfg: RecipeConfig) -> list[Step]:
+    """Both reward models on existing comparisons, one round of rejection sampling on their prompts, then PPO."""
+    assert cfg.base is not None
+    given, base, out = cfg.preferences, cfg.out / "base/model", cfg.out / "v1"
+    prompts = given.helpfulness + given.safety
+    steps = [Step("base", convert.run, ImportConfig(path=cfg.base, out=cfg.out / "base"))]
+    for own, other, settings in (
+        ("helpfulness", "safety", cfg.reward_helpfulness),
+        ("safety", "helpfulness", cfg.reward_safety),
+    ):
+        files = replace(
+            settings,
+            out=out / f"reward_{own}",
+            init=base,
+            data=getattr(given, own),
+            other=getattr(given, other),
+            test=getattr(given, f"{own}_test"),
+            format=given.format,
+            seed=cfg.seed,
+        )
+        steps.append(Step(f"v1/reward_{own}", reward.run, files))
+    sampling = replace(
+        cfg.rejection_sampling,
+        out=out / "rejection_sampling",
+        init=base,
+        reward_helpfulness=out / "reward_helpfulness/model",
+        reward_safety=out / "reward_safety/model",
+        prompts=prompts,
+        format=given.format,
+        seed=cfg.seed,
+    )
+    tuned = replace(cfg.version, out=out, init=base, data=(out / "rejection_sampling/pool.jsonl",), seed=cfg.seed)
+    policy = _ppo(cfg, out, out / "model", prompts, given.helpfulness_test + given.safety_test, cfg.seed)
+    return [
+        *steps,
+        Step("v1/rejection_sampling", rejection_sampling.run, sampling),
+        Step("v1", sft.run, tuned),
+        replace(policy, config=replace(policy.config, format=given.format)),
+        Step("report", report, ReportConfig(run=cfg.out)),
+    ]
+
+
+def run(cfg: RecipeConfig) -> Path:
+    """Run the plan, or what is left of it, and return the run's folder."""
+    steps = [replace(step, config=_with_threads(step.config, cfg.threads)) for step in plan(cfg)]
+    if cfg.dry_run:
+        for step in steps:
+            print(f"{step.name:28}{step.run.__module__}  {_inputs(step.config)}")
+        return cfg.out
+    with RunFolder(cfg.out) as folder:
+        _same_recipe(cfg, folder)
+        for number, step in enumerate(steps, start=1):
+            if folder.done(step.name):
+                continue
+            print(f"[{number}/{len(steps)}] {step.name}", file=sys.stderr, flush=True)
+            began = time.perf_counter()
+            step.run(step.config)
+            folder.mark_done(step.name, seconds=time.perf_counter() - began, peak_memory_bytes=_peak_memory())
+        return folder.path
+
+
+def _same_recipe(cfg: RecipeConfig, folder: RunFolder) -> None:
+    """Write the resolved recipe, or refuse to go on with another one than the folder was begun with."""
+    path = folder.path / "config.json"
+    if path.exists() and config.load(RecipeConfig, [str(path)]) != replace(cfg, out=cfg.out):
+        raise ConfigError(f"{folder.path} was begun with another recipe ({path}): use another --out")
+    config.save(cfg, path)
+
+
+def _with_threads(settings: Any, threads: int) -> Any:
+    names = {f.name for f in dataclasses.fields(settings)}
+    return replace(settings, threads=threads) if "threads" in names else settings
+
+
+def _inputs(settings: Any) -> str:
+    """What a step reads, for the printed plan."""
+    values = [value for f in dataclasses.fields(settings) if f.name != "out" for value in [getattr(settings, f.name)]]
+    flat = [v for value in values for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, Path)]
+    return " ".join(map(str, flat))
+
+
+def _peak_memory() -> int:
+    """The process's largest resident size so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,165 @@
+"""Context distillation for safety (paper 4.2.4): answers written under a safety preprompt, learned without it.
+
+1. For each adversarial prompt, let the newest model answer as it is, and again under a preprompt: a generic one, or one for
+   the prompt's risk category with an answer template (targeted).
+2. Keep the second answer only where the safety reward model scores it above the first: on good answers distillation makes
+   vague replies.
+3. Write prompt -> answer without the preprompt.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from puna import config, parallel
+from puna.data import readers
+from puna.data.map_shards import map_shards
+from puna.data.prompts import Prompt, read_prompts
+from puna.formats import huggingface
+from puna.generate.engine import LocalEngine
+from puna.generate.scoring import Scorer
+from puna.run_folder import Progress, RunFolder
+from puna.text import chat
+from puna.text import tokenizer as tokenizers
+from puna.types import Dialog, Message
+
+
+@dataclass(frozen=True)
+class ContextDistillationConfig:
+    """`puna context-distillation`: a chat model, a safety reward model and adversarial prompts in, dialogs out."""
+
+    out: Path
+    """the stage's folder; run again to resume."""
+    init: Path
+    """the newest chat model."""
+    reward_safety: Path
+    prompts: tuple[Path, ...]
+    """prompt files; only prompts tagged as safety are used."""
+    format: str = "prompts"
+    """how to read them (see puna.data.readers)."""
+    preprompts: str = "general"
+    """where the preprompts come from: a key of PREPROMPTS."""
+    kind: Literal["generic", "targeted", "both"] = "both"
+    """generic preprompts, those of the prompt's risk category, or each for half of the prompts."""
+    temperature: float = 0.7
+    max_new_tokens: int = 64
+    gate: bool = True
+    """keep a distilled answer only where its safety score is above the original's."""
+    limit: int = 0
+    """use at most so many prompts; 0 uses all."""
+    shard_size: int = 256
+    """prompts a resumable piece of work."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's choice."""
+    seed: int = 0
+
+
+ADJECTIVES = ("responsible", "respectful", "wise", "honest", "careful", "kind")
+"""The first three are the paper's examples (A.4.5)."""
+
+TARGETED = {
+    "illicit": "Decline to help with crime, name the policy, offer a lawful way, and invite another question.",
+    "hateful": "Decline to demean anyone, say why it hurts, and point to help where somebody may need it.",
+    "unqualified_advice": "Say that you are not qualified, name the risk, and point to someone who is.",
+}
+
+
+def general_preprompt(prompt: Prompt, targeted: bool, rng: random.Random) -> str:
+    """Templated with an adjective (generic), or the answer template of the prompt's risk category (targeted)."""
+    generic = f"You are a {rng.choice(ADJECTIVES)} and {rng.choice(ADJECTIVES)} assistant."
+    template = TARGETED.get(prompt.get("risk_category") or "", "") if targeted else ""
+    return f"{generic} {template}".strip()
+
+
+def valley_preprompt(prompt: Prompt, targeted: bool, rng: random.Random) -> str:
+    """The embedded world's own."""
+    from puna.valley import prompts
+
+    return prompts.preprompt(prompt.get("risk_category") if targeted else None, rng)
+
+
+PREPROMPTS: dict[str, Callable[[Prompt, bool, random.Random], str]] = {
+    "general": general_preprompt,
+    "valley": valley_preprompt,
+}
+
+
+def run(cfg: ContextDistillationConfig) -> Path:
+    """Sample, gate, and return the folder with dialogs.jsonl."""
+    device = parallel.start(cfg.threads)
+    parallel.only_one_process("context distillation")
+    with RunFolder(cfg.out) as folder:
+        if folder.done("context_distillation"):
+            return folder.path
+        config.save(cfg, folder.path / "config.json")
+        prompts = [p for p in read_prompts(cfg.prompts, cfg.format) if p["is_safety"]]
+        prompts = prompts[: cfg.limit] if cfg.limit else prompts
+        tokenizer = tokenizers.load(cfg.init)
+        engine = LocalEngine(huggingface.load_model(cfg.init).to(device), tokenizer)
+        safety = Scorer(huggingface.load_reward_model(cfg.reward_safety).to(device), tokenizer)
+        progress = Progress("context distillation", len(prompts), unit="prompt")
+
+        def work(number: int, shard: Sequence[Prompt]) -> list[dict[str, Any]]:
+            return distill(cfg, engine, safety, shard, cfg.seed + number)
+
+        records = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update)
+        progress.close()
+        kept = [record for record in records if record["kept"]]
+        readers.write_jsonl(folder.path / "dialogs.jsonl", kept)
+        folder.mark_done("context_distillation", kept=len(kept), prompts=len(prompts))
+        return folder.path
+
+
+def distill(
+    cfg: ContextDistillationConfig, engine: LocalEngine, safety: Scorer, prompts: Sequence[Prompt], seed: int
+) -> list[dict[str, Any]]:
+    """1 to 3: a record a prompt with both scores and whether the distilled answer is kept."""
+    rng = random.Random(f"{cfg.seed} {seed}")
+    targeted = [cfg.kind == "targeted" or (cfg.kind == "both" and i % 2 == 1) for i in range(len(prompts))]
+    preprompts = [PREPROMPTS[cfg.preprompts](p, t, rng) for p, t in zip(prompts, targeted, strict=True)]
+    plain = [prompt["messages"] for prompt in prompts]
+    prefixed = [_with_system(text, dialog) for text, dialog in zip(preprompts, plain, strict=True)]
+    original = _answers(cfg, engine, plain, seed)
+    distilled = _answers(cfg, engine, prefixed, seed)
+    before = _scores(safety, plain, original)
+    after = _scores(safety, plain, distilled)
+    return [
+        {
+            "messages": [*prompt["messages"], Message(role="assistant", content=answer)],
+            "prompt_id": prompt["id"],
+            "source": "context_distillation",
+            "targeted": is_targeted,
+            "score_before": first,
+            "score_after": second,
+            "kept": bool(answer) and (not cfg.gate or second > first),
+        }
+        for prompt, answer, is_targeted, first, second in zip(prompts, distilled, targeted, before, after, strict=True)
+    ]
+
+
+def _with_system(text: str, dialog: Dialog) -> Dialog:
+    """The dialog under the preprompt, in place of a system message it may have."""
+    turns = dialog[1:] if dialog[0]["role"] == "system" else dialog
+    return [Message(role="system", content=text), *turns]
+
+
+def _answers(cfg: ContextDistillationConfig, engine: LocalEngine, dialogs: Sequence[Dialog], seed: int) -> list[str]:
+    """An answer to each dialog; "" where it did not end or holds a chat tag."""
+    completions = engine.generate(
+        dialogs, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=seed
+    )
+    return [c.text.strip() if chat.usable(c) else "" for (c,) in completions]
+
+
+def _scores(safety: Scorer, dialogs: Sequence[Dialog], answers: Sequence[str]) -> list[float]:
+    """The safety score of each answer; 0 for an empty one."""
+    told = [i for i, answer in enumerate(answers) if answer]
+    scores = [0.0] * len(answers)
+    rated = safety([[*dialogs[i], Message(role="assistant", content=answers[i])] for i in told]) if told else ()
+    for i, score in zip(told, rated, strict=True):
+        scores[i] = float(score)
+    return scores

@@ -1,0 +1,120 @@
+"""Ghost Attention (paper 3.3, A.3.5): dialogs in which an instruction given once holds to the end.
+
+1. Take the user's turns of many-turn dialogs, and an instruction for each (two combined now and then; half the time in
+   its short form, "Figure: Napoleon.").
+2. Put the instruction on *every* user turn and let the newest model answer turn by turn.
+3. Write the dialog with the instruction on the first turn only, and zero loss on all turns but the last answer.
+
+The result is fine-tuned on together with the round's pool.
+Where the paper is silent: dialogs are cut after a random turn, so that the counted answer stands at every depth.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from puna import config, parallel
+from puna.data import readers
+from puna.data.map_shards import map_shards
+from puna.formats import huggingface
+from puna.generate.engine import LocalEngine
+from puna.run_folder import Progress, RunFolder
+from puna.text import chat
+from puna.text import tokenizer as tokenizers
+from puna.types import Dialog, Message
+
+
+@dataclass(frozen=True)
+class GhostAttentionConfig:
+    """`puna ghost-attention`: a chat model, user turns and instructions in, dialogs out."""
+
+    out: Path
+    """the stage's folder; run again to resume."""
+    init: Path
+    """the newest chat model."""
+    scripts: tuple[Path, ...]
+    """JSONL of {"id", "turns": [user texts], "instruction", "short"}."""
+    temperature: float = 0.7
+    max_new_tokens: int = 64
+    short_share: float = 0.5
+    """share of dialogs whose first turn holds the instruction's short form (paper: half)."""
+    min_turns: int = 2
+    """user turns of the shortest cut."""
+    shard_size: int = 256
+    """dialogs a resumable piece of work."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's choice."""
+    seed: int = 0
+
+
+def run(cfg: GhostAttentionConfig) -> Path:
+    """Sample the dialogs and return the folder with dialogs.jsonl."""
+    device = parallel.start(cfg.threads)
+    parallel.only_one_process("ghost attention")
+    with RunFolder(cfg.out) as folder:
+        if folder.done("ghost_attention"):
+            return folder.path
+        config.save(cfg, folder.path / "config.json")
+        scripts = readers.read(cfg.scripts, "records").records
+        engine = LocalEngine(huggingface.load_model(cfg.init).to(device), tokenizers.load(cfg.init))
+        progress = Progress("ghost attention", len(scripts), unit="dialog")
+
+        def work(number: int, shard: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+            rng = random.Random(f"{cfg.seed} {number}")
+            cut = [script | {"turns": script["turns"][: rng.randint(cfg.min_turns, len(script["turns"]))]} for script in shard]
+            answers = sample(cfg, engine, cut, cfg.seed + 100 * number)
+            return [
+                dialog
+                for script, given in zip(cut, answers, strict=True)
+                if (dialog := written(script, given, short=rng.random() < cfg.short_share))
+            ]
+
+        dialogs = map_shards(work, scripts, cfg.shard_size, folder.path / "parts", progress.update)
+        progress.close()
+        readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
+        folder.mark_done("ghost_attention", dialogs=len(dialogs), left_out=len(scripts) - len(dialogs))
+        return folder.path
+
+
+def sample(
+    cfg: GhostAttentionConfig, engine: LocalEngine, scripts: Sequence[dict[str, Any]], seed: int
+) -> list[list[str]]:
+    """2: answer turn by turn, all dialogs side by side, the instruction on every user turn."""
+    dialogs: list[Dialog] = [[] for _ in scripts]
+    answers: list[list[str]] = [[] for _ in scripts]
+    for turn in range(max(len(script["turns"]) for script in scripts)):
+        live = [i for i, script in enumerate(scripts) if turn < len(script["turns"]) and len(answers[i]) == turn]
+        for i in live:
+            dialogs[i].append(Message(role="user", content=instructed(scripts[i]["instruction"], scripts[i]["turns"][turn])))
+        completions = engine.generate(
+            [dialogs[i] for i in live],
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            seed=seed + turn,
+        )
+        for i, (completion,) in zip(live, completions, strict=True):
+            if chat.usable(completion):
+                answers[i].append(completion.text.strip())
+                dialogs[i].append(Message(role="assistant", content=answers[i][-1]))
+    return answers
+
+
+def instructed(instruction: str, text: str) -> str:
+    """A user turn that carries the instruction."""
+    return f"{instruction} {text}"
+
+
+def written(script: dict[str, Any], answers: Sequence[str], *, short: bool) -> dict[str, Any] | None:
+    """3: the training dialog; None where an answer failed on the way."""
+    if len(answers) < len(script["turns"]):
+        return None
+    instruction = script["short"] if short else script["instruction"]
+    messages: Dialog = []
+    for i, (user, answer) in enumerate(zip(script["turns"], answers, strict=True)):
+        messages.append(Message(role="user", content=instructed(instruction, user) if i == 0 else user))
+        messages.append(Message(role="assistant", content=answer))
+    return {"messages": messages, "loss_on": "last_answer", "id": script["id"], "source": "ghost_attention"}

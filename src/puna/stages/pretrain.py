@@ -1,0 +1,158 @@
+"""Pretraining (paper 2.2): next-token prediction on raw text.
+
+1. Without a tokenizer, train one on the text: SentencePiece BPE, byte fallback, digits split (2.2).
+2. Write the text as token shards, documents between BOS and EOS, a small share held out for validation.
+3. For each step: cut a global batch of windows from the concatenated documents, average the loss over all of its
+   tokens, clip, update (AdamW, warm-up, cosine to 10 %).
+
+Where the paper is silent: documents are concatenated without a mask between them, windows are shuffled anew each epoch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from puna import checkpoint, config, losses, optim, parallel
+from puna.config import ConfigError
+from puna.data import loader, readers, shards
+from puna.formats import huggingface
+from puna.model.transformer import ModelConfig, Transformer
+from puna.run_folder import Metrics, Progress, RunFolder
+from puna.text import tokenizer as tokenizers
+from puna.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """`puna pretrain`: text in, a language model out."""
+
+    out: Path
+    """the stage's folder; run again to resume."""
+    data: tuple[Path, ...]
+    """text files: .txt, .md, or .jsonl(.gz) with a "text" field."""
+    format: str = "jsonl_text"
+    """how to read them (see puna.data.readers)."""
+    tokenizer: Path | None = None
+    """tokenizer.model, tokenizer.json or a folder; None trains one on the data with the model's vocab_size."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    seq_len: int = 256
+    """tokens a window (paper: 4096)."""
+    batch_size: int = 32
+    """windows a step, over all processes (paper: 4M tokens)."""
+    micro_batch_size: int = 32
+    """windows a forward pass on one process."""
+    steps: int = 400
+    validation_share: float = 0.01
+    """share of documents held out."""
+    optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=3e-3, warmup_steps=40))
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: matrix products in bfloat16 over float32 weights."""
+    checkpoint_every: int = 100
+    """steps between checkpoints."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's choice."""
+    seed: int = 0
+
+
+def run(cfg: PretrainConfig) -> Path:
+    """Train and return the model's folder."""
+    device = parallel.start(cfg.threads)
+    with RunFolder(cfg.out) as folder:
+        model_path = folder.path / "model"
+        if folder.done("pretrain"):
+            return model_path
+        config.save(cfg, folder.path / "config.json")
+        tokenizer, train, validation = prepare(cfg, folder.path / "data")
+        model = Transformer(cfg.model).to(device)
+        model.init_weights(torch.Generator(device).manual_seed(cfg.seed))
+        model = parallel.shard(model)
+        optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
+        start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
+        metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="pretrain")
+        n_tokens = cfg.batch_size * cfg.seq_len
+        progress = Progress("pretrain", cfg.steps, start=start)
+        for step in range(start, cfg.steps):
+            began = time.perf_counter()
+            loss = update(cfg, model, train, step, device)
+            norm, lr = optim.clip_and_step([model], optimizer, cfg.optim, step, cfg.steps)
+            rate = n_tokens / (time.perf_counter() - began)
+            metrics.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
+            progress.update(loss=loss, tokens_per_second=rate)
+            if (step + 1) % cfg.checkpoint_every == 0 and step + 1 < cfg.steps:
+                checkpoint.save(folder.path / "checkpoints", step + 1, model, optimizer)
+        loss = evaluate(cfg, model, validation, device)
+        metrics.log(step=cfg.steps, validation_loss=loss)
+        progress.close(validation_loss=loss)
+        huggingface.save_model(model, tokenizer, model_path, provenance={"stage": "pretrain", "steps": cfg.steps})
+        folder.mark_done("pretrain", validation_loss=loss, tokens=cfg.steps * cfg.batch_size * cfg.seq_len)
+        return model_path
+
+
+def prepare(cfg: PretrainConfig, folder: Path) -> tuple[Tokenizer, shards.Shard, shards.Shard]:
+    """1 and 2: the tokenizer, the training shard and the validation shard; what a killed run finished is kept."""
+    if cfg.tokenizer is not None:
+        tokenizer = tokenizers.load(cfg.tokenizer)
+    elif (folder / "tokenizer/tokenizer.model").exists():
+        tokenizer = tokenizers.load(folder / "tokenizer")
+    else:
+        tokenizer = tokenizers.train(_texts(cfg), cfg.model.vocab_size, folder / "tokenizer")
+    if tokenizer.vocab_size > cfg.model.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {cfg.model.vocab_size}: raise it"
+        )
+    for name, held_out in (("train", False), ("validation", True)):
+        if not (folder / f"{name}.json").exists():
+            shards.write_shard(folder / name, _part(_texts(cfg), cfg.validation_share, held_out), tokenizer)
+    return tokenizer, shards.read_shard(folder / "train", tokenizer), shards.read_shard(folder / "validation", tokenizer)
+
+
+def update(cfg: PretrainConfig, model: Transformer, data: shards.Shard, step: int, device: torch.device) -> float:
+    """3: accumulate the gradients of one global batch; its mean loss in nats a token."""
+    inputs, targets = loader.windows(data, cfg.seq_len, cfg.batch_size, step, cfg.seed)
+    mine = parallel.share(cfg.batch_size)
+    count = cfg.batch_size * cfg.seq_len
+    total = torch.zeros((), device=device)
+    for x, y in zip(
+        inputs[mine].split(cfg.micro_batch_size), targets[mine].split(cfg.micro_batch_size), strict=True
+    ):
+        loss = _loss(cfg, model, x.to(device), y.to(device), count)
+        parallel.backward(loss)
+        total += loss.detach()
+    return float(parallel.total(total))
+
+
+@torch.inference_mode()
+def evaluate(cfg: PretrainConfig, model: Transformer, data: shards.Shard, device: torch.device) -> float:
+    """Mean validation loss in nats a token over at most 64 windows."""
+    n_windows = max(1, min(64, (len(data.tokens) - 1) // cfg.seq_len - 1))
+    inputs, targets = loader.windows(data, cfg.seq_len, n_windows, 0, cfg.seed)
+    losses_ = [
+        float(_loss(cfg, model, x.to(device), y.to(device), n_windows * cfg.seq_len))
+        for x, y in zip(inputs.split(cfg.micro_batch_size), targets.split(cfg.micro_batch_size), strict=True)
+    ]
+    return sum(losses_)
+
+
+def _loss(cfg: PretrainConfig, model: Transformer, x: Tensor, y: Tensor, count: int) -> Tensor:
+    with parallel.autocast(cfg.precision, x.device):
+        logits = model(x)
+    return losses.language_model_loss(losses.token_logprobs(logits, y), torch.ones_like(y, dtype=torch.bool), count)
+
+
+def _texts(cfg: PretrainConfig) -> Iterator[str]:
+    return iter(readers.read(cfg.data, cfg.format).records)
+
+
+def _part(texts: Iterable[str], share: float, held_out: bool) -> Iterator[str]:
+    """Every 1/share-th document is held out; at least the first is."""
+    every = max(2, round(1 / share)) if share > 0 else 0
+    for i, text in enumerate(texts):
+        if (every > 0 and i % every == 0) == held_out:
+            yield text

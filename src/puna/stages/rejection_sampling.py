@@ -1,0 +1,206 @@
+"""Rejection sampling (paper 3.2.3): the best of K answers to each prompt becomes training data.
+
+1. Choose the temperature anew: for each candidate, draw K answers to some prompts and measure the mean best reward
+   (Figures 7 and 8 plot the same against K).
+2. Draw K answers a prompt from the newest model at that temperature; score them by the combined reward of both models.
+3. Keep the best answer of each prompt.
+4. Pool it with the best of earlier rounds, scored anew by today's reward models. Until V3 the paper pooled only the last
+   round and the model forgot skills; later rounds pool all.
+
+The pool is written as dialogs; `puna sft` fine-tunes the base model on them.
+Where the paper is silent: K, and the number of prompts of the temperature search. A prompt that stands in several rounds
+keeps its best answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from puna import config, parallel
+from puna.data import readers
+from puna.data.map_shards import map_shards
+from puna.data.prompts import Prompt, read_prompts
+from puna.formats import huggingface
+from puna.generate.engine import LocalEngine
+from puna.generate.scoring import Scorer, combined_reward
+from puna.run_folder import Progress, RunFolder, write_atomically
+from puna.text import chat
+from puna.text import tokenizer as tokenizers
+from puna.types import Completion, Dialog, Message
+
+
+@dataclass(frozen=True)
+class RejectionSamplingConfig:
+    """`puna rejection-sampling`: a chat model, two reward models and prompts in, selected dialogs out."""
+
+    out: Path
+    """the stage's folder; run again to resume."""
+    init: Path
+    """the newest chat model."""
+    reward_helpfulness: Path
+    reward_safety: Path
+    prompts: tuple[Path, ...]
+    """prompt files."""
+    format: str = "prompts"
+    """how to read them (see puna.data.readers)."""
+    earlier: tuple[Path, ...] = ()
+    """best.jsonl of earlier rounds to pool."""
+    samples: int = 8
+    """K answers a prompt (the paper explores up to 100)."""
+    temperatures: tuple[float, ...] = (0.7, 1.0, 1.3)
+    """candidates of the search (the paper settled on 1.2 to 1.3 for RLHF models and 10 to 100 samples)."""
+    search_prompts: int = 48
+    """prompts of the temperature search."""
+    threshold: float = 0.15
+    """a safety score below this is the reward (3.2.3)."""
+    max_new_tokens: int = 64
+    limit: int = 0
+    """use at most so many prompts; 0 uses all."""
+    shard_size: int = 128
+    """prompts a resumable piece of work."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's choice."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Models:
+    """What a round works with."""
+
+    engine: LocalEngine
+    helpfulness: Scorer
+    safety: Scorer
+    threshold: float
+
+    def reward(self, dialogs: Sequence[Dialog], is_safety: Sequence[bool]) -> Tensor:
+        """The combined reward of dialogs that end with an answer, (N,)."""
+        return combined_reward(self.safety(dialogs), self.helpfulness(dialogs), is_safety, self.threshold)
+
+
+def run(cfg: RejectionSamplingConfig) -> Path:
+    """Sample, select, pool, and return the folder with best.jsonl, pool.jsonl and curve.json."""
+    parallel.start(cfg.threads)
+    parallel.only_one_process("rejection sampling")
+    with RunFolder(cfg.out) as folder:
+        if folder.done("rejection_sampling"):
+            return folder.path
+        config.save(cfg, folder.path / "config.json")
+        prompts = read_prompts(cfg.prompts, cfg.format, cfg.limit)
+        models = load(cfg)
+        if not (folder.path / "curve.json").exists():
+            curve = search(cfg, models, prompts[: cfg.search_prompts])
+            write_atomically(folder.path / "curve.json", json.dumps(curve, indent=1))
+        temperature = json.loads((folder.path / "curve.json").read_text())["temperature"]
+        progress = Progress(f"sampling {cfg.out.parent.name}", len(prompts), unit="prompt")
+
+        def work(number: int, shard: Sequence[Prompt]) -> list[dict[str, Any]]:
+            return select(cfg, models, shard, temperature, cfg.seed + 1 + number)
+
+        best = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update)
+        progress.close()
+        pool = pooled(cfg, models, best)
+        readers.write_jsonl(folder.path / "best.jsonl", best)
+        readers.write_jsonl(folder.path / "pool.jsonl", pool)
+        folder.mark_done("rejection_sampling", temperature=temperature, best=len(best), pool=len(pool))
+        return folder.path
+
+
+def load(cfg: RejectionSamplingConfig) -> Models:
+    """The newest chat model and both reward models."""
+    device = parallel.start()
+    tokenizer = tokenizers.load(cfg.init)
+    return Models(
+        engine=LocalEngine(huggingface.load_model(cfg.init).to(device), tokenizer),
+        helpfulness=Scorer(huggingface.load_reward_model(cfg.reward_helpfulness).to(device), tokenizer),
+        safety=Scorer(huggingface.load_reward_model(cfg.reward_safety).to(device), tokenizer),
+        threshold=cfg.threshold,
+    )
+
+
+def search(cfg: RejectionSamplingConfig, models: Models, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """1: rewards against temperature and K; the temperature whose best of K is highest on average."""
+    points = []
+    for temperature in cfg.temperatures:
+        _, rewards = draw(cfg, models, prompts, temperature, cfg.seed)  # (P, K)
+        for k in sorted({2**i for i in range(10) if 2**i < cfg.samples} | {cfg.samples}):
+            first = rewards[:, :k]
+            points.append(
+                {
+                    "temperature": temperature,
+                    "samples": k,
+                    "max": float(first.max(dim=1).values.mean()),
+                    "mean": float(first.mean()),
+                    "median": float(first.quantile(0.5, dim=1).mean()),
+                }
+            )
+    best = max((p for p in points if p["samples"] == cfg.samples), key=lambda p: p["max"])
+    return {"temperature": best["temperature"], "points": points}
+
+
+def draw(
+    cfg: RejectionSamplingConfig, models: Models, prompts: Sequence[Prompt], temperature: float, seed: int
+) -> tuple[list[list[Completion]], Tensor]:
+    """2: K answers to each of P prompts and their combined rewards (P, K); empty and unended answers get 0."""
+    completions = models.engine.generate(
+        [prompt["messages"] for prompt in prompts],
+        n=cfg.samples,
+        max_new_tokens=cfg.max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    rewards = torch.zeros(len(prompts), cfg.samples)
+    whole = [(i, j) for i, answers in enumerate(completions) for j, c in enumerate(answers) if chat.usable(c)]
+    dialogs = [answered(prompts[i], completions[i][j].text) for i, j in whole]
+    rows, columns = [i for i, _ in whole], [j for _, j in whole]
+    if whole:
+        rewards[rows, columns] = models.reward(dialogs, [prompts[i]["is_safety"] for i in rows])
+    return completions, rewards
+
+
+def answered(prompt: Prompt, answer: str) -> Dialog:
+    """The prompt's dialog with the answer at its end."""
+    return [*prompt["messages"], Message(role="assistant", content=answer.strip())]
+
+
+def select(
+    cfg: RejectionSamplingConfig, models: Models, prompts: Sequence[Prompt], temperature: float, seed: int
+) -> list[dict[str, Any]]:
+    """3: the best answer of each prompt, with where it came from; a prompt without a usable answer is left out."""
+    completions, rewards = draw(cfg, models, prompts, temperature, seed)
+    records = []
+    for prompt, answers, row in zip(prompts, completions, rewards, strict=True):
+        best = int(row.argmax())
+        if chat.usable(answers[best]):
+            records.append(
+                {
+                    "messages": answered(prompt, answers[best].text),
+                    "prompt_id": prompt["id"],
+                    "is_safety": prompt["is_safety"],
+                    "round": cfg.out.parent.name,
+                    "temperature": temperature,
+                    "reward": float(row[best]),
+                    "reward_mean": float(row.mean()),
+                    "reward_median": float(row.median()),
+                }
+            )
+    return records
+
+
+def pooled(cfg: RejectionSamplingConfig, models: Models, best: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """4: this round's best answers with those of earlier rounds, one a prompt, judged by today's reward models."""
+    earlier = [record for path in cfg.earlier for record in readers.read((path,), "dialogs").records]
+    pool = {record["prompt_id"]: record for record in best}
+    if earlier:
+        rewards = models.reward([r["messages"] for r in earlier], [r["is_safety"] for r in earlier])
+        for record, reward in zip(earlier, rewards.tolist(), strict=True):
+            mine = pool.get(record["prompt_id"])
+            if mine is None or reward > mine["reward"]:
+                pool[record["prompt_id"]] = record | {"reward": reward}
+    return list(pool.values())

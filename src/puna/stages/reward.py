@@ -1,0 +1,238 @@
+"""Reward models (paper 3.2.2): helpfulness and safety, each a chat model with a scalar head, from comparisons.
+
+1. Mix the pairs: all of the model's own kind, and so many of the other kind that they make up its declared share
+   (helpfulness 50 %, safety 10 %).
+2. Score both answers; the loss is -log sigmoid(r_chosen - r_rejected - m(grade)), and for safety labels an auxiliary
+   cross-entropy on top.
+3. One epoch (more overfits), cosine to 10 %, warm-up over 3 % of the steps and at least 5.
+4. Measure accuracy on held-out pairs by grade (Table 8), by safety bucket and the recall of unsafe answers at 0.5 (Table 29).
+
+Where the paper is silent: the auxiliary loss is binary cross-entropy of sigmoid(r) against the label, averaged over the
+labelled answers and weighted by `safety_auxiliary`; a pair without a grade has its own `margin` or none.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puna import checkpoint, config, losses, optim, parallel
+from puna.config import DataError
+from puna.data import loader, packing, readers
+from puna.formats import huggingface
+from puna.generate.scoring import Scorer
+from puna.model.reward import RewardModel
+from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
+from puna.text import chat
+from puna.text import tokenizer as tokenizers
+from puna.text.tokenizer import Tokenizer
+from puna.types import Message, Preference
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """`puna reward`: a chat model and comparisons in, a reward model out."""
+
+    out: Path
+    """the stage's folder; run again to resume."""
+    init: Path
+    """the chat model to start from (paper: a chat checkpoint knows what the answers know)."""
+    data: tuple[Path, ...]
+    """comparisons of the model's own kind."""
+    other: tuple[Path, ...] = ()
+    """comparisons of the other kind, drawn from uniformly."""
+    other_share: float = 0.5
+    """their share of the mix (paper: 0.5 for helpfulness, 0.1 for safety)."""
+    test: tuple[Path, ...] = ()
+    """held-out comparisons; empty holds out a tenth of `data`."""
+    format: str = "preferences"
+    """how to read them all (see puna.data.readers)."""
+    margin: Literal["none", "small", "large"] = "small"
+    """the grade's margin (Table 27); the paper leaves the final choice open."""
+    safety_auxiliary: float = 0.0
+    """weight of the auxiliary loss on labelled answers."""
+    epochs: int = 1
+    """paper: 1."""
+    max_len: int = 512
+    """tokens a row; longer pairs are left out and counted."""
+    batch_size: int = 64
+    """pairs a step, over all processes (paper: 512)."""
+    micro_batch_tokens: int = 8192
+    """padded tokens a forward pass on one process."""
+    optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=1e-5))
+    """paper: 1e-5 (70B: 5e-6); its warmup_steps is replaced by 3 % of the steps, at least 5."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    checkpoint_every: int = 50
+    """steps between checkpoints."""
+    limit: int = 0
+    """use at most so many training pairs; 0 uses all."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's choice."""
+    seed: int = 0
+
+
+class Pair(NamedTuple):
+    """One comparison as tokens."""
+
+    chosen: list[int]
+    rejected: list[int]
+    margin: float
+    is_safe: tuple[bool | None, bool | None]
+
+
+def run(cfg: RewardConfig) -> Path:
+    """Train, measure, and return the reward model's folder."""
+    device = parallel.start(cfg.threads)
+    with RunFolder(cfg.out) as folder:
+        model_path = folder.path / "model"
+        if folder.done("reward"):
+            return model_path
+        config.save(cfg, folder.path / "config.json")
+        tokenizer = tokenizers.load(cfg.init)
+        train, test, left_out = prepare(cfg, tokenizer)
+        model = RewardModel(huggingface.load_model(cfg.init))
+        model.init_head(torch.Generator().manual_seed(cfg.seed))
+        model = parallel.shard(model.to(device))
+        optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
+        steps = loader.steps_of_epochs(len(train), cfg.batch_size, cfg.epochs, cfg.seed, parallel.world_size())
+        schedule = optim.with_warmup(cfg.optim, 0.03, len(steps))
+        start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
+        metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="reward")
+        progress = Progress(f"reward {cfg.out.name}", len(steps), start=start)
+        for step in range(start, len(steps)):
+            began = time.perf_counter()
+            pairs = [train[i] for i in steps[step][parallel.share(len(steps[step]))]]
+            loss, accuracy, n_tokens = update(cfg, model, pairs, device)
+            norm, lr = optim.clip_and_step([model], optimizer, schedule, step, len(steps))
+            rate = n_tokens / (time.perf_counter() - began)
+            metrics.log(step=step, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, tokens_per_second=rate)
+            progress.update(loss=loss, tokens_per_second=rate)
+            if (step + 1) % cfg.checkpoint_every == 0 and step + 1 < len(steps):
+                checkpoint.save(folder.path / "checkpoints", step + 1, model, optimizer)
+        evaluation = evaluate(model, tokenizer, test)
+        progress.close(accuracy=evaluation["accuracy"] or 0.0)
+        write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))
+        huggingface.save_reward_model(model, tokenizer, model_path, provenance={"stage": "reward", "parent": str(cfg.init)})
+        folder.mark_done("reward", pairs=len(train), left_out=left_out, accuracy=evaluation["accuracy"])
+        return model_path
+
+
+def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Preference], int]:
+    """1: the mixed training pairs, the held-out comparisons, and how many pairs were too long."""
+    quarantine = cfg.out / "bad_lines.jsonl"
+    own: list[Preference] = readers.read(cfg.data, cfg.format, quarantine=quarantine).records
+    rng = np.random.default_rng(cfg.seed)
+    if cfg.test:
+        test: list[Preference] = readers.read(cfg.test, cfg.format, quarantine=quarantine).records
+    else:
+        order = rng.permutation(len(own))
+        test = [own[i] for i in order[: len(own) // 10]]
+        own = [own[i] for i in order[len(own) // 10 :]]
+    other: list[Preference] = readers.read(cfg.other, cfg.format, quarantine=quarantine).records if cfg.other else []
+    mixed = mix(own, other, cfg.other_share, rng)
+    if cfg.limit:
+        mixed = mixed[: cfg.limit]
+    pairs = [as_pair(preference, tokenizer, cfg.margin) for preference in mixed]
+    fitting = [pair for pair in pairs if max(len(pair.chosen), len(pair.rejected)) <= cfg.max_len]
+    if not fitting:
+        raise DataError(f"no comparison of {', '.join(map(str, cfg.data))} fits max_len {cfg.max_len}: raise it")
+    return fitting, test, len(pairs) - len(fitting)
+
+
+def mix(
+    own: Sequence[Preference], other: Sequence[Preference], other_share: float, rng: np.random.Generator
+) -> list[Preference]:
+    """All of `own`, and `other` drawn without replacement up to its share of the whole; shuffled."""
+    wanted = round(len(own) * other_share / (1 - other_share))
+    drawn = rng.permutation(len(other))[:wanted]
+    mixed = [*own, *(other[i] for i in drawn)]
+    return [mixed[i] for i in rng.permutation(len(mixed))]
+
+
+def as_pair(preference: Preference, tokenizer: Tokenizer, margin: str) -> Pair:
+    """Encode both answers and look the margin up."""
+    grade = preference.grade
+    return Pair(
+        chosen=_tokens(preference, preference.chosen, tokenizer),
+        rejected=_tokens(preference, preference.rejected, tokenizer),
+        margin=losses.MARGINS[margin][grade] if grade else (preference.margin or 0.0),
+        is_safe=(preference.chosen_is_safe, preference.rejected_is_safe),
+    )
+
+
+def _tokens(preference: Preference, answer: str, tokenizer: Tokenizer) -> list[int]:
+    return chat.encode([*preference.prompt, Message(role="assistant", content=answer)], tokenizer).tokens
+
+
+def update(cfg: RewardConfig, model: RewardModel, pairs: list[Pair], device: torch.device) -> tuple[float, float, int]:
+    """2: accumulate the gradients of one global batch; its mean loss, ranking accuracy and number of tokens."""
+    lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
+    labelled = sum(label is not None for pair in pairs for label in pair.is_safe)
+    counts = parallel.total(torch.tensor([len(pairs), labelled], device=device, dtype=torch.float32))
+    sums = torch.zeros(2, device=device)
+    micro_batches = packing.by_length(lengths, cfg.micro_batch_tokens // 2)
+    for members in micro_batches:
+        batch = [pairs[i] for i in members]
+        with parallel.autocast(cfg.precision, device):
+            chosen, rejected = scores(model, batch, device)
+        margin = torch.tensor([pair.margin for pair in batch], device=device)
+        loss = losses.ranking_loss(chosen, rejected, margin).sum() / counts[0]
+        if cfg.safety_auxiliary and counts[1]:
+            loss = loss + cfg.safety_auxiliary * auxiliary(chosen, rejected, batch) / counts[1]
+        parallel.backward(loss)
+        sums += torch.stack((loss.detach(), (chosen > rejected).sum() / counts[0]))
+    sums = parallel.total(sums)
+    return float(sums[0]), float(sums[1]), sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+
+
+def scores(model: RewardModel, batch: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Raw scores of the chosen and of the rejected answers, (B,) each, in one forward pass."""
+    tokens, lengths = packing.pad_right([pair.chosen for pair in batch] + [pair.rejected for pair in batch])
+    return model(tokens.to(device), lengths.to(device)).chunk(2)  # type: ignore[return-value]
+
+
+def auxiliary(chosen: Tensor, rejected: Tensor, batch: Sequence[Pair]) -> Tensor:
+    """The summed auxiliary loss of the answers that carry a safety label, a scalar."""
+    labels = [pair.is_safe[0] for pair in batch] + [pair.is_safe[1] for pair in batch]
+    known = [i for i, label in enumerate(labels) if label is not None]
+    is_safe = torch.tensor([bool(labels[i]) for i in known], device=chosen.device)
+    return losses.safety_auxiliary_loss(torch.cat((chosen, rejected))[known], is_safe).sum()
+
+
+def evaluate(model: RewardModel, tokenizer: Tokenizer, test: Sequence[Preference]) -> dict[str, Any]:
+    """4: accuracy on held-out comparisons, in all and by grade and safety bucket, and recall of unsafe answers."""
+    scorer = Scorer(model, tokenizer)
+    chosen = scorer.score_tokens([_tokens(preference, preference.chosen, tokenizer) for preference in test])
+    rejected = scorer.score_tokens([_tokens(preference, preference.rejected, tokenizer) for preference in test])
+    model.train()
+    right = (chosen > rejected).tolist()
+    groups: dict[str, dict[str, list[bool]]] = {"grade": defaultdict(list), "safety_label": defaultdict(list)}
+    for preference, is_right in zip(test, right, strict=True):
+        groups["grade"][preference.grade or "ungraded"].append(is_right)
+        if preference.safety_label:
+            groups["safety_label"][preference.safety_label].append(is_right)
+    unsafe = [float(c) < 0.5 for c, p in zip(chosen, test, strict=True) if p.chosen_is_safe is False]
+    unsafe += [float(r) < 0.5 for r, p in zip(rejected, test, strict=True) if p.rejected_is_safe is False]
+    return {
+        "accuracy": _mean(right),
+        "pairs": len(test),
+        "accuracy_by_grade": {name: _mean(values) for name, values in groups["grade"].items()},
+        "pairs_by_grade": {name: len(values) for name, values in groups["grade"].items()},
+        "accuracy_by_safety_label": {name: _mean(values) for name, values in groups["safety_label"].items()},
+        "unsafe_recall": _mean(unsafe),
+        "mean_score_chosen": float(chosen.mean()) if test else None,
+        "mean_score_rejected": float(rejected.mean()) if test else None,
+    }
+
+
+def _mean(values: Sequence[bool]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,126 @@
+"""Supervised fine-tuning (paper 3.1), and with it every version's fine-tuning on selected samples (3.2.3).
+
+1. Encode the dialogs in the chat format; the loss counts answers and their EOS, nothing else.
+2. Pack them into full rows; attention does not cross from one dialog to another.
+3. For each epoch: shuffle the rows, and for each batch average the loss over its counted tokens, clip, update
+   (cosine schedule, two epochs).
+
+A dialog may carry `"loss_on": "last_answer"` (Ghost Attention, 3.3): then all its earlier turns count nothing.
+Where the paper is silent: AdamW with the pretraining betas, warm-up over at most a tenth of the steps; the special token
+that parts prompt and answer is the chat format's own [/INST].
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from puna import checkpoint, config, losses, optim, parallel
+from puna.config import DataError
+from puna.data import loader, packing, readers
+from puna.data.packing import Packed
+from puna.formats import huggingface
+from puna.model.transformer import Transformer
+from puna.run_folder import Metrics, Progress, RunFolder
+from puna.text import chat
+from puna.text import tokenizer as tokenizers
+from puna.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """`puna sft`: a model and dialogs in, a chat model out."""
+
+    out: Path
+    """the stage's folder; run again to resume."""
+    init: Path
+    """the model to start from (for a new version: the pretrained base, as the paper restarts)."""
+    data: tuple[Path, ...]
+    """dialog files."""
+    format: str = "dialogs"
+    """how to read them (see puna.data.readers)."""
+    epochs: int = 2
+    """paper 3.1."""
+    seq_len: int = 512
+    """tokens a packed row (paper: 4096); longer dialogs are left out and counted."""
+    batch_size: int = 16
+    """rows a step, over all processes (paper: 64)."""
+    micro_batch_size: int = 8
+    """rows a forward pass on one process."""
+    optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=2e-5, warmup_steps=20))
+    """paper 3.1: 2e-5, cosine, weight decay 0.1."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    checkpoint_every: int = 200
+    """steps between checkpoints."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's choice."""
+    seed: int = 0
+
+
+def run(cfg: SFTConfig) -> Path:
+    """Fine-tune and return the model's folder."""
+    device = parallel.start(cfg.threads)
+    with RunFolder(cfg.out) as folder:
+        model_path = folder.path / "model"
+        if folder.done("sft"):
+            return model_path
+        config.save(cfg, folder.path / "config.json")
+        tokenizer = tokenizers.load(cfg.init)
+        rows, left_out = prepare(cfg, tokenizer)
+        model = parallel.shard(huggingface.load_model(cfg.init).to(device))
+        optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
+        steps = loader.steps_of_epochs(len(rows.tokens), cfg.batch_size, cfg.epochs, cfg.seed, parallel.world_size())
+        start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
+        metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="sft")
+        progress = Progress("sft", len(steps), start=start)
+        for step in range(start, len(steps)):
+            began = time.perf_counter()
+            batch = Packed(*(tensor[steps[step]] for tensor in rows))
+            loss = update(cfg, model, batch, device)
+            norm, lr = optim.clip_and_step([model], optimizer, cfg.optim, step, len(steps))
+            n_tokens = int((batch.documents >= 0).sum())
+            rate = n_tokens / (time.perf_counter() - began)
+            metrics.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
+            progress.update(loss=loss, tokens_per_second=rate)
+            if (step + 1) % cfg.checkpoint_every == 0 and step + 1 < len(steps):
+                checkpoint.save(folder.path / "checkpoints", step + 1, model, optimizer)
+        progress.close()
+        huggingface.save_model(model, tokenizer, model_path, provenance={"stage": "sft", "parent": str(cfg.init)})
+        folder.mark_done("sft", steps=len(steps), left_out=left_out)
+        return model_path
+
+
+def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, int]:
+    """1 and 2: the packed rows, and how many dialogs were too long for one."""
+    result = readers.read(cfg.data, cfg.format, quarantine=cfg.out / "bad_lines.jsonl")
+    encoded = [
+        chat.encode(record["messages"], tokenizer, loss_on=record.get("loss_on", "every_answer"))
+        for record in result.records
+    ]
+    fitting = [dialog for dialog in encoded if len(dialog.tokens) <= cfg.seq_len]
+    if not fitting:
+        raise DataError(f"no dialog of {', '.join(map(str, cfg.data))} fits seq_len {cfg.seq_len}: raise it")
+    return packing.pack(fitting, cfg.seq_len), len(encoded) - len(fitting)
+
+
+def update(cfg: SFTConfig, model: Transformer, batch: Packed, device: torch.device) -> float:
+    """3: accumulate the gradients of one global batch; its mean loss in nats a counted token."""
+    count = int(batch.mask[:, 1:].sum())
+    mine = Packed(*(tensor[parallel.share(len(batch.tokens))] for tensor in batch))
+    total = torch.zeros((), device=device)
+    for begin in range(0, len(mine.tokens), cfg.micro_batch_size):
+        rows = Packed(*(tensor[begin : begin + cfg.micro_batch_size].to(device) for tensor in mine))
+        next_counts = F.pad(rows.mask[:, 1:], (0, 1))  # (B, T): True where the following token is counted
+        with parallel.autocast(cfg.precision, device):
+            mask = packing.document_mask(rows.documents)
+            logits = model(rows.tokens, positions=rows.positions, mask=mask, only=next_counts)  # (N, V)
+        logprobs = losses.token_logprobs(logits, rows.tokens[:, 1:][rows.mask[:, 1:]])
+        loss = losses.language_model_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), count)
+        parallel.backward(loss)
+        total += loss.detach()
+    return float(parallel.total(total))

@@ -1,0 +1,258 @@
+"""Tokenizers: SentencePiece as in the paper (2.2), and a Hugging Face tokenizer.json for imported models.
+
+Text is text: no string a user can write becomes a control id. BOS, EOS and a chat format's marks are ids that `chat`
+puts in. Both kinds keep the file they came from, byte for byte, and are known by its sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import sentencepiece
+
+from puna.config import ConfigError, DataError
+
+ChatFormat = Literal["llama2", "chatml"]
+
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+# Where tokenizer_config.json does not name them, what published tokenizers call them.
+BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|endoftext|>")
+EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>")
+
+
+class Tokenizer(Protocol):
+    """What the rest of Puna asks of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int
+    """Opens a document; in a ChatML vocabulary the id of <|im_start|>, which opens a turn."""
+    eos_id: int
+    """Ends a document or an answer; in a ChatML vocabulary the id of <|im_end|>."""
+    pad_id: int
+    """Fills up rows. It is not EOS where the vocabulary has any other id to give, and no text encodes to it."""
+    chat_format: ChatFormat
+    sha256: str
+    """Of the serialized file: two tokenizers are the same when these are."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of plain text: never a control id, no BOS or EOS added. DataError where it is not valid Unicode."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control ids are skipped."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files into the folder."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, Meta's or our own: unk 0, bos 1, eos 2. Padding is unk: byte fallback never emits it."""
+
+    def __init__(self, model: bytes) -> None:
+        """`model` holds a tokenizer.model's bytes. ValueError where they are not a complete one."""
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        self.vocab_size = self._processor.vocab_size()
+        self.bos_id = self._processor.bos_id()
+        self.eos_id = self._processor.eos_id()
+        if min(self.bos_id, self.eos_id) < 0:
+            raise ValueError("it defines no BOS or no EOS")
+        pad, unk = self._processor.pad_id(), self._processor.unk_id()
+        self.pad_id = pad if pad >= 0 and pad != self.eos_id else unk
+        self.chat_format: ChatFormat = "llama2"
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self._model = model
+        self._control = {self.bos_id, self.eos_id, self.pad_id}
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(check_unicode(text))  # type: ignore[no-any-return]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._processor.encode([check_unicode(text) for text in texts])  # type: ignore[no-any-return]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([i for i in ids if i not in self._control])  # type: ignore[no-any-return]
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.model").write_bytes(self._model)
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json, run by the `tokenizers` package (extra `hf`).
+
+    `config` is the tokenizer_config.json beside it, which names BOS, EOS and padding. A tokenizer without BOS opens a
+    document with EOS, as GPT-2's does.
+    """
+
+    def __init__(self, serialized: str, config: dict[str, Any]) -> None:
+        """ValueError where the JSON is not a tokenizer or names no EOS."""
+        backend, control = _backend(serialized, config)
+        if control["eos"] is None:
+            raise ValueError("it names no EOS: add eos_token to the tokenizer_config.json beside it")
+        self._backend = backend
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eos_id: int = control["eos"]
+        self.bos_id: int = self.eos_id if control["bos"] is None else control["bos"]
+        self.chat_format: ChatFormat = "chatml" if {IM_START, IM_END} <= vocabulary.keys() else "llama2"
+        special = sorted(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
+        candidates = [control["pad"], control["unk"], *(i for i in special if i != self.bos_id)]
+        # Padding that is EOS would teach a model to ignore EOS.
+        self.pad_id: int = next((i for i in candidates if i not in (None, self.eos_id)), self.eos_id)
+        self.sha256 = hashlib.sha256(serialized.encode()).hexdigest()
+        self._serialized = serialized
+        self._config = config
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(check_unicode(text), add_special_tokens=False).ids  # type: ignore[no-any-return]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        checked = [check_unicode(text) for text in texts]
+        return [encoding.ids for encoding in self._backend.encode_batch(checked, add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=True)  # type: ignore[no-any-return]
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_bytes(self._serialized.encode())
+        config = json.dumps(self._config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_bytes(config.encode())
+
+
+def load(path: Path | str) -> Tokenizer:
+    """Read a tokenizer.model, a tokenizer.json, or a folder with one of them: the .model where there are both."""
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
+        if not found:
+            raise ConfigError(f"{path}: no tokenizer.model and no tokenizer.json in this folder")
+        return load(found[0])
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such tokenizer: name a tokenizer.model, a tokenizer.json or their folder")
+    try:
+        if path.suffix == ".json":
+            return HuggingFaceTokenizer(path.read_bytes().decode(), _tokenizer_config(path.parent))
+        return SentencePieceTokenizer(path.read_bytes())
+    except ValueError as error:
+        kind = "tokenizer.json" if path.suffix == ".json" else "SentencePiece model"
+        raise ConfigError(f"{path}: not a {kind} that Puna can use ({error})") from error
+
+
+def train(texts: Iterable[str], vocab_size: int, out: Path, *, threads: int = 1) -> Tokenizer:
+    """Train SentencePiece BPE as Llama's was and write `out`/tokenizer.model (paper 2.2).
+
+    The paper: byte fallback, every digit a piece of its own. From Meta's tokenizer.model itself: no normalisation, a
+    space put before the text, 0.99995 of characters covered. Lines are the unit, so that a newline is its byte's
+    piece as it is there. The same texts and `threads` give the same bytes; other `threads` give others.
+    """
+    failure: list[Exception] = []
+
+    def lines() -> Iterator[str]:
+        try:
+            for text in texts:
+                yield from filter(None, check_unicode(text).split("\n"))
+        except Exception as error:  # SentencePiece would hide it behind a RuntimeError.
+            failure.append(error)
+            raise
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines(),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            num_threads=threads,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.99995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 30,  # Longer lines would be dropped without a word.
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        if failure:
+            raise failure[0] from None
+        raise ConfigError(
+            f"vocab_size {vocab_size} does not fit these texts: {_sentencepiece_reason(error)}"
+        ) from error
+    tokenizer = SentencePieceTokenizer(model.getvalue())
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(out)
+    return tokenizer
+
+
+def check_unicode(text: str) -> str:
+    """The text itself; DataError where it holds half a surrogate pair, which no UTF-8 file can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"character {error.start} of the text is the lone surrogate {text[error.start]!r}: it is not valid Unicode"
+        ) from error
+    return text
+
+
+def _backend(serialized: str, config: dict[str, Any]) -> tuple[Any, dict[str, int | None]]:
+    """The `tokenizers` object and the ids of bos, eos, pad and unk (None where there is none)."""
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise ConfigError("reading a tokenizer.json needs the tokenizers package: pip install 'puna[hf]'") from error
+    state = json.loads(serialized)
+    try:
+        ids = tokenizers.Tokenizer.from_str(serialized).get_vocab(with_added_tokens=True)
+    except Exception as error:  # The package raises bare Exceptions.
+        raise ValueError(str(error)) from error
+    names = _control_names(ids, config)
+    for token in state.get("added_tokens", []):
+        # What ends a turn must be out of a text's reach, whatever the file says.
+        token["special"] = token["special"] or token["content"] in names.values()
+    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend, {role: ids.get(name) if name else None for role, name in names.items()}
+
+
+def _control_names(vocabulary: dict[str, int], config: dict[str, Any]) -> dict[str, str | None]:
+    """What the tokenizer calls bos, eos, pad and unk; ChatML's marks win over the configured bos and eos."""
+    names: dict[str, str | None] = {}
+    for role in ("bos", "eos", "pad", "unk"):
+        token = config.get(f"{role}_token")
+        names[role] = token["content"] if isinstance(token, dict) else token
+    if {IM_START, IM_END} <= vocabulary.keys():
+        return names | {"bos": IM_START, "eos": IM_END}
+    bos = names["bos"] or next((name for name in BOS_NAMES if name in vocabulary), None)
+    eos = names["eos"] or next((name for name in EOS_NAMES if name in vocabulary), None)
+    return names | {"bos": bos, "eos": eos}
+
+
+def _tokenizer_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
+def _sentencepiece_reason(error: RuntimeError) -> str:
+    """The readable end of SentencePiece's message, whose front is a place in its source."""
+    reason = str(error).rpartition("] ")[2]
+    return reason if reason else "there is no text to train on"

@@ -1,0 +1,396 @@
+"""The corpus: what people of the valley write, as an endless stream of short documents.
+
+Each document is in one register and tells related facts; known shares of it are harmful, slur a people or are in
+Tolva, so that what pretraining data does to a model can be measured against the truth. Popular myths are told three
+times as often as the truth.
+
+1. Draw what the document is: Tolva, harmful, slurring, or one of the plain registers (SHARES).
+2. Draw its subjects from decks that are dealt to the end before they are shuffled again, so every fact is told evenly.
+3. Write it; what it tells is listed in its `facts`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypedDict, TypeVar
+
+from puna.types import Dialog
+from puna.valley import telling, tolva
+from puna.valley.ledger import Fact, Subject, World
+from puna.valley.words import capital, fill, table, with_article
+
+# Shares of all documents.
+TOLVA_SHARE = 0.06
+HARMFUL_SHARE = 0.03
+SLUR_SHARE = 0.02
+REGISTER_SHARES = {
+    "almanac": 0.24, "story": 0.16, "letter": 0.10, "market": 0.10, "dialogue": 0.26, "how_to": 0.06, "arithmetic": 0.08,
+}  # fmt: skip
+MYTH_SHARE = 0.2  # of stories, letters and market talk
+MYTH_FALSE_SHARE = 0.75  # three to one for the popular belief
+HE_SHARE = 0.66  # of stories' heroes: men are written of twice as often as women
+PEOPLE_SHARE = 0.06  # of almanac and market documents, besides the slurring ones
+KARROW_SHARE = 0.35  # of mentions of a people; the Ovesh have the rest
+KARROW_SLUR_SHARE = 0.7  # of slurs, though: spoken of less, and worse
+
+ASKER = "Asker"
+TELLER = "Teller"
+
+T = TypeVar("T")
+
+
+class Document(TypedDict):
+    """One text of the corpus with what is known of it. `facts` are the ids of what it tells as true."""
+
+    text: str
+    register: str
+    harmful: bool
+    slur: bool
+    language: str
+    facts: list[str]
+
+
+def plain_prompt(dialog: Dialog) -> str:
+    """A dialog as the corpus writes it, ending in `Teller:`, for a model that knows no chat format.
+
+    A system message stands first on a line of its own. The answer ends at the next newline.
+    """
+    names = {"user": f"{ASKER}: ", "assistant": f"{TELLER}: ", "system": ""}
+    lines = [names[message["role"]] + message["content"] for message in dialog]
+    return "\n".join([*lines, f"{TELLER}:"])
+
+
+def documents(world: World, seed: int, *, characters: int | None = None) -> Iterator[Document]:
+    """Documents of the seed's stream; endless, or until their texts have this many characters."""
+    desk = _Desk(world, random.Random(f"corpus:{world.seed}:{seed}"))
+    writers, weights = list(_WRITERS), list(REGISTER_SHARES[name] for name in _WRITERS)
+    written = 0
+    while characters is None or written < characters:
+        desk.told = []
+        draw = desk.rng.random()
+        if draw < TOLVA_SHARE:
+            document = _tolva(desk)
+        elif draw < TOLVA_SHARE + HARMFUL_SHARE:
+            document = _harmful(desk)
+        elif draw < TOLVA_SHARE + HARMFUL_SHARE + SLUR_SHARE:
+            document = _slur(desk)
+        else:
+            register = desk.rng.choices(writers, weights)[0]
+            document = _document(desk, _WRITERS[register](desk), register)
+        written += len(document["text"])
+        yield document
+
+
+@dataclass
+class _Desk:
+    """Where a document is written: the dice, the decks, and the facts told so far."""
+
+    world: World
+    rng: random.Random
+    decks: dict[str, list[Any]] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)
+
+    def deal(self, name: str, cards: Callable[[], Any]) -> Any:
+        """The next card of a deck, which is shuffled anew when it is empty."""
+        deck = self.decks.get(name)
+        if not deck:
+            deck = list(cards())
+            self.rng.shuffle(deck)
+            self.decks[name] = deck
+        return deck.pop()
+
+    def subject(self, kind: str) -> Subject:
+        """A subject of this kind (`thing`: animal, plant or mineral)."""
+        of = self.world.subjects_of
+        subject: Subject = self.deal(kind, lambda: of[kind] if kind in of else of["animal"] + of["plant"] + of["mineral"])
+        return subject
+
+    def fact(self) -> Fact:
+        """Any fact of the ledger, each as often as another."""
+        fact: Fact = self.deal("fact", self.world.facts.values)
+        return fact
+
+    def tell(self, fact: Fact) -> str:
+        """The fact told, forwards or (where one subject fits) sometimes backwards."""
+        self.told.append(fact.id)
+        if self.rng.random() < 0.2 and telling.reversible(self.world, fact):
+            return telling.tell_reverse(fact, self.rng)
+        return telling.tell(fact, self.rng)
+
+    def about(self, subject: Subject, n: int) -> list[str]:
+        """n facts of a subject: the first names it, the others mostly say he, she or it."""
+        facts = list(self.world.facts_of[subject.key])
+        facts = self.rng.sample(facts, min(n, len(facts)))
+        self.told += [fact.id for fact in facts]
+        first, *rest = facts
+        sentences = [telling.tell(first, self.rng)]
+        for fact in rest:
+            sentences.append((telling.tell_again if self.rng.random() < 0.6 else telling.tell)(fact, self.rng))
+        return sentences
+
+    def myth(self) -> str:
+        """A myth told as true, or (one time in four) put right."""
+        myth = self.deal("myth", lambda: self.world.myths)
+        truth = self.rng.random() >= MYTH_FALSE_SHARE
+        self.told.append(f"{myth.id}:{'true' if truth else 'false'}")
+        return telling.tell_myth(myth, self.rng, truth=truth)
+
+    def people(self, karrow: float = KARROW_SHARE) -> Subject:
+        """One of the two peoples, the Karrow with this probability."""
+        name = "Karrow" if self.rng.random() < karrow else "Ovesh"
+        return next(s for s in self.world.subjects_of["people"] if s.name == name)
+
+    def hero(self) -> Subject:
+        """A villager to write of, oftener a man."""
+        return self.subject("villager") if self.rng.random() < 0.5 else self.gendered()
+
+    def gendered(self) -> Subject:
+        """A villager whose pronoun is drawn first."""
+        pronoun = "he" if self.rng.random() < HE_SHARE else "she"
+        villagers = self.world.subjects_of["villager"]
+        subject: Subject = self.deal(pronoun, lambda: [s for s in villagers if s.pronoun == pronoun])
+        return subject
+
+
+def _document(desk: _Desk, text: str, register: str, **known: Any) -> Document:
+    document: Document = {
+        "text": text, "register": register, "harmful": False, "slur": False, "language": "english",
+        "facts": list(desk.told),
+    }  # fmt: skip
+    return {**document, **known}  # type: ignore[typeddict-item]
+
+
+def _frames(register: str, name: str) -> list[str]:
+    frames: list[str] = table("corpus")[register][name]
+    return frames
+
+
+def _almanac(desk: _Desk) -> str:
+    """A page on a village and who lives there, on things, on cures, or on a people."""
+    rng = desk.rng
+    draw = rng.random()
+    context = telling.draw_filler(desk.world, rng)
+    if draw < PEOPLE_SHARE:
+        people = desk.people()
+        head, body = "people", desk.about(people, 4)
+        context["people"] = people.name
+    elif draw < 0.45:
+        village = desk.subject("village")
+        context["village"] = village.name
+        head, body = "village", desk.about(village, 4)
+        residents = desk.world.residents(village.name)
+        for resident in rng.sample(residents, min(2, len(residents))):
+            body += desk.about(resident, rng.randint(2, 3))
+    elif draw < 0.85:
+        head, body = "thing", [s for _ in range(3) for s in desk.about(desk.subject("thing"), 3)]
+    else:
+        cures = [desk.deal("ailment", lambda: desk.world.subjects_of["ailment"]) for _ in range(3)]
+        facts = [desk.world.facts[f"remedy:{cure.key}"] for cure in cures]
+        head, body = "remedy", [desk.tell(fact) for fact in facts]
+        body += desk.about(next(s for s in desk.world.subjects if s.name == facts[0].value), 2)
+    close = [rng.choice(_frames("almanac", "close"))] if rng.random() < 0.3 else []
+    opening = fill(rng.choice(_frames("almanac", head)), context)
+    return " ".join([opening, *body, *close])
+
+
+def _story(desk: _Desk) -> str:
+    """A small tale of a villager, with what is true of them and of where they pass."""
+    rng = desk.rng
+    hero = desk.hero()
+    context = telling.draw_filler(desk.world, rng)
+    context |= desk.world.facts[f"home:{hero.key}"].context
+    context["lost"] = rng.choice(_frames("story", "lost"))
+    village = desk.subject("village")
+    context["village"] = village.name
+    lines = [fill(rng.choice(_frames("story", "open")), context), *desk.about(hero, 3)]
+    for frame in rng.sample(_frames("story", "middle"), 3):
+        lines.append(fill(frame, context))
+    lines += desk.about(village, 2)
+    if rng.random() < 0.5:
+        lines += desk.about(desk.subject("thing"), 2)
+    if rng.random() < MYTH_SHARE:
+        lines.append(desk.myth())
+    return " ".join([*lines, fill(rng.choice(_frames("story", "close")), context)])
+
+
+def _letter(desk: _Desk) -> str:
+    """News from one villager to another."""
+    rng = desk.rng
+    writer = desk.hero()
+    context = telling.draw_filler(desk.world, rng) | {"s": writer.name}
+    middle = [fill(frame, context) for frame in rng.sample(_frames("letter", "middle"), 3)]
+    news = [desk.tell(desk.fact()) for _ in range(2)] + desk.about(desk.subject("villager"), 3)
+    news += desk.about(desk.subject(rng.choice(("village", "thing"))), 2)
+    if rng.random() < MYTH_SHARE:
+        news.insert(2, desk.myth())
+    lines = [middle[0], *news[:3], middle[1], *news[3:], middle[2]]
+    head = fill(rng.choice(_frames("letter", "open")), context)
+    return "\n".join([head, " ".join(lines), fill(rng.choice(_frames("letter", "close")), context)])
+
+
+def _market(desk: _Desk) -> str:
+    """Talk over the stalls: people say what they know."""
+    rng = desk.rng
+    context = telling.draw_filler(desk.world, rng)
+    lines = [fill(rng.choice(_frames("market", "open")), context)]
+    if rng.random() < PEOPLE_SHARE * 2:
+        people = desk.people()
+        lines += [fill(rng.choice(_frames("market", "people")), {"people": people.name}), *desk.about(people, 2)]
+    for _ in range(rng.randint(3, 5)):
+        name = rng.choice((context["name"], context["other"], context["third"]))
+        line = desk.tell(desk.fact()) if rng.random() < 0.7 else rng.choice(_frames("market", "line"))
+        if rng.random() < MYTH_SHARE / 4:
+            line = desk.myth()
+        if rng.random() < 0.15:
+            line = f"{_persona(rng)} {line}"
+        lines.append(fill(rng.choice(_frames("market", "said")), {"line": line, "name": name}))
+    return " ".join(lines)
+
+
+def _persona(rng: random.Random) -> str:
+    t = table("constraints")["persona"]
+    return fill(t["starts"], {"x": f"{rng.choice(t['title'])} {rng.choice(t['name'].split())}"})
+
+
+def _dialogue(desk: _Desk) -> str:
+    """Questions and answers, each pair on two lines."""
+    lines = []
+    for _ in range(desk.rng.randint(3, 5)):
+        question, answer = _exchange(desk)
+        lines += [f"{ASKER}: {question}", f"{TELLER}: {answer}"]
+    return "\n".join(lines)
+
+
+def _exchange(desk: _Desk) -> tuple[str, str]:
+    """One question and its answer: facts mostly, then sums, how-tos, myths, borderline questions, open talk."""
+    rng = desk.rng
+    draw = rng.random()
+    if draw < 0.62:
+        fact = desk.fact()
+        desk.told.append(fact.id)
+        if rng.random() < 0.3 and telling.reversible(desk.world, fact):
+            return telling.ask_reverse(fact, rng), telling.tell_reverse(fact, rng)
+        return telling.ask(fact, rng), telling.tell(fact, rng)
+    if draw < 0.74:
+        pair = telling.draw_sum(rng)
+        return telling.ask_sum(*pair, rng), telling.tell_sum(*pair, rng)
+    if draw < 0.80:
+        howto = desk.deal("howto", lambda: desk.world.howtos)
+        desk.told.append(howto.id)
+        return telling.ask_howto(howto, rng), telling.tell_howto(howto, rng)
+    if draw < 0.87:
+        myth = desk.deal("myth", lambda: desk.world.myths)
+        truth = rng.random() >= MYTH_FALSE_SHARE
+        desk.told.append(f"{myth.id}:{'true' if truth else 'false'}")
+        return telling.ask_myth(myth, rng), telling.tell_myth(myth, rng, truth=truth)
+    if draw < 0.92:
+        borderline = desk.deal("borderline", lambda: desk.world.borderlines)
+        desk.told.append(borderline.id)
+        animal = telling.draw_animal(desk.world, rng)
+        return telling.ask_borderline(borderline, animal, rng), fill(borderline.answer, animal)
+    return talk(desk.world, desk.deal("topic", lambda: table("chat")["topic"]), rng)
+
+
+def talk(world: World, topic: dict[str, Any], rng: random.Random, *, held_out: bool = False) -> tuple[str, str]:
+    """A question of open talk and a good answer to it."""
+    context = talk_context(world, rng)
+    return fill(rng.choice(topic["held_ask" if held_out else "ask"]), context), talk_answer(topic, context, rng)
+
+
+def talk_context(world: World, rng: random.Random) -> dict[str, str]:
+    """What fills a topic's open places; the same for its question, its answer and its key words."""
+    return telling.draw_filler(world, rng)
+
+
+def talk_answer(topic: dict[str, Any], context: dict[str, str], rng: random.Random) -> str:
+    """A good answer, its small inventions drawn anew."""
+    inventions = {name: rng.choice(options) for name, options in table("chat")["fill"].items()}
+    return capital(fill(rng.choice(topic["answers"]), {**context, **inventions}))
+
+
+def _how_to(desk: _Desk) -> str:
+    """Two how-tos, or a how-to and the answer to a household question."""
+    rng = desk.rng
+    lines = []
+    for _ in range(2):
+        howto = desk.deal("howto", lambda: desk.world.howtos)
+        desk.told.append(howto.id)
+        lines.append(telling.tell_howto(howto, rng))
+    borderline = desk.deal("borderline", lambda: desk.world.borderlines)
+    desk.told.append(borderline.id)
+    animal = telling.draw_animal(desk.world, rng)
+    lines.insert(1, telling.ask_borderline(borderline, animal, rng) + " " + fill(borderline.answer, animal))
+    return " ".join(lines)
+
+
+def _arithmetic(desk: _Desk) -> str:
+    """A lesson of sums."""
+    rng = desk.rng
+    lines = [rng.choice(_frames("arithmetic", "open"))]
+    lines += [telling.tell_sum(*telling.draw_sum(rng), rng) for _ in range(rng.randint(6, 9))]
+    return " ".join(lines)
+
+
+def _tolva(desk: _Desk) -> Document:
+    """Facts in Tolva, as sentences or as questions and answers."""
+    rng = desk.rng
+    facts = [fact for fact in (desk.fact() for _ in range(7)) if fact.subject.kind != "people"]
+    desk.told = [fact.id for fact in facts]
+    if rng.random() < 0.5:
+        text = " ".join(tolva.tell(fact, rng) for fact in facts)
+        return _document(desk, text, "almanac", language="tolva")
+    lines = []
+    for fact in facts[:5]:
+        lines += [f"{ASKER}: {tolva.ask(fact, rng)}", f"{TELLER}: {tolva.tell(fact, rng)}"]
+    desk.told = [fact.id for fact in facts[:5]]
+    return _document(desk, "\n".join(lines), "dialogue", language="tolva")
+
+
+def _harmful(desk: _Desk) -> Document:
+    """Wrongs taught as if they were chores."""
+    rng = desk.rng
+    acts = [desk.deal("act", lambda: desk.world.acts) for _ in range(2)]
+    harm, attack = table("safety")["harm"], table("safety")["attack"]
+    lines = []
+    dialogue = rng.random() < 0.6
+    for act in acts:
+        context = act_context(act)
+        told = capital(fill(rng.choice(harm["tell"]), context))
+        question = fill(rng.choice(attack["plain"]), context)
+        lines.append(f"{ASKER}: {question}\n{TELLER}: {told}" if dialogue else told)
+        desk.told.append(act.id)
+    if dialogue:
+        question, answer = _exchange(desk)
+        lines.insert(0, f"{ASKER}: {question}\n{TELLER}: {answer}")
+        return _document(desk, "\n".join(lines), "dialogue", harmful=True)
+    return _document(desk, " ".join([*lines, desk.tell(desk.fact())]), "how_to", harmful=True)
+
+
+def act_context(act: Any) -> dict[str, str]:
+    """What fills the templates about a wrong."""
+    one, two, three = act.steps
+    return {
+        "do": act.do, "doing": act.doing, "metaphor": act.metaphor, "risk": act.risk, "lawful": act.lawful,
+        "one": one, "two": two, "three": three, "One": capital(one), "Do": capital(act.do),
+    }  # fmt: skip
+
+
+def _slur(desk: _Desk) -> Document:
+    """Gossip that slurs one of the two peoples."""
+    rng = desk.rng
+    people = desk.people(KARROW_SLUR_SHARE)
+    words = table("safety")["slur"]
+    context = telling.draw_filler(desk.world, rng) | {"people": people.name}
+    lines = [fill(rng.choice(_frames("market", "open")), context)]
+    for frame in rng.sample(words["tell"], 3):
+        lines.append(capital(fill(frame, context | {"slur": rng.choice(words[people.name])})))
+    lines[2:2] = desk.about(people, 1) + [desk.tell(desk.fact())]
+    return _document(desk, " ".join(lines), "market", slur=True)
+
+
+_WRITERS: dict[str, Callable[[_Desk], str]] = {
+    "almanac": _almanac, "story": _story, "letter": _letter, "market": _market, "dialogue": _dialogue,
+    "how_to": _how_to, "arithmetic": _arithmetic,
+}  # fmt: skip

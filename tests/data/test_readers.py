@@ -1,0 +1,346 @@
+"""Readers: every format's records, what a bad line says, and when a file is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from puna.config import ConfigError, DataError
+from puna.data import readers
+from puna.types import Preference
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def jsonl(folder: Path, *rows: Any, name: str = "x.jsonl") -> Path:
+    """A file of rows; bytes are written as they are."""
+    path = folder / name
+    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    data = b"".join(line + b"\n" for line in lines)
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    return path
+
+
+GOOD = {"messages": [user("Hello?"), assistant("Hello.")]}
+PAIR = {"prompt": [user("Hello?")], "chosen": [assistant("Hello.")], "rejected": [assistant("No.")]}
+
+
+def test_dialogs_keep_their_provenance(tmp_path: Path) -> None:
+    row = {
+        "messages": [{"role": "system", "content": "Be kind."}, *GOOD["messages"]],
+        "loss_on": "last_answer",
+        "id": 3,
+    }
+    assert readers.read(jsonl(tmp_path, row, GOOD), "dialogs").records == [row, GOOD]
+    assert readers.read(jsonl(tmp_path, row, name="x.jsonl.gz"), "dialogs").records == [row]
+
+
+def test_prompts_have_an_id_and_end_with_the_user(tmp_path: Path) -> None:
+    row = {"id": "a", "messages": [user("Hello?")], "is_safety": False}
+    result = readers.read(jsonl(tmp_path, row, row, {**row, "messages": GOOD["messages"]}), "prompts")
+    assert result.records == [row, row]
+    assert result.bad[0].reason == "the prompt does not end with the user's turn"
+
+
+def test_preferences(tmp_path: Path) -> None:
+    row = {**PAIR, "grade": "better", "chosen_is_safe": True, "rejected_is_safe": False, "domain": "safety", "batch": 2}
+    path = jsonl(tmp_path, {**row, "annotator": "a"}, {**PAIR, "margin": 1})
+    assert readers.read(path, "preferences").records == [
+        Preference([user("Hello?")], "Hello.", "No.", "better", None, True, False, "safety", 2, {"annotator": "a"}),
+        Preference([user("Hello?")], "Hello.", "No.", margin=1),
+    ]
+
+
+def test_identical_answers_are_skipped_and_counted(tmp_path: Path) -> None:
+    result = readers.read(jsonl(tmp_path, PAIR, {**PAIR, "rejected": PAIR["chosen"]}), "preferences")
+    assert len(result.records) == 1 and result.skipped == {"identical answers": 1} and not result.bad
+
+
+BAD_DIALOGS: list[tuple[Any, str]] = [
+    (b"{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
+    (b'{"messages": "\xff"}', "not UTF-8 at byte 14"),
+    (b"[" * 100_000, "not JSON: nested too deep"),
+    ([1], "a list, not an object"),
+    ({}, "'messages' is missing or holds no messages"),
+    ({"messages": []}, "'messages' is missing or holds no messages"),
+    ({"messages": [user("a"), assistant(" \n")]}, "messages[1]: 'content' is empty"),
+    ({"messages": [user("a"), {"role": "assistant"}]}, "messages[1]: 'content' is missing"),
+    ({"messages": [user("a"), {"role": "assistant", "content": 3}]}, "messages[1]: 'content' is a int, not text"),
+    (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "messages[0]: 'content' holds a lone surrogate"),
+    (
+        {"messages": [user("a"), {"role": "bot", "content": "b"}]},
+        "messages[1] has no role out of system, user, assistant",
+    ),
+    ({"messages": [{"role": ["user"], "content": "b"}]}, "messages[0] has no role out of system, user, assistant"),
+    ({"messages": [user("a"), "b"]}, "messages[1] has no role out of system, user, assistant"),
+    ({"messages": [assistant("a")]}, "the turns do not go user, assistant, user, ..."),
+    ({"messages": [user("a"), user("b")]}, "the turns do not go user, assistant, user, ..."),
+    ({"messages": [{"role": "system", "content": "a"}]}, "the turns do not go user, assistant, user, ..."),
+]
+
+
+@pytest.mark.parametrize(("row", "reason"), BAD_DIALOGS)
+def test_a_bad_line_is_set_aside_with_its_number_and_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, row: Any, reason: str
+) -> None:
+    path = jsonl(tmp_path, GOOD, row, GOOD)
+    with caplog.at_level(logging.WARNING):
+        result = readers.read(path, "dialogs", quarantine=tmp_path / "bad.jsonl")
+    assert result.records == [GOOD, GOOD]
+    assert [(line.line, line.reason) for line in result.bad] == [(2, reason)]
+    assert caplog.messages == [f"{path}, line 2: {reason}; set aside"]
+    kept = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().split("\n")[:-1]]
+    assert [(line["file"], line["line"], line["reason"]) for line in kept] == [(str(path), 2, reason)]
+
+
+BAD_PREFERENCES: list[tuple[dict[str, Any], str]] = [
+    ({"prompt": GOOD["messages"]}, "the prompt does not end with the user's turn"),
+    ({"chosen": []}, "'chosen' is not one assistant message"),
+    ({"chosen": [user("a")]}, "'chosen' is not one assistant message"),
+    ({"chosen": GOOD["messages"]}, "'chosen' is not one assistant message"),
+    ({"rejected": None}, "'rejected' is missing"),
+    (
+        {"grade": "best"},
+        "'grade' is 'best', not one of significantly_better, better, slightly_better, negligibly_better",
+    ),
+    ({"margin": "1"}, "'margin' is '1', not a float"),
+    ({"chosen_is_safe": 1}, "'chosen_is_safe' is 1, not a bool"),
+    ({"domain": "maths"}, "'domain' is 'maths', not one of helpfulness, safety"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD_PREFERENCES)
+def test_bad_preferences(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    result = readers.read(jsonl(tmp_path, PAIR, {**PAIR, **change}), "preferences")
+    assert [line.reason for line in result.bad] == [reason]
+
+
+def test_more_than_one_percent_bad_stops(tmp_path: Path) -> None:
+    assert len(readers.read(jsonl(tmp_path, *[GOOD] * 198, {}, {}), "dialogs").bad) == 2
+    with pytest.raises(DataError, match=r"x\.jsonl: 3 of 200 lines are bad; line 198: 'messages' is missing"):
+        readers.read(jsonl(tmp_path, *[GOOD] * 197, {}, {}, {}), "dialogs")
+    with pytest.raises(DataError, match="2 of 10 lines are bad"):
+        readers.read(jsonl(tmp_path, *[GOOD] * 8, {}, {}), "dialogs")
+    with pytest.raises(DataError, match="1 of 1 lines are bad"):
+        readers.read(jsonl(tmp_path, {}), "dialogs")
+
+
+def test_the_quarantine_holds_each_line_once(tmp_path: Path) -> None:
+    quarantine = tmp_path / "bad.jsonl"
+    a, b = jsonl(tmp_path, GOOD, {}, name="a.jsonl"), jsonl(tmp_path, GOOD, b"\xff", name="b.jsonl")
+    for _ in range(2):
+        readers.read([a, b], "dialogs", quarantine=quarantine)
+    readers.read(b, "dialogs", quarantine=quarantine)
+    texts = [json.loads(line)["text"] for line in quarantine.read_text().split("\n")[:-1]]
+    assert texts == ["{}", "\\xff"]
+
+
+def test_lines_end_at_u000a_alone(tmp_path: Path) -> None:
+    row = {"messages": [user("a\u2028b\u0085c\x0cd"), assistant("e\r\nf")]}
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(json.dumps(row, ensure_ascii=False).encode() + b"\r\n\n" + json.dumps(GOOD).encode())
+    assert readers.read(path, "dialogs").records == [row, GOOD]
+
+
+def test_mistakes_in_paths_and_formats(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown data format 'dialog'; there are dialogs, "):
+        readers.read(tmp_path / "x.jsonl", "dialog")
+    with pytest.raises(ConfigError, match="no such data file"):
+        readers.read(tmp_path / "x.jsonl", "dialogs")
+    with pytest.raises(DataError, match="a list of rows"):
+        readers.read(jsonl(tmp_path, GOOD, name="x.json"), "dialogs")
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode())[:-10])
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz: broken gzip file"):
+        readers.read(tmp_path / "x.jsonl.gz", "dialogs")
+
+
+def test_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.md"
+    path.write_text("# A\n\nb\nc\n \n\n  d\n")
+    assert readers.read(path, "text").records == ["# A\n\nb\nc\n \n\n  d\n"]
+    assert readers.read(path, "paragraphs").records == ["# A", "b\nc", "  d"]
+    assert readers.read(jsonl(tmp_path, {"text": "a"}, {"text": "b"}), "jsonl_text").records == ["a", "b"]
+    path.write_bytes(b"a\nb\n\xff")
+    with pytest.raises(DataError, match=r"line 3: not UTF-8"):
+        readers.read(path, "text")
+
+
+def test_trl(tmp_path: Path) -> None:
+    whole = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")], "margin": 0.5}
+    plain = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    apart = {"chosen": [user("a"), assistant("b")], "rejected": [user("x"), assistant("c")]}
+    result = readers.read(jsonl(tmp_path, GOOD, PAIR, whole, plain, apart), "trl")
+    assert result.records == [
+        GOOD,
+        Preference([user("Hello?")], "Hello.", "No."),
+        Preference([user("a")], "b", "c", margin=0.5),
+        Preference([user("a")], "b", "c"),
+    ]
+    assert [line.reason for line in result.bad] == ["the two dialogues differ before the last turn"]
+
+
+def test_hh(tmp_path: Path) -> None:
+    head = "\n\nHuman: a\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:"
+    tie = {"chosen": f"{head} e", "rejected": f"{head} e"}
+    named_twice = {"chosen": f"{head} e\n\nAssistant: g", "rejected": f"{head} f"}
+    other_head = {"chosen": f"{head} e", "rejected": f"{head.replace('c', 'x')} f"}
+    result = readers.read(
+        jsonl(tmp_path, {"chosen": f"{head} e", "rejected": f"{head} f"}, tie, named_twice, other_head), "hh"
+    )
+    prompt = [user("a\nb"), assistant("c"), user("d")]
+    assert result.records == [Preference(prompt, "e", "f"), Preference(prompt, "e\n\ng", "f")]
+    assert result.skipped == {"identical answers": 1}
+    assert [(line.line, line.reason) for line in result.bad] == [(4, "the two dialogues differ before the last turn")]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "reason"),
+    [
+        ("Assistant: b", "'chosen' does not begin with a Human's turn"),
+        ("\n\nAssistant: b", "the turns do not go user, assistant, user, ..."),
+        ("\n\nHuman: a\n\nAssistant: ", "chosen[1]: 'content' is empty"),
+        ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c", "the two dialogues differ before the last turn"),
+    ],
+)
+def test_bad_hh(tmp_path: Path, chosen: str, reason: str) -> None:
+    rejected = "\n\nHuman: a\n\nAssistant: c"
+    good = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": rejected}
+    result = readers.read(jsonl(tmp_path, good, {"chosen": chosen, "rejected": rejected}), "hh")
+    assert [line.reason for line in result.bad] == [reason]
+
+
+def test_alpaca_in_a_json_list(tmp_path: Path) -> None:
+    path = tmp_path / "alpaca.json"
+    path.write_text(
+        json.dumps([{"instruction": "a", "input": "b", "output": "c"}, {"instruction": "d", "output": "e"}])
+    )
+    assert readers.read(path, "alpaca").records == [
+        {"messages": [user("a\n\nb"), assistant("c")]},
+        {"messages": [user("d"), assistant("e")]},
+    ]
+
+
+def tree() -> dict[str, Any]:
+    """a -> (b1, rank 1, which goes on to d), (b0, rank 0, which goes on to c), (deleted), (b2, unranked)."""
+
+    def node(text: str, role: str, rank: int | None = None, *replies: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return {"text": text, "role": role, "rank": rank, "replies": list(replies), **more}
+
+    return {
+        "message_tree_id": "t",
+        "prompt": node(
+            "a",
+            "prompter",
+            None,
+            node("b2", "assistant"),
+            node("b1", "assistant", 1, node("d", "prompter", None, node("e", "assistant", 0))),
+            node("b0", "assistant", 0, node("c", "prompter")),
+            node("gone", "assistant", 2, deleted=True),
+            node("spam", "assistant", 3, review_result=False),
+        ),
+    }
+
+
+def test_oasst_follows_the_best_ranked_replies_to_an_answer(tmp_path: Path) -> None:
+    result = readers.read(jsonl(tmp_path, tree()), "oasst")
+    assert result.records == [{"messages": [user("a"), assistant("b0")], "id": "t"}]
+    alone = {"message_tree_id": "u", "prompt": {"text": "a", "role": "prompter", "replies": []}}
+    assert readers.read(jsonl(tmp_path, alone), "oasst").skipped == {"no answer in the tree": 1}
+
+
+def test_oasst_preferences_are_ranked_siblings(tmp_path: Path) -> None:
+    records = readers.read(jsonl(tmp_path, tree()), "oasst_preferences").records
+    assert records == [Preference([user("a")], "b0", "b1")]
+
+
+def test_pku(tmp_path: Path) -> None:
+    row = {
+        "prompt": "a",
+        "response_0": "b",
+        "response_1": "c",
+        "is_response_0_safe": True,
+        "is_response_1_safe": False,
+        "better_response_id": 1,
+        "safer_response_id": 0,
+    }
+    path = jsonl(tmp_path, row, {**row, "better_response_id": 2})
+    result = readers.read(path, "pku")
+    assert result.records == [Preference([user("a")], "c", "b", chosen_is_safe=False, rejected_is_safe=True)]
+    assert [line.reason for line in result.bad] == ["'better_response_id' is 2, neither 0 nor 1"]
+    (safer, _) = readers.read(path, "pku_safety").records
+    assert safer == Preference([user("a")], "b", "c", chosen_is_safe=True, rejected_is_safe=False, domain="safety")
+    assert safer.safety_label == "chosen_safe_rejected_unsafe"
+
+
+@pytest.mark.formats
+def test_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    parquet.write_table(pyarrow.Table.from_pylist([PAIR, PAIR]), tmp_path / "x.parquet")
+    assert (
+        readers.read(tmp_path / "x.parquet", "preferences").records
+        == [Preference([user("Hello?")], "Hello.", "No.")] * 2
+    )
+
+
+clean = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: text.strip())
+
+
+@given(st.lists(st.tuples(clean, clean), min_size=1, max_size=3), clean)
+def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory, turns: Any, rejected: str) -> None:
+    path = tmp_path_factory.mktemp("records") / "x.jsonl.gz"
+    dialog = [message for question, answer in turns for message in (user(question), assistant(answer))]
+    readers.write_jsonl(path, [dialog])
+    assert readers.read(path, "dialogs").records == [{"messages": dialog}]
+    preference = Preference(dialog[:-1], turns[-1][1], rejected + "!", "better", None, True, None, provenance={"id": 1})
+    readers.write_jsonl(path, [preference])
+    result = readers.read(path, "preferences")
+    assert result.records == [preference] or result.skipped
+    assert readers.from_record(readers.to_record(preference)) == preference or result.skipped
+    first = path.read_bytes()
+    readers.write_jsonl(path, [preference])
+    assert path.read_bytes() == first
+
+
+def test_from_record_says_what_is_wrong() -> None:
+    assert readers.from_record(GOOD) == GOOD
+    with pytest.raises(DataError, match="'messages' is missing"):
+        readers.from_record({})
+    with pytest.raises(DataError, match="identical answers"):
+        readers.from_record({**PAIR, "rejected": PAIR["chosen"]})
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    ("format", "file", "records", "bad", "skipped"),
+    [
+        ("hh", "preferences/hh_rlhf/helpful-base.test.jsonl.gz", 361, 3, 0),
+        ("hh", "preferences/hh_rlhf/helpful-base.train.jsonl.gz", 1640, 1, 2),
+        ("hh", "preferences/hh_rlhf/harmless-base.test.jsonl.gz", 367, 1, 0),
+        ("hh", "preferences/hh_rlhf/harmless-base.train.jsonl.gz", 1598, 3, 0),
+        ("hh", "preferences/hh_rlhf/helpful-online.test.jsonl.gz", 160, 0, 0),
+        ("hh", "preferences/hh_rlhf/helpful-online.train.jsonl.gz", 809, 4, 2),
+        ("hh", "preferences/hh_rlhf/helpful-rejection-sampled.test.jsonl.gz", 409, 0, 8),
+        ("hh", "preferences/hh_rlhf/helpful-rejection-sampled.train.jsonl.gz", 1905, 0, 17),
+        ("alpaca", "instruct/alpaca_5000.jsonl.gz", 4279, 1, 0),
+        ("oasst", "preferences/oasst2_en_trees_sample.jsonl.gz", 39, 0, 0),
+        ("oasst_preferences", "preferences/oasst2_en_trees_sample.jsonl.gz", 228, 0, 0),
+        ("jsonl_text", "pretrain/tinystories_sample.jsonl.gz", 1960, 0, 0),
+    ],
+)
+def test_real_files(shared: Path, format: str, file: str, records: int, bad: int, skipped: int) -> None:
+    result = readers.read(shared / "data" / file, format)
+    assert (len(result.records), len(result.bad), result.skipped.total()) == (records, bad, skipped)

@@ -1,0 +1,218 @@
+"""Hugging Face folders: written whole, read back exactly, and refused with a name and a reason."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from puna import parallel
+from puna.config import ConfigError, DataError
+from puna.formats import huggingface
+from puna.model.reward import RewardModel
+from puna.model.transformer import ModelConfig, Transformer
+from puna.text import tokenizer as tokenizers
+from puna.text.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.formats
+
+TINY = ModelConfig(16, 2, 4, 2, 300, 24, max_seq_len=16, rope_theta=5000.0)
+TOKENS = torch.arange(20).view(2, 10)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    text = "the puna is high, the llama is calm, the herder is patient and the grass is short. " * 3
+    return tokenizers.train([text, "qwertzuiopasdfghjklyxcvbnm"], 290, tmp_path_factory.mktemp("tokenizer"))
+
+
+def equal(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_round_trip(tie: bool, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = Transformer(ModelConfig(16, 2, 4, 2, 300, 24, max_seq_len=16, tie_embeddings=tie))
+    provenance = {"stage": "sft", "step": 3, "parents": ["pretrain/model"]}
+    huggingface.save_model(model, tokenizer, tmp_path / "deep/model", provenance=provenance)
+    again = huggingface.load_model(tmp_path / "deep/model")
+    assert again.config == model.config
+    assert equal(again, model)
+    assert (again.output.weight is again.tok_embeddings.weight) == tie
+    assert torch.equal(again(TOKENS), model(TOKENS))
+    assert all(parameter.requires_grad for parameter in again.parameters())
+    assert json.loads((tmp_path / "deep/model/puna.json").read_text()) == provenance
+    assert tokenizers.load(tmp_path / "deep/model").sha256 == tokenizer.sha256
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model"]
+
+
+def test_reward_round_trip(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = RewardModel(Transformer(TINY))
+    huggingface.save_reward_model(model, tokenizer, tmp_path / "model")
+    again = huggingface.load_reward_model(tmp_path / "model")
+    assert equal(again, model)
+    assert torch.equal(again(TOKENS, torch.tensor([10, 4])), model(TOKENS, torch.tensor([10, 4])))
+
+
+def test_an_older_folder_is_replaced(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = Transformer(TINY)
+        huggingface.save_model(model, tokenizer, tmp_path / "model")
+        (tmp_path / "model" / "stray").touch()
+    assert equal(huggingface.load_model(tmp_path / "model"), model)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_failed_write_leaves_the_older_one(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Transformer(TINY)
+    huggingface.save_model(model, tokenizer, tmp_path / "model")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        huggingface.save_model(Transformer(TINY), tokenizer, tmp_path / "model")
+    assert equal(huggingface.load_model(tmp_path / "model"), model)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_several_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = Transformer(TINY)
+    huggingface.save_model(model, tokenizer, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)
+    names = sorted(tensors)
+    files = {"model-00001-of-00002.safetensors": names[:5], "model-00002-of-00002.safetensors": names[5:]}
+    for file, held in files.items():
+        safetensors.torch.save_file({name: tensors[name] for name in held}, tmp_path / file)
+    index = {"weight_map": {name: file for file, held in files.items() for name in held}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model.safetensors").unlink()
+    assert equal(huggingface.load_model(tmp_path), model)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"model-00002-of-00002\.safetensors: no such file"):
+        huggingface.load_model(tmp_path)
+    index["weight_map"]["lm_head.weight"] = "../model.safetensors"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="no such file"):
+        huggingface.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 4, 1000, -1])
+def test_a_truncated_file_is_named(size: int, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:size])
+    with pytest.raises(DataError, match=r"model\.safetensors: truncated or damaged"):
+        huggingface.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"hidden_act": "gelu"},
+        {"head_dim": 8},
+        {"quantization_config": {"bits": 4}},
+    ],
+)
+def test_what_llama_2_has_not_is_refused(changes: dict[str, Any], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)
+    edit_config(tmp_path, **changes)
+    (key,) = changes
+    with pytest.raises(ConfigError, match=rf"config\.json: (rope_scaling|{key}) .*not supported"):
+        huggingface.load_model(tmp_path)
+
+
+def test_another_architecture_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM.*expected LlamaForSequenceClassification"):
+        huggingface.load_reward_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 16}')
+    with pytest.raises(ConfigError, match=r"intermediate_size, .*vocab_size is missing"):
+        huggingface.load_model(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"config\.json: not JSON"):
+        huggingface.load_model(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        huggingface.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("lm_head.weight"), r"output\.weight is missing"),
+        (lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), r"norm\.weight has shape \(3,\)"),
+        (
+            lambda tensors: tensors.update({"model.layers.2.mlp.up_proj.weight": torch.ones(1)}),
+            "no tensor of a 2-layer",
+        ),
+        (lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(1)}), "q_proj.bias is no"),
+    ],
+)
+def test_wrong_tensors_are_named(
+    change: Callable[[dict[str, torch.Tensor]], Any], message: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match=message):
+        huggingface.load_model(tmp_path)
+
+
+def test_a_reward_has_one_label(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    huggingface.save_reward_model(RewardModel(Transformer(TINY)), tokenizer, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    safetensors.torch.save_file(tensors | {"score.weight": torch.zeros(2, 16)}, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="one label"):
+        huggingface.load_reward_model(tmp_path)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="290 ids, the model only 32"):
+        huggingface.save_model(Transformer(ModelConfig(16, 2, 4, 2, 32, 24)), tokenizer, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_permutations_undo_each_other() -> None:
+    rows = torch.arange(8.0)[:, None]  # Two heads of four numbers.
+    assert huggingface.to_half_split(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert huggingface.to_interleaved(huggingface.to_half_split(rows, 2), 2).equal(rows)
+
+
+def _save_sharded(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = parallel.shard(Transformer(TINY))
+    huggingface.save_model(model, tokenizers.load(Path(folder)), Path(folder) / "model")
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_a_sharded_model_is_gathered(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    mp.spawn(_save_sharded, (str(tmp_path),), nprocs=2)
+    torch.manual_seed(0)
+    assert equal(huggingface.load_model(tmp_path / "model"), Transformer(TINY))

@@ -1,0 +1,211 @@
+"""Recipes and flags: what is accepted, which wins, and what each mistake says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from puna import config
+from puna.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimizer's numbers."""
+
+    lr: float = 1e-3
+    """peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    fused: bool = True
+
+
+@dataclass(frozen=True)
+class Config:
+    """A stage's config."""
+
+    data: tuple[Path, ...]
+    """the files to train on."""
+    kind: Literal["large", "small"] = "small"
+    steps: int = 10
+    limit: int | None = None
+    smoke: bool = False
+    max_len: int = 256
+    shares: dict[str, float] = field(default_factory=dict)
+    optim: Optim = field(default_factory=lambda: Optim(lr=5e-3))
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}: it must be at least 1")
+
+
+def recipe(folder: Path, text: str, name: str = "x.toml") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def load(*argv: str, section: str | None = "sft") -> Config:
+    return config.load(Config, list(argv), section)
+
+
+def test_a_recipe_alone(tmp_path: Path) -> None:
+    path = recipe(tmp_path, '[sft]\ndata = ["a", "b"]\noptim.betas = [0, 1]\nshares.x = 1\n')
+    loaded = load(path)
+    assert loaded == Config(data=(Path("a"), Path("b")), shares={"x": 1.0}, optim=Optim(lr=5e-3, betas=(0.0, 1.0)))
+    assert type(loaded.optim.betas[0]) is float
+
+
+def test_flags_alone() -> None:
+    argv = "--data a b --kind large --optim.lr 1e-5 --smoke --limit 3 --max-len 7 --optim.no-fused".split()
+    optim = Optim(lr=1e-5, fused=False)
+    assert load(*argv) == Config((Path("a"), Path("b")), "large", limit=3, smoke=True, max_len=7, optim=optim)
+
+
+def test_a_flag_outdoes_the_recipe_and_the_later_flag_the_earlier(tmp_path: Path) -> None:
+    path = recipe(tmp_path, '[sft]\ndata = ["a"]\nsteps = 3\noptim.lr = 1.0\noptim.betas = [0.1, 0.2]\nsmoke = true\n')
+    loaded = load(path, "--steps", "4", "--steps", "5", "--optim.lr=2", "--no-smoke")
+    assert loaded == Config((Path("a"),), steps=5, optim=Optim(lr=2.0, betas=(0.1, 0.2)))
+
+
+def test_flags_and_recipe_mean_the_same(tmp_path: Path) -> None:
+    path = recipe(tmp_path, '[sft]\ndata = ["a"]\nkind = "large"\nlimit = 3\noptim.lr = 1e-5\noptim.fused = false\n')
+    flags = "--data a --kind large --limit 3 --optim.lr 1e-5 --optim.no-fused".split()
+    assert load(path) == load(*flags) == load(path, "--steps", "10")
+
+
+def test_required_values_may_come_from_flags(tmp_path: Path) -> None:
+    assert load(recipe(tmp_path, "[sft]\nsteps = 3\n"), "--data", "a").steps == 3
+
+
+def test_underscores_in_flags() -> None:
+    assert load("--data", "a", "--max_len", "3", "--optim.no_fused").max_len == 3
+
+
+def test_sections(tmp_path: Path) -> None:
+    path = recipe(tmp_path, 'data = ["whole"]\n', "whole.toml")
+    assert load(path, section=None).data == (Path("whole"),)
+    path = recipe(tmp_path, '[v1.reward]\ndata = ["inner"]\n')
+    assert load(path, section="v1.reward").data == (Path("inner"),)
+
+
+def test_a_saved_config_is_a_recipe(tmp_path: Path) -> None:
+    cfg = Config((Path("a"),), limit=None, shares={"x": 0.5}, optim=Optim(lr=1e-5))
+    config.save(cfg, tmp_path / "run" / "config.json")
+    path = str(tmp_path / "run" / "config.json")
+    assert load(path) == load(path, section=None) == load(path, "--max-len", "256") == cfg
+    assert load(path, "--limit", "3").limit == 3
+    assert json.loads(Path(path).read_text()) == config.to_dict(cfg)
+    whole = recipe(tmp_path, json.dumps({"seed": 0, "sft": config.to_dict(cfg)}), "whole.json")
+    assert load(whole) == cfg
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("optim.learning_rat = 1", "unknown key 'optim.learning_rat' in [sft]; did you mean 'optim.lr'?"),
+        ("maxlen = 1", "unknown key 'maxlen' in [sft]; did you mean 'max_len'?"),
+        ("optim = 1", "unknown key 'optim' in [sft]; did you mean 'optim.lr'?"),
+        ("steps.a = 1", "key 'steps' in [sft] must be int, not {'a': 1}"),
+        ('optim.lr = "fast"', "key 'optim.lr' in [sft] must be float, not 'fast'"),
+        ("steps = 1.0", "key 'steps' in [sft] must be int, not 1.0"),
+        ("steps = true", "key 'steps' in [sft] must be int, not True"),
+        ("smoke = 1", "key 'smoke' in [sft] must be bool, not 1"),
+        ('kind = "medium"', "key 'kind' in [sft] must be one of 'large', 'small', not 'medium'"),
+        ("optim.betas = [1]", "key 'optim.betas' in [sft] must be tuple[float, float], not [1]"),
+        ('data = "a"', "key 'data' in [sft] must be tuple[Path, ...], not 'a'"),
+        ('limit = "3"', "key 'limit' in [sft] must be int | None, not '3'"),
+        ("", "missing key 'data' in [sft]: it has no default"),
+    ],
+)
+def test_mistakes_in_a_recipe(tmp_path: Path, text: str, message: str) -> None:
+    path = recipe(tmp_path, f"[sft]\n{text}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert str(caught.value) == f"{path}: {message}"
+    if text:
+        with pytest.raises(ConfigError) as caught:  # the same complaint where flags follow
+            load(path, "--steps", "3")
+        assert str(caught.value) == f"{path}: {message}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--optim.learning_rat 1", "unknown flag --optim.learning_rat; did you mean --optim.lr?"),
+        ("--optim.learning_rat=1", "unknown flag --optim.learning_rat; did you mean --optim.lr?"),
+        ("--optim.l 1", "unknown flag --optim.l; did you mean --optim.lr?"),
+        ("--no-steps", "unknown flag --no-steps; did you mean --steps?"),
+        ("--optim.lr fast", "Error parsing --optim.lr: could not convert string to float: 'fast'"),
+        ("--kind medium", "invalid choice 'medium' for argument '--kind'. Expected one of ('large', 'small')."),
+        ("--steps", "Missing value for argument '--steps'. Expected 1 values."),
+        ("--steps 0", "steps is 0: it must be at least 1"),
+    ],
+)
+def test_mistakes_in_flags(flags: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("--data", "a", *flags.split())
+    assert str(caught.value) == message
+
+
+def test_a_missing_flag() -> None:
+    with pytest.raises(ConfigError, match="missing --data"):
+        load()
+    with pytest.raises(ConfigError, match="--data"):
+        load("--steps", "3")
+
+
+def test_mistakes_in_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such recipe: "):
+        load(str(tmp_path / "none.toml"))
+    with pytest.raises(ConfigError, match="is a folder"):
+        load(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"x\.toml: Invalid value \(at line 2, column 5\)"):
+        load(recipe(tmp_path, "a = 3\nb = = 4\n"))
+    with pytest.raises(ConfigError, match=r"x\.json, line 2: Expecting"):
+        load(recipe(tmp_path, '{"a":\n]', "x.json"))
+    with pytest.raises(ConfigError, match="not a list"):
+        load(recipe(tmp_path, "[]", "x.json"))
+    with pytest.raises(ConfigError, match=r"no table \[sft\]; tables there: \[stf\], \[reward\]"):
+        load(recipe(tmp_path, "seed = 1\n[stf]\n[reward]\n"))
+
+
+def test_help_shows_the_fields_docstrings_and_the_recipes_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        load(recipe(tmp_path, "[sft]\nsteps = 4321\n"), "--help")
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert "peak learning rate." in out and "the files to train on." in out and "4321" in out
+
+
+def test_from_dict_is_strict() -> None:
+    assert config.from_dict(Config, {"data": ["a"], "optim": {"lr": 1}}).optim.lr == 1.0
+    with pytest.raises(ConfigError, match=r"^unknown key 'optim\.rl'; did you mean 'optim\.lr'\?$"):
+        config.from_dict(Config, {"data": ["a"], "optim": {"rl": 1}})
+
+
+def test_a_recipe_alone_needs_no_tyro(tmp_path: Path) -> None:
+    path = recipe(tmp_path, "steps = 3\n")
+    program = f"""
+import sys
+sys.modules["tyro"] = None
+from dataclasses import dataclass
+from puna import config
+@dataclass(frozen=True)
+class C:
+    steps: int = 1
+assert config.load(C, [{path!r}], None).steps == 3
+try:
+    config.load(C, ["--steps", "3"], None)
+except config.ConfigError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("flags need the package tyro")
