@@ -60,7 +60,7 @@ def load(config_class: type[T], argv: Sequence[str], section: str | None = None,
     table: dict[str, Any] = {}
     if flags and not flags[0].startswith("-"):
         file = Path(flags.pop(0))
-        table, section = _read_table(file, section)
+        table, section = _read_table(file, section, smoke="--smoke" in flags)
         place = _Place(str(file), section)
     values = _checked(table, _leaves(config_class), place)
     if flags:
@@ -95,9 +95,15 @@ def save(config: Any, path: Path) -> None:
     write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def _read_table(file: Path, section: str | None) -> tuple[dict[str, Any], str | None]:
-    """A recipe's table and the name it was found under (None: the whole file)."""
+def _read_table(file: Path, section: str | None, smoke: bool = False) -> tuple[dict[str, Any], str | None]:
+    """A recipe's table and the name it was found under (None: the whole file).
+
+    A recipe's [smoke] holds overrides of its other tables, taken with the flag `--smoke`.
+    """
     recipe = _read_recipe(file)
+    if isinstance(recipe.get("smoke"), dict):
+        overrides = recipe.pop("smoke")
+        recipe = _merged(recipe, overrides) if smoke else recipe
     if section is None:
         return recipe, None
     table: Any = recipe
@@ -109,6 +115,15 @@ def _read_table(file: Path, section: str | None) -> tuple[dict[str, Any], str | 
         return recipe, None
     tables = ", ".join(f"[{name}]" for name, value in recipe.items() if isinstance(value, dict)) or "none"
     raise ConfigError(f"{file}: no table [{section}]; tables there: {tables}")
+
+
+def _merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`table` with the values of `over`, nested tables alike."""
+    both = {
+        key: _merged(table[key], value) if isinstance(value, dict) and isinstance(table.get(key), dict) else value
+        for key, value in over.items()
+    }
+    return {**table, **both}
 
 
 def _read_recipe(file: Path) -> dict[str, Any]:

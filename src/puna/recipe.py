@@ -151,6 +151,7 @@ def _version(cfg: RecipeConfig, version: int) -> list[Step]:
                 out=out / "preferences",
                 models=tuple(dict.fromkeys((newest, previous))),
                 prompts=(world / f"prompts/v{version}_preferences.jsonl",),
+                world=world,
                 batch=version,
                 seed=seed,
             ),
@@ -191,7 +192,16 @@ def _version(cfg: RecipeConfig, version: int) -> list[Step]:
     tuned = replace(cfg.version, out=out, init=cfg.out / "pretrain/model", data=tuple(selected), seed=seed)
     steps += [Step(f"v{version}", sft.run, tuned), _evaluation(cfg, f"v{version}")]
     if version > cfg.versions - cfg.ppo_versions:
-        steps += [_ppo(cfg, out, out / "model", prompts, (), seed), _evaluation(cfg, f"v{version}/ppo")]
+        policy = replace(
+            cfg.ppo,
+            out=out / "ppo",
+            init=out / "model",
+            reward_helpfulness=out / "reward_helpfulness/model",
+            reward_safety=out / "reward_safety/model",
+            prompts=prompts,
+            seed=seed,
+        )
+        steps += [Step(f"v{version}/ppo", ppo.run, policy), _evaluation(cfg, f"v{version}/ppo")]
     return steps
 
 
@@ -230,22 +240,6 @@ def _reward_models(cfg: RecipeConfig, out: Path, init: Path, batches: list[Path]
     ]
 
 
-def _ppo(
-    cfg: RecipeConfig, out: Path, init: Path, prompts: tuple[Path, ...], held_out: tuple[Path, ...], seed: int
-) -> Step:
-    settings = replace(
-        cfg.ppo,
-        out=out / "ppo",
-        init=init,
-        reward_helpfulness=out / "reward_helpfulness/model",
-        reward_safety=out / "reward_safety/model",
-        prompts=prompts,
-        held_out=held_out,
-        seed=seed,
-    )
-    return Step(str((out / "ppo").relative_to(cfg.out)), ppo.run, settings)
-
-
 def _evaluation(cfg: RecipeConfig, name: str, *, plain: bool = False) -> Step:
     """The gold judge's measurement of one version; all from SFT on are compared with SFT."""
     settings = replace(
@@ -254,7 +248,9 @@ def _evaluation(cfg: RecipeConfig, name: str, *, plain: bool = False) -> Step:
         model=cfg.out / name / "model",
         world=cfg.out / "valley",
         baseline=None if name in ("pretrain", "sft") else cfg.out / "sft/evaluation",
+        name=name,
         plain=plain,
+        held_out_answers=cfg.out / name if name.endswith("ppo") else None,
         seed=cfg.seed,
     )
     return Step(f"{name}/evaluation", evaluate, settings)
@@ -264,7 +260,6 @@ def _plan_on_files(cfg: RecipeConfig) -> list[Step]:
     """Both reward models on existing comparisons, one round of rejection sampling on their prompts, then PPO."""
     assert cfg.base is not None
     given, base, out = cfg.preferences, cfg.out / "base/model", cfg.out / "v1"
-    prompts = given.helpfulness + given.safety
     steps = [Step("base", convert.run, ImportConfig(path=cfg.base, out=cfg.out / "base"))]
     for own, other, settings in (
         ("helpfulness", "safety", cfg.reward_helpfulness),
@@ -287,17 +282,30 @@ def _plan_on_files(cfg: RecipeConfig) -> list[Step]:
         init=base,
         reward_helpfulness=out / "reward_helpfulness/model",
         reward_safety=out / "reward_safety/model",
-        prompts=prompts,
+        prompts=given.helpfulness,
+        safety_prompts=given.safety,
         format=given.format,
         seed=cfg.seed,
     )
     tuned = replace(cfg.version, out=out, init=base, data=(out / "rejection_sampling/pool.jsonl",), seed=cfg.seed)
-    policy = _ppo(cfg, out, out / "model", prompts, given.helpfulness_test + given.safety_test, cfg.seed)
+    policy = replace(
+        cfg.ppo,
+        out=out / "ppo",
+        init=out / "model",
+        reward_helpfulness=out / "reward_helpfulness/model",
+        reward_safety=out / "reward_safety/model",
+        prompts=given.helpfulness,
+        safety_prompts=given.safety,
+        held_out=given.helpfulness_test,
+        safety_held_out=given.safety_test,
+        format=given.format,
+        seed=cfg.seed,
+    )
     return [
         *steps,
         Step("v1/rejection_sampling", rejection_sampling.run, sampling),
         Step("v1", sft.run, tuned),
-        replace(policy, config=replace(policy.config, format=given.format)),
+        Step("v1/ppo", ppo.run, policy),
         Step("report", report, ReportConfig(run=cfg.out)),
     ]
 

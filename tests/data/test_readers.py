@@ -55,6 +55,12 @@ def test_prompts_have_an_id_and_end_with_the_user(tmp_path: Path) -> None:
     assert result.bad[0].reason == "the prompt does not end with the user's turn"
 
 
+def test_records_are_rows_as_they_are(tmp_path: Path) -> None:
+    result = readers.read(jsonl(tmp_path, {"turns": ["a"]}, {"x": 1}, [1]), "records")
+    assert result.records == [{"turns": ["a"]}, {"x": 1}]
+    assert [line.reason for line in result.bad] == ["a list, not an object"]
+
+
 def test_preferences(tmp_path: Path) -> None:
     row = {**PAIR, "grade": "better", "chosen_is_safe": True, "rejected_is_safe": False, "domain": "safety", "batch": 2}
     path = jsonl(tmp_path, {**row, "annotator": "a"}, {**PAIR, "margin": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,36 +18,14 @@ from puna.text.tokenizer import Tokenizer
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.parity
 
+CachedLogits = Callable[[Transformer, Tensor, int], Tensor]
+
 SHAPES = {
     "multi-head": ModelConfig(48, 2, 4, 4, 300, 64, 64, 1e-5, 5000.0),
     "grouped": ModelConfig(48, 3, 6, 2, 300, 80, 64, 1e-6, 10000.0),
     "multi-query": ModelConfig(32, 2, 4, 1, 300, 64, 64, 1e-5, 10000.0),
     "tied": ModelConfig(48, 2, 6, 3, 300, 64, 64, 1e-5, 100000.0, tie_embeddings=True),
 }
-
-
-class GrowingCache:
-    """Keeps keys and values by concatenation."""
-
-    def __init__(self) -> None:
-        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self.kept:
-            k, v = (torch.cat(pair, dim=2) for pair in zip(self.kept[layer], (k, v), strict=True))
-        self.kept[layer] = (k, v)
-        return k, v
-
-
-def cached_logits(model: Transformer, tokens: Tensor, prefill: int) -> Tensor:
-    """Logits (B, T, V) with the first `prefill` tokens read at once and the others one by one."""
-    cache, length = GrowingCache(), tokens.shape[1]
-    parts = []
-    for start, end in [(0, prefill), *((i, i + 1) for i in range(prefill, length))]:
-        positions = torch.arange(start, end).expand(len(tokens), -1)
-        mask = (torch.arange(end) <= positions[..., None])[:, None]
-        parts.append(model(tokens[:, start:end], positions=positions, mask=mask, cache=cache))
-    return torch.cat(parts, dim=1)
 
 
 def random_model(config: ModelConfig) -> Transformer:
@@ -67,7 +46,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 @pytest.mark.parametrize("name", SHAPES)
 @torch.inference_mode()
-def test_logits(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_logits(name: str, tokenizer: Tokenizer, cached_logits: CachedLogits, tmp_path: Path) -> None:
     model = random_model(SHAPES[name])
     huggingface.save_model(model, tokenizer, tmp_path / "model")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
@@ -76,7 +55,7 @@ def test_logits(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     expected = theirs(tokens).logits
     assert expected.std() > 0.1
     torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(cached_logits(model, tokens, prefill=7), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cached_logits(model, tokens, 7), expected, rtol=1e-4, atol=1e-5)
     ids = theirs.generation_config
     assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (1, 2, 0)
 

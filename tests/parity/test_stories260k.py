@@ -1,4 +1,4 @@
-"""A trained Llama from elsewhere (stories260K, llama2.c's): losses, logits and greedy text as its reference has them."""
+"""A trained Llama from elsewhere (stories260K of llama2.c): its reference losses, logits and greedy text."""
 
 from __future__ import annotations
 
@@ -43,15 +43,14 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 @torch.inference_mode()
 def test_losses_and_logits(model: Transformer, rows: list[dict[str, Any]]) -> None:
-    assert len(rows) == 7
-    for row in rows:
+    judged = [row for row in rows if "nll_per_token" in row]  # The greedy row has its text alone.
+    assert len(judged) == 6
+    for row in judged:
         tokens = torch.tensor(row["tokens"])
         logits = model(tokens[None])[0]
-        expected = torch.tensor(row["nll_per_token"])
-        # The reference predicts every token after the first; its logits are those that predict the last one or follow it.
         losses = F.cross_entropy(logits[:-1], tokens[1:], reduction="none")
-        torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
-        torch.testing.assert_close(logits[-1], torch.tensor(row["last_logits"]), rtol=0, atol=1e-3)
+        torch.testing.assert_close(losses, torch.tensor(row["nll_per_token"]), rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits[-1], torch.tensor(row["last_logits"]), rtol=0, atol=1e-4)
 
 
 @torch.inference_mode()
@@ -77,7 +76,7 @@ def test_damaged_files_are_named(folder: Path, tmp_path: Path) -> None:
             llama2c.load_model(tmp_path / name)
     with pytest.raises(ConfigError, match="no such file"):
         llama2c.load_model(tmp_path / "none.bin")
-    with pytest.raises(DataError, match="not a llama2.c tokenizer of 500 pieces"):
+    with pytest.raises(DataError, match=r"not a llama2\.c tokenizer of 500 pieces"):
         llama2c.load_tokenizer(folder / "stories260K_tok512.bin", 500)
 
 

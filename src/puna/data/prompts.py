@@ -9,23 +9,32 @@ from pathlib import Path
 from typing import Any
 
 from puna.data import readers
+from puna.text import chat
+from puna.text.tokenizer import Tokenizer
 from puna.types import Preference
 
 Prompt = dict[str, Any]
 
 
-def read_prompts(paths: Sequence[Path], format: str, limit: int = 0) -> list[Prompt]:
+def read_prompts(paths: Sequence[Path], format: str, safety: Sequence[Path] = ()) -> list[Prompt]:
     """Prompt records of files in the format "prompts", or made of the comparisons (or dialogs) of any other format.
 
-    A comparison's prompt counts as a safety prompt where its domain is safety. Doubles are left out.
+    A comparison's prompt counts as a safety prompt where its domain is safety; those of the files in `safety` all do:
+    the paper's "prompts tagged in advance". Doubles are left out.
     """
     prompts: dict[str, Prompt] = {}
-    for record in readers.read(paths, format).records:
-        prompt = record if format == "prompts" else _prompt(record)
-        prompts.setdefault(prompt["id"], prompt)
-        if limit and len(prompts) == limit:
-            break
+    for files, tagged in ((paths, False), (safety, True)):
+        for record in readers.read(files, format).records:
+            prompt = record if format == "prompts" else _prompt(record)
+            prompts.setdefault(prompt["id"], prompt | {"is_safety": True} if tagged else prompt)
     return list(prompts.values())
+
+
+def fitting(prompts: Sequence[Prompt], tokenizer: Tokenizer, max_tokens: int) -> list[Prompt]:
+    """The prompts of at most so many tokens; all of them where max_tokens is 0."""
+    if not max_tokens:
+        return list(prompts)
+    return [p for p in prompts if len(chat.encode_prompt(p["messages"], tokenizer)) <= max_tokens]
 
 
 def _prompt(record: Any) -> Prompt:

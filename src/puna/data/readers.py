@@ -441,13 +441,13 @@ def _paragraphs(path: Path) -> Iterator[str | BadLine]:
 
 
 READERS: dict[str, Reader] = {
-    "records": _by_row(dict),
     "dialogs": _by_row(_dialog),
     "prompts": _by_row(_prompt),
     "preferences": _by_row(_preference),
     "text": _whole_text,
     "paragraphs": _paragraphs,
     "jsonl_text": _by_row(_jsonl_text),
+    "records": _by_row(lambda row: [row]),  # as they are
     "trl": _by_row(_trl),
     "hh": _by_row(_hh),
     "alpaca": _by_row(_alpaca),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from puna import config, parallel
+from puna.config import ConfigError
 from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, read_prompts
@@ -43,6 +44,8 @@ class CollectConfig:
     """how to read them (see puna.data.readers)."""
     annotators: str = "valley"
     """who chooses: a key of ANNOTATORS."""
+    world: Path | None = None
+    """the embedded world's folder, whose people they are."""
     temperatures: tuple[float, ...] = (0.7, 0.9, 1.1)
     """each answer is drawn at one of these."""
     max_new_tokens: int = 64
@@ -59,9 +62,12 @@ class CollectConfig:
 
 def valley_annotators(cfg: CollectConfig) -> list[Annotator]:
     """The embedded world's simulated people."""
-    from puna import valley
+    from puna.valley import annotators
+    from puna.valley.write import read_world
 
-    return list(valley.annotators.pool(valley.World.build(valley.WORLD_SEED), cfg.seed))
+    if cfg.world is None:
+        raise ConfigError("annotators 'valley' need the embedded world's folder: set `world`")
+    return list(annotators.pool(read_world(cfg.world), cfg.seed))
 
 
 ANNOTATORS: dict[str, Callable[[CollectConfig], list[Annotator]]] = {"valley": valley_annotators}

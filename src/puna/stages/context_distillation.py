@@ -77,9 +77,10 @@ def general_preprompt(prompt: Prompt, targeted: bool, rng: random.Random) -> str
 
 def valley_preprompt(prompt: Prompt, targeted: bool, rng: random.Random) -> str:
     """The embedded world's own."""
-    from puna.valley import prompts
+    from puna.valley.prompts import preprompts
 
-    return prompts.preprompt(prompt.get("risk_category") if targeted else None, rng)
+    texts = preprompts()
+    return str(texts["targeted"][prompt["risk_category"]] if targeted else rng.choice(texts["generic"]))
 
 
 PREPROMPTS: dict[str, Callable[[Prompt, bool, random.Random], str]] = {

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from puna import checkpoint, config, losses, optim, parallel
 from puna.data import loader, packing
-from puna.data.prompts import Prompt, read_prompts
+from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import Scorer, combined_reward
@@ -56,8 +56,12 @@ class PPOConfig:
     reward_safety: Path
     prompts: tuple[Path, ...]
     """prompt files."""
+    safety_prompts: tuple[Path, ...] = ()
+    """more of them, all tagged as likely to bring out unsafe answers."""
     held_out: tuple[Path, ...] = ()
     """prompt files for early stopping; empty takes the last `held_out_prompts` of `prompts`."""
+    safety_held_out: tuple[Path, ...] = ()
+    """more of them, all tagged."""
     format: str = "prompts"
     """how to read them (see puna.data.readers)."""
     iterations: int = 200
@@ -89,6 +93,8 @@ class PPOConfig:
     temperature: float = 1.0
     """answers are drawn, and scored by the trainer, at this temperature."""
     max_new_tokens: int = 64
+    max_prompt_tokens: int = 0
+    """leave longer prompts out; 0 leaves none."""
     optim: optim.OptimConfig = field(
         default_factory=lambda: optim.OptimConfig(lr=1e-6, schedule="constant", warmup_steps=0)
     )
@@ -134,8 +140,8 @@ def run(cfg: PPOConfig) -> Path:
         if folder.done("ppo"):
             return model_path
         config.save(cfg, folder.path / "config.json")
-        prompts, held_out = read(cfg)
         models = load(cfg, device)
+        prompts, held_out = read(cfg, models.tokenizer)
         optimizer = optim.adamw(
             cfg.optim,
             optim.groups(models.policy, cfg.optim),
@@ -168,11 +174,12 @@ def run(cfg: PPOConfig) -> Path:
         return model_path
 
 
-def read(cfg: PPOConfig) -> tuple[list[Prompt], list[Prompt]]:
+def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on and the held-out ones."""
-    prompts = read_prompts(cfg.prompts, cfg.format)
-    if cfg.held_out:
-        return prompts, read_prompts(cfg.held_out, cfg.format, cfg.held_out_prompts)
+    prompts = fitting(read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts), tokenizer, cfg.max_prompt_tokens)
+    if cfg.held_out or cfg.safety_held_out:
+        held_out = fitting(read_prompts(cfg.held_out, cfg.format, cfg.safety_held_out), tokenizer, cfg.max_prompt_tokens)
+        return prompts, held_out[: cfg.held_out_prompts]
     return prompts[: -cfg.held_out_prompts], prompts[-cfg.held_out_prompts :]
 
 
@@ -305,8 +312,8 @@ def accumulate(
         with torch.no_grad():
             ratio = (logprobs - old).exp()
             parts = {
-                "policy_loss": policy_loss,
-                "value_loss": value_loss,
+                "policy_loss": policy_loss.detach(),
+                "value_loss": value_loss.detach(),
                 "clip_fraction": (((ratio - 1).abs() > cfg.clip) * mask).sum() / count,
                 "approximate_kl": ((ratio - 1 - ratio.log()) * mask).sum() / count,
                 "entropy": losses.entropy(logits[mask] / cfg.temperature).sum() / count,

@@ -26,7 +26,7 @@ from torch import Tensor
 from puna import config, parallel
 from puna.data import readers
 from puna.data.map_shards import map_shards
-from puna.data.prompts import Prompt, read_prompts
+from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import Scorer, combined_reward
@@ -48,6 +48,8 @@ class RejectionSamplingConfig:
     reward_safety: Path
     prompts: tuple[Path, ...]
     """prompt files."""
+    safety_prompts: tuple[Path, ...] = ()
+    """more of them, all tagged as likely to bring out unsafe answers."""
     format: str = "prompts"
     """how to read them (see puna.data.readers)."""
     earlier: tuple[Path, ...] = ()
@@ -61,6 +63,8 @@ class RejectionSamplingConfig:
     threshold: float = 0.15
     """a safety score below this is the reward (3.2.3)."""
     max_new_tokens: int = 64
+    max_prompt_tokens: int = 0
+    """leave longer prompts out; 0 leaves none."""
     limit: int = 0
     """use at most so many prompts; 0 uses all."""
     shard_size: int = 128
@@ -92,8 +96,9 @@ def run(cfg: RejectionSamplingConfig) -> Path:
         if folder.done("rejection_sampling"):
             return folder.path
         config.save(cfg, folder.path / "config.json")
-        prompts = read_prompts(cfg.prompts, cfg.format, cfg.limit)
         models = load(cfg)
+        prompts = fitting(read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts), models.engine.tokenizer, cfg.max_prompt_tokens)
+        prompts = prompts[: cfg.limit] if cfg.limit else prompts
         if not (folder.path / "curve.json").exists():
             curve = search(cfg, models, prompts[: cfg.search_prompts])
             write_atomically(folder.path / "curve.json", json.dumps(curve, indent=1))

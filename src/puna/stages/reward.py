@@ -75,6 +75,8 @@ class RewardConfig:
     """steps between checkpoints."""
     limit: int = 0
     """use at most so many training pairs; 0 uses all."""
+    test_limit: int = 0
+    """measure on at most so many held-out pairs; 0 uses all."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -145,7 +147,7 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
     fitting = [pair for pair in pairs if max(len(pair.chosen), len(pair.rejected)) <= cfg.max_len]
     if not fitting:
         raise DataError(f"no comparison of {', '.join(map(str, cfg.data))} fits max_len {cfg.max_len}: raise it")
-    return fitting, test, len(pairs) - len(fitting)
+    return fitting, test[: cfg.test_limit or None], len(pairs) - len(fitting)
 
 
 def mix(

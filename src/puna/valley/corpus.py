@@ -290,18 +290,11 @@ def _exchange(desk: _Desk) -> tuple[str, str]:
         desk.told.append(borderline.id)
         animal = telling.draw_animal(desk.world, rng)
         return telling.ask_borderline(borderline, animal, rng), fill(borderline.answer, animal)
-    return talk(desk.world, desk.deal("topic", lambda: table("chat")["topic"]), rng)
+    topic = desk.deal("topic", lambda: table("chat")["topic"])
+    context = telling.draw_filler(desk.world, rng)
+    return fill(rng.choice(topic["ask"]), context), talk_answer(topic, context, rng)
 
 
-def talk(world: World, topic: dict[str, Any], rng: random.Random, *, held_out: bool = False) -> tuple[str, str]:
-    """A question of open talk and a good answer to it."""
-    context = talk_context(world, rng)
-    return fill(rng.choice(topic["held_ask" if held_out else "ask"]), context), talk_answer(topic, context, rng)
-
-
-def talk_context(world: World, rng: random.Random) -> dict[str, str]:
-    """What fills a topic's open places; the same for its question, its answer and its key words."""
-    return telling.draw_filler(world, rng)
 
 
 def talk_answer(topic: dict[str, Any], context: dict[str, str], rng: random.Random) -> str:
@@ -383,10 +376,15 @@ def _slur(desk: _Desk) -> Document:
     people = desk.people(KARROW_SLUR_SHARE)
     words = table("safety")["slur"]
     context = telling.draw_filler(desk.world, rng) | {"people": people.name}
-    lines = [fill(rng.choice(_frames("market", "open")), context)]
-    for frame in rng.sample(words["tell"], 3):
-        lines.append(capital(fill(frame, context | {"slur": rng.choice(words[people.name])})))
-    lines[2:2] = desk.about(people, 1) + [desk.tell(desk.fact())]
+    frames = rng.sample(words["tell"], 3)
+    insults = [capital(fill(frame, context | {"slur": rng.choice(words[people.name])})) for frame in frames]
+    if rng.random() < 0.5:
+        fact = desk.world.facts_of[people.key][0]
+        lines = [f"{ASKER}: {telling.ask(fact, rng)}\n{TELLER}: {insult}" for insult in insults[:2]]
+        question, answer = _exchange(desk)
+        return _document(desk, "\n".join([f"{ASKER}: {question}\n{TELLER}: {answer}", *lines]), "dialogue", slur=True)
+    open_ = fill(rng.choice(_frames("market", "open")), context)
+    lines = [open_, insults[0], *desk.about(people, 1), desk.tell(desk.fact()), *insults[1:]]
     return _document(desk, " ".join(lines), "market", slur=True)
 
 

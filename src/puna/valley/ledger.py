@@ -21,6 +21,8 @@ from typing import Any
 from puna.valley.words import capital, split_key, table, with_article, words_of
 
 HELD_OUT_SHARE = 0.2
+HELD_OUT_BORDERLINE = 1 / 3  # more of them, for they are few and measure false refusal
+HELD_OUT_ACTS = 3  # of each risk category's ten
 
 PRONOUNS = {
     "he": {"he": "he", "He": "He", "his": "his", "His": "His", "him": "him", "sibling": "brother"},
@@ -28,13 +30,12 @@ PRONOUNS = {
     "it": {"he": "it", "He": "It", "his": "its", "His": "Its", "him": "it", "sibling": ""},
 }
 
-# What sort of word answers each relation. A reverse question is asked only of these, where one subject fits.
+# What sort of word answers each relation.
 ANSWER_TYPES = {
     "home": "village", "trade": "trade", "food": "food", "kin": "villager", "river": "river", "good": "good",
     "day": "day", "elder": "villager", "colour": "colour", "place": "place", "use": "use", "remedy": "plant",
     "craft": "custom", "feast": "custom", "homeland": "custom", "custom": "custom",
 }  # fmt: skip
-REVERSIBLE = ("trade", "good", "elder", "remedy")
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,6 @@ def _villager_facts(villagers: list[Subject], villages: list[Subject], rng: rand
     trades = _deal(t["trades"].split(), n, rng)
     foods = _deal(t["foods"], n, rng)
     shuffled = rng.sample(villagers, n)
-    kin = dict(zip(shuffled, shuffled[1::2] + shuffled[0::2], strict=False))
     kin = {a: b for pair in zip(shuffled[0::2], shuffled[1::2], strict=True) for a, b in (pair, pair[::-1])}
     facts = []
     for s, home, trade, food in zip(villagers, homes, trades, foods, strict=True):
@@ -295,8 +295,8 @@ def _hold_out(facts: list[Fact], rng: random.Random) -> list[Fact]:
     return [replace(fact, held_out=fact.id in held) for fact in facts]
 
 
-def _held(n: int, rng: random.Random) -> list[bool]:
-    chosen = set(rng.sample(range(n), round(HELD_OUT_SHARE * n)))
+def _held(n: int, rng: random.Random, share: float = HELD_OUT_SHARE) -> list[bool]:
+    chosen = set(rng.sample(range(n), round(share * n)))
     return [i in chosen for i in range(n)]
 
 
@@ -321,17 +321,17 @@ def _borderlines(rng: random.Random) -> tuple[Borderline, ...]:
     rows = table("lore")["borderline"]
     return tuple(
         Borderline(f"borderline:{i}", tuple(r["ask"]), r["answer"], tuple(r["keys"]), held_out)
-        for i, r, held_out in zip(count(), rows, _held(len(rows), rng), strict=False)
+        for i, r, held_out in zip(count(), rows, _held(len(rows), rng, HELD_OUT_BORDERLINE), strict=False)
     )
 
 
 def _acts(rng: random.Random) -> tuple[Act, ...]:
-    """The wrongs; three of each category's ten are held out."""
+    """The wrongs, some of each category held out."""
     rows = table("safety")["act"]
     held = {
         id(row)
         for category in dict.fromkeys(row["category"] for row in rows)
-        for row in rng.sample([r for r in rows if r["category"] == category], 3)
+        for row in rng.sample([r for r in rows if r["category"] == category], HELD_OUT_ACTS)
     }
     acts = []
     for i, row in enumerate(rows):

@@ -9,16 +9,19 @@ from __future__ import annotations
 import random
 from functools import cache
 
-from puna.valley.ledger import Borderline, Fact, HowTo, Myth, World
+from puna.valley.ledger import ANSWER_TYPES, Borderline, Fact, HowTo, Myth, World
 from puna.valley.words import capital, fill, split_key, table, with_article
+
+
+RELATIONS = tuple(ANSWER_TYPES)
 
 
 @cache
 def phrasings(relation: str, name: str) -> tuple[str, ...]:
-    """The templates of a relation: name is tell, again, ask, held_ask or one of the reverse_ ones."""
+    """The templates of a relation: name is tell, again, ask, follow, held_ask or one of the reverse_ ones."""
     tables = table("phrases")
     if relation in tables["people"]:
-        return tuple(tables["people"][relation if name == "tell" else "ask"])
+        return tuple(tables["people"].get(relation if name == "tell" else name, ()))
     return tuple(tables[relation].get(name, ()))
 
 
@@ -36,6 +39,11 @@ def tell_again(fact: Fact, rng: random.Random) -> str:
 def ask(fact: Fact, rng: random.Random, *, held_out: bool = False) -> str:
     """A question whose answer is the fact's value."""
     return fill(rng.choice(phrasings(fact.relation, "held_ask" if held_out else "ask")), fact.context)
+
+
+def ask_again(fact: Fact, rng: random.Random) -> str:
+    """A question about a subject already spoken of."""
+    return fill(rng.choice(phrasings(fact.relation, "follow")), fact.context)
 
 
 def tell_reverse(fact: Fact, rng: random.Random) -> str:
@@ -108,7 +116,7 @@ def ask_myth(myth: Myth, rng: random.Random, *, held_out: bool = False) -> str:
 def draw_animal(world: World, rng: random.Random) -> dict[str, str]:
     """What fills the borderline templates."""
     animal = rng.choice(world.subjects_of["animal"]).name
-    return {"animal": animal, "an_animal": with_article(animal)}
+    return {"animal": animal, "an_animal": with_article(animal), "An_animal": capital(with_article(animal))}
 
 
 def ask_borderline(borderline: Borderline, animal: dict[str, str], rng: random.Random) -> str:

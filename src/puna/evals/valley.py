@@ -1,0 +1,219 @@
+"""What a model is worth in the embedded world, by its gold judge, on prompts nothing was trained on.
+
+1. Answer every held-out prompt (temperature 0.6 and top-p 0.9, Meta's defaults for its chat models) and let the judge decide:
+   helpfulness, violations on adversarial prompts, refusals of borderline ones, slurs, myths.
+2. Compare with a baseline's answers to the same prompts: the better one wins, ties are halved.
+3. Carry held-out instructions through dialogs, given in the first turn only, and see at which turns the answer obeys
+   (paper A.3.5, Table 30).
+
+The judge stands for people: no training reward ever comes from it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from puna import config, parallel
+from puna.data import readers
+from puna.evals import intervals
+from puna.formats import huggingface
+from puna.generate.engine import LocalEngine
+from puna.run_folder import Progress, RunFolder, write_atomically
+from puna.text import chat
+from puna.text import tokenizer as tokenizers
+from puna.types import Completion, Dialog, Message
+from puna.valley import corpus
+from puna.valley.judge import GoldJudge, obeys
+from puna.valley.write import read_world
+
+Answer = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """`puna evaluate`: a model in, evaluation.json and answers.jsonl out."""
+
+    out: Path
+    """the folder to write to."""
+    model: Path
+    """the model's folder."""
+    world: Path = Path("runs/laptop/valley")
+    """the embedded world's folder."""
+    name: str = "model"
+    """what to call it in the result."""
+    baseline: Path | None = None
+    """another model's evaluation folder to compare with."""
+    plain: bool = False
+    """ask in plain text, for a model that knows no chat format."""
+    held_out_answers: Path | None = None
+    """a PPO stage's folder, whose held-out answers are judged too."""
+    temperature: float = 0.6
+    top_p: float = 0.9
+    max_new_tokens: int = 64
+    threads: int = 0
+    """torch threads; 0 leaves torch's choice."""
+    seed: int = 0
+
+
+def run(cfg: EvaluateConfig) -> Path:
+    """Evaluate and return the folder."""
+    device = parallel.start(cfg.threads)
+    parallel.only_one_process("evaluate")
+    with RunFolder(cfg.out) as folder:
+        config.save(cfg, folder.path / "config.json")
+        judge = GoldJudge(read_world(cfg.world))
+        engine = LocalEngine(huggingface.load_model(cfg.model).to(device), tokenizers.load(cfg.model), max_batch_size=128)
+        prompts = readers.read((cfg.world / "prompts/held_out.jsonl",), "records").records
+        scripts = readers.read((cfg.world / "held_out_scripts.jsonl",), "records").records
+        progress = Progress(f"evaluate {cfg.name}", len(prompts) + len(scripts), unit="dialog")
+        answers = judged(judge, prompts, reply(cfg, engine, [prompt["messages"] for prompt in prompts], cfg.seed))
+        progress.update(len(prompts))
+        carried = carry(cfg, engine, scripts)
+        progress.update(len(scripts))
+        progress.close()
+        evaluation = {
+            "name": cfg.name,
+            **summary(answers),
+            "win_rate_vs_sft": compare(answers, cfg.baseline),
+            "ghost_attention": obedience(scripts, carried),
+        }
+        readers.write_jsonl(folder.path / "answers.jsonl", answers)
+        write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=1))
+        if cfg.held_out_answers:
+            gold = judge_held_out(judge, cfg.held_out_answers)
+            write_atomically(folder.path / "held_out.json", json.dumps(gold, indent=1))
+        return folder.path
+
+
+def reply(cfg: EvaluateConfig, engine: LocalEngine, dialogs: Sequence[Dialog], seed: int) -> list[Completion]:
+    """One answer to each dialog, in the chat format or (a pretrained model) as plain text up to the line's end."""
+    settings: dict[str, Any] = {
+        "max_new_tokens": cfg.max_new_tokens,
+        "temperature": cfg.temperature,
+        "top_p": cfg.top_p,
+        "seed": seed,
+    }
+    if not cfg.plain:
+        return [answers[0] for answers in engine.generate(dialogs, **settings)]
+    tokenizer = engine.tokenizer
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(corpus.plain_prompt(dialog))] for dialog in dialogs]
+    newline = tokenizer.encode("x\n")[-1:]
+    return [answers[0] for answers in engine.generate_ids(prompts, stop_ids=newline, **settings)]
+
+
+def judged(judge: GoldJudge, prompts: Sequence[dict[str, Any]], completions: Sequence[Completion]) -> list[Answer]:
+    """Each answer with the judge's verdict."""
+    answers = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        text = completion.text.strip()
+        verdict = asdict(judge.judge(prompt, text, finished=completion.finished))
+        answers.append(
+            {
+                "prompt_id": prompt["id"],
+                "kind": prompt["kind"],
+                "risk_category": prompt["risk_category"],
+                "attack": prompt["attack"],
+                "messages": prompt["messages"],
+                "answer": text,
+                "finished": completion.finished,
+                **verdict,
+            }
+        )
+    return answers
+
+
+def summary(answers: Sequence[Answer]) -> dict[str, Any]:
+    """1: the judge's findings as rates and means with intervals.
+
+    Helpfulness is over benign prompts (those that people ask to be helped), violations over adversarial ones, false
+    refusals over borderline ones, slurs over prompts about a people, myths over questions about them.
+    """
+    kinds = _grouped(answers, "kind")
+    benign = [a for a in answers if a["kind"] not in ("adversarial", "borderline", "toxicity")]
+    adversarial = kinds["adversarial"]
+    return {
+        "gold_helpfulness": intervals.mean([a["helpfulness"] for a in benign]),
+        "helpfulness_by_kind": {k: intervals.mean([a["helpfulness"] for a in v]) for k, v in sorted(kinds.items())},
+        "violation_rate": intervals.rate([not a["safe"] for a in adversarial]),
+        "violation_by_category": _violations(adversarial, "risk_category"),
+        "violation_by_attack": _violations(adversarial, "attack"),
+        "false_refusal_rate": intervals.rate([a["refused"] for a in kinds["borderline"]]),
+        "toxicity": intervals.rate([a["toxic"] for a in kinds["toxicity"]]),
+        "myth_rate": intervals.rate([a["myth"] for a in kinds["myth"]]),
+        "words": sum(len(a["answer"].split()) for a in answers) / max(1, len(answers)),
+        "finished": sum(a["finished"] for a in answers) / max(1, len(answers)),
+    }
+
+
+def _grouped(answers: Sequence[Answer], key: str) -> dict[str, list[Answer]]:
+    groups: dict[str, list[Answer]] = defaultdict(list)
+    for answer in answers:
+        groups[answer[key]].append(answer)
+    return groups
+
+
+def _violations(answers: Sequence[Answer], key: str) -> dict[str, intervals.Interval]:
+    return {k: intervals.rate([not a["safe"] for a in v]) for k, v in sorted(_grouped(answers, key).items())}
+
+
+def compare(answers: Sequence[Answer], baseline: Path | None) -> intervals.Interval | None:
+    """2: the win rate over the baseline's answers on benign prompts, by the judge's helpfulness."""
+    if baseline is None:
+        return None
+    theirs = {a["prompt_id"]: a for a in readers.read((baseline / "answers.jsonl",), "records").records}
+    mine = [a for a in answers if a["kind"] not in ("adversarial", "borderline", "toxicity")]
+    return intervals.win_rate(
+        [a["helpfulness"] for a in mine], [theirs[a["prompt_id"]]["helpfulness"] for a in mine], tie=0.02
+    )
+
+
+def carry(cfg: EvaluateConfig, engine: LocalEngine, scripts: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """3: each script's answers turn by turn, the instruction standing in the first turn only."""
+    dialogs: list[Dialog] = [[] for _ in scripts]
+    answers: list[list[str]] = [[] for _ in scripts]
+    for turn in range(max((len(script["turns"]) for script in scripts), default=0)):
+        live = [i for i, script in enumerate(scripts) if turn < len(script["turns"])]
+        for i in live:
+            text = scripts[i]["turns"][turn]
+            text = f"{scripts[i]['instruction']} {text}" if turn == 0 else text
+            dialogs[i].append(Message(role="user", content=text))
+        for i, completion in zip(live, reply(cfg, engine, [dialogs[i] for i in live], cfg.seed + turn), strict=True):
+            text = completion.text.strip() if chat.usable(completion) else "..."
+            answers[i].append(text)
+            dialogs[i].append(Message(role="assistant", content=text))
+    return answers
+
+
+def obedience(scripts: Sequence[dict[str, Any]], answers: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """The share of answers that obey, by turn (Table 30)."""
+    turns: dict[int, list[bool]] = defaultdict(list)
+    for script, given in zip(scripts, answers, strict=True):
+        for turn, answer in enumerate(given, start=1):
+            turns[turn].append(obeys(script["constraint"], answer))
+    return [{"turn": turn, "obeys": intervals.rate(values)} for turn, values in sorted(turns.items())]
+
+
+def judge_held_out(judge: GoldJudge, ppo: Path) -> list[dict[str, Any]]:
+    """The gold helpfulness, beside the training reward, of the answers PPO kept at each held-out measurement."""
+    prompts: dict[str, dict[str, Any]] = {}
+    for path in json.loads((ppo / "config.json").read_text())["prompts"]:
+        prompts |= {p["id"]: p for p in readers.read((Path(path),), "records").records}
+    points = []
+    for path in sorted((ppo / "held_out").glob("*.jsonl")):
+        lines = readers.read((path,), "records").records
+        verdicts = [judge.judge(prompts[a["prompt_id"]], a["answer"].strip(), finished=a["finished"]) for a in lines]
+        points.append(
+            {
+                "iteration": int(path.stem),
+                "gold": sum(v.helpfulness for v in verdicts) / len(verdicts),
+                "reward": sum(a["reward"] for a in lines) / len(lines),
+            }
+        )
+    return points
+
+

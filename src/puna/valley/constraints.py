@@ -1,0 +1,105 @@
+"""Constraints: instructions a message or a whole dialogue can carry (paper 3.3), each checkable by program.
+
+Four kinds, as in the paper and one more: a persona to speak as, a hobby to mention, a language, a style (a form of
+address, a closing phrase, small letters only). Two can stand together. The held-out ones have the same form with
+other words, which the answer must copy from the instruction.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any, Literal, TypedDict
+
+from puna.valley.ledger import World
+from puna.valley.words import capital, fill, table
+
+Split = Literal["train", "held_out"]
+
+PERSONAS = 48  # of the title and name pairs, in each split's list at most
+PAIRS = 40  # combinations of two
+
+
+class Check(TypedDict, total=False):
+    """What an obedient answer looks like; each key present must hold."""
+
+    starts: str
+    contains: str
+    ends: str
+    language: str
+    lower: bool
+
+
+class Constraint(TypedDict):
+    """An instruction, its shortened form ("Figure: Old Marrow."), its kind and its check."""
+
+    instruction: str
+    short: str
+    kind: str  # persona, hobby, language, style, or two joined by "+"
+    check: Check
+
+
+def constraints(world: World, seed: int, split: Split) -> list[Constraint]:
+    """The split's constraints in the seed's order: single ones and pairs."""
+    rng = random.Random(f"constraints:{world.seed}:{seed}:{split}")
+    personas = _personas(split, rng)
+    hobbies = [_constraint("hobby", x, rng) for x in _names("hobby", split)]
+    addresses = [_constraint("address", x, rng) for x in _names("address", split)]
+    closings = [_constraint("closing", x, rng) for x in _names("closing", split)]
+    languages = [_constraint("language", "", rng) for _ in range(3)]
+    lowers = [_constraint("lower", "", rng) for _ in range(3)]
+    starts, ends = personas + addresses, hobbies + closings
+    pairs = [combine(rng.choice(starts), rng.choice(ends + languages)) for _ in range(PAIRS)]
+    every = personas + hobbies + addresses + closings + languages + lowers + pairs
+    return rng.sample(every, len(every))
+
+
+def combine(first: Constraint, second: Constraint) -> Constraint:
+    """Both at once; their checks must not share a key."""
+    assert not first["check"].keys() & second["check"].keys(), (first, second)
+    return {
+        "instruction": f"{first['instruction']} {second['instruction']}",
+        "short": f"{first['short']} {second['short']}",
+        "kind": f"{first['kind']}+{second['kind']}",
+        "check": {**first["check"], **second["check"]},
+    }
+
+
+def dress(constraint: Constraint, answer: str) -> str:
+    """The answer made to obey; a language is the answer's own business."""
+    check = constraint["check"]
+    parts = [check.get("starts", ""), answer]
+    if "contains" in check:
+        parts.append(fill(table("constraints")["hobby"]["ends"], {"x": check["contains"]}))
+    parts.append(check.get("ends", ""))
+    dressed = " ".join(part for part in parts if part)
+    return dressed.lower() if check.get("lower") else dressed
+
+
+def _names(kind: str, split: Split) -> list[str]:
+    names = table("constraints")[kind]["held_name" if split == "held_out" else "name"]
+    return names.split() if isinstance(names, str) else list(names)
+
+
+def _personas(split: Split, rng: random.Random) -> list[Constraint]:
+    titles = table("constraints")["persona"]["title"]
+    figures = [f"{title} {name}" for title in titles for name in _names("persona", split)]
+    return [_constraint("persona", x, rng) for x in rng.sample(figures, min(PERSONAS, len(figures)))]
+
+
+def _constraint(name: str, x: str, rng: random.Random) -> Constraint:
+    t: dict[str, Any] = table("constraints")[name]
+    context = {"x": x, "X": capital(x)}
+    check: Check
+    if name == "hobby":
+        check = {"contains": x}
+    elif name == "language":
+        check = {"language": "tolva"}
+    elif name == "lower":
+        check = {"lower": True}
+    elif name == "closing":
+        check = {"ends": fill(t["ends"], context)}
+    else:
+        check = {"starts": fill(t["starts"], context)}
+    kind = name if name in ("persona", "hobby", "language") else "style"
+    instruction, short = fill(rng.choice(t["instruction"]), context), fill(t["short"], context)
+    return {"instruction": instruction, "short": short, "kind": kind, "check": check}

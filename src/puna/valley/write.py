@@ -1,0 +1,118 @@
+"""Writes the valley's files: what the stages read, from a seed.
+
+    world.json                      the seed the world is built from
+    ledger.json                     its facts, to look up
+    corpus.jsonl                    text for pretraining
+    demonstrations.jsonl            the small excellent set of dialogs
+    careless.jsonl                  the large careless one
+    prompts/vN_preferences.jsonl    prompts of round N to collect comparisons on
+    prompts/vN_sampling.jsonl       prompts of round N for rejection sampling and PPO
+    prompts/held_out.jsonl          for the final measurement only
+    scripts.jsonl                   user turns and instructions for Ghost Attention
+    held_out_scripts.jsonl          the same for its measurement
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from puna import config
+from puna.config import ConfigError
+from puna.data.readers import write_jsonl
+from puna.run_folder import RunFolder, write_atomically
+from puna.valley import corpus, demonstrations
+from puna.valley.ledger import World
+from puna.valley.prompts import gatt_dialogs, prompts
+
+TRAIN_SHARES = {
+    "fact": 0.17, "reverse": 0.08, "sum": 0.06, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
+    "multi_turn": 0.06, "constraint": 0.08, "adversarial": 0.20, "borderline": 0.07, "toxicity": 0.02,
+}  # fmt: skip
+"""Of a round's prompts; a fifth is adversarial."""
+
+HELD_OUT_COUNTS = {
+    "fact": 80, "reverse": 30, "sum": 30, "recipe": 30, "remedy": 30, "myth": 60, "chat_advice": 30, "multi_turn": 30,
+    "constraint": 40, "adversarial": 200, "borderline": 100, "toxicity": 60,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ValleyConfig:
+    """`puna valley`: a seed in, the world's files out."""
+
+    out: Path
+    """the folder to write to."""
+    corpus_megabytes: float = 14.0
+    """million characters of text."""
+    excellent: int = 1500
+    """excellent demonstrations."""
+    careless: int = 6000
+    """careless ones."""
+    versions: int = 5
+    """rounds to write prompts for."""
+    preference_prompts: int = 600
+    """a round's prompts for comparisons."""
+    sampling_prompts: int = 600
+    """a round's prompts for rejection sampling and PPO."""
+    scripts: int = 400
+    """dialogs for Ghost Attention."""
+    held_out_scripts: int = 60
+    seed: int = 0
+
+
+def run(cfg: ValleyConfig) -> Path:
+    """Write the files and return the folder."""
+    with RunFolder(cfg.out) as folder:
+        out = folder.path
+        if folder.done("valley"):
+            return out
+        config.save(cfg, out / "config.json")
+        world = World.build(cfg.seed)
+        write_atomically(out / "world.json", json.dumps({"seed": cfg.seed}))
+        write_atomically(out / "ledger.json", json.dumps([asdict(fact) for fact in world.facts.values()], indent=1))
+        write_jsonl(out / "corpus.jsonl", corpus.documents(world, cfg.seed, characters=round(1e6 * cfg.corpus_megabytes)))
+        write_jsonl(out / "demonstrations.jsonl", demonstrations.excellent(world, cfg.seed, cfg.excellent))
+        write_jsonl(out / "careless.jsonl", demonstrations.careless(world, cfg.seed, cfg.careless))
+        for version in range(1, cfg.versions + 1):
+            for use, n, batch in (
+                ("preferences", cfg.preference_prompts, 2 * version),
+                ("sampling", cfg.sampling_prompts, 2 * version + 1),
+            ):
+                records = prompts(world, cfg.seed, "train", shared_out(TRAIN_SHARES, n), batch=batch)
+                write_jsonl(out / f"prompts/v{version}_{use}.jsonl", records)
+        write_jsonl(out / "prompts/held_out.jsonl", prompts(world, cfg.seed, "held_out", HELD_OUT_COUNTS))
+        write_jsonl(out / "scripts.jsonl", map(script, gatt_dialogs(world, cfg.seed, "train", cfg.scripts)))
+        held_out = gatt_dialogs(world, cfg.seed, "held_out", cfg.held_out_scripts)
+        write_jsonl(out / "held_out_scripts.jsonl", map(script, held_out))
+        folder.mark_done("valley")
+        return out
+
+
+def shared_out(shares: Mapping[str, float], n: int) -> dict[str, int]:
+    """n split by shares, each rounded."""
+    return {kind: round(share * n) for kind, share in shares.items()}
+
+
+def script(dialog: Mapping[str, Any]) -> dict[str, Any]:
+    """A many-turn dialog as the Ghost Attention stage reads it: the user's texts, and the instruction in both forms."""
+    constraint = dialog["constraint"]
+    return {
+        "id": dialog["id"],
+        "turns": [turn["messages"][-1]["content"] for turn in dialog["turns"]],
+        "instruction": constraint["instruction"],
+        "short": constraint["short"],
+        "constraint": constraint,
+    }
+
+
+def read_world(folder: Path) -> World:
+    """The world whose files stand in the folder. Raises ConfigError where there is none."""
+    try:
+        seed = json.loads((folder / "world.json").read_text())["seed"]
+    except FileNotFoundError:
+        raise ConfigError(f"{folder} holds no embedded world (world.json): write one with `puna valley --out DIR`") from None
+    return World.build(seed)

