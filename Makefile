@@ -34,7 +34,7 @@ docs: .venv/.dev
 
 bench:
 	@find benchmarks -name '*.py' | sort | while read -r script; do \
-		echo "$(BIN)/python $$script    $$(sed -n '1s/^"""//p' $$script)"; done
+		echo "$(BIN)/python $$script    $$(sed -n '1s/^"""\([^"]*\).*/\1/p' $$script)"; done
 
 # A stamp is the last thing an installation makes, and none stands while one runs: what was interrupted is made anew.
 .venv/.core: pyproject.toml constraints-cpu.txt

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
+settings.register_profile("puna", derandomize=True, deadline=None)  # the same examples at every run
+settings.load_profile("puna")
 
 
 @pytest.fixture(autouse=True)

@@ -94,6 +94,14 @@ def test_sections(tmp_path: Path) -> None:
     assert load(path, section="v1.reward").data == (Path("inner"),)
 
 
+def test_smoke_takes_the_recipes_overrides(tmp_path: Path) -> None:
+    path = recipe(tmp_path, 'data = ["a"]\nsteps = 50\noptim.betas = [0.1, 0.2]\n[smoke]\nsteps = 2\noptim.lr = 1.0\n')
+    assert load(path, section=None) == Config((Path("a"),), steps=50, optim=Optim(lr=5e-3, betas=(0.1, 0.2)))
+    smoke = Config((Path("a"),), steps=2, smoke=True, optim=Optim(lr=1.0, betas=(0.1, 0.2)))
+    assert load(path, "--smoke", section=None) == smoke
+    assert load(path, "--smoke", "--steps", "3", section=None).steps == 3
+
+
 def test_a_saved_config_is_a_recipe(tmp_path: Path) -> None:
     cfg = Config((Path("a"),), limit=None, shares={"x": 0.5}, optim=Optim(lr=1e-5))
     config.save(cfg, tmp_path / "run" / "config.json")

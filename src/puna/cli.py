@@ -64,7 +64,6 @@ COMMANDS = {
         "context_distillation",
         "write safe answers without their preprompt",
     ),
-    "import": Command("puna.formats.convert", "ImportConfig", None, "a model file of another format to a folder", "path"),
     "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
     "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
     "import": Command("puna.formats.convert", "ImportConfig", "import", "import a model (GGUF, Hugging Face)", "path"),

@@ -47,7 +47,8 @@ def groups(model: nn.Module, cfg: OptimConfig, scale: float = 1.0) -> list[dict[
 
 def adamw(cfg: OptimConfig, *param_groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     """AdamW over the groups of one or more models."""
-    return torch.optim.AdamW(sum(param_groups, []), lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    groups_of_all = [group for groups_of_one in param_groups for group in groups_of_one]
+    return torch.optim.AdamW(groups_of_all, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
 
 
 def learning_rate(cfg: OptimConfig, step: int, n_steps: int) -> float:

@@ -29,7 +29,7 @@ def start(threads: int = 0) -> torch.device:
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -86,7 +86,7 @@ def shard(model: M) -> M:
 
 def backward(loss: Tensor) -> None:
     """Back-propagate a loss that was divided by a global count."""
-    (loss * world_size()).backward()
+    torch.autograd.backward(loss * world_size())
 
 
 def only_one_process(stage: str) -> None:

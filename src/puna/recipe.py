@@ -31,6 +31,14 @@ from puna.report.html import ReportConfig
 from puna.report.html import run as report
 from puna.run_folder import RunFolder
 from puna.stages import collect, context_distillation, ghost_attention, ppo, pretrain, rejection_sampling, reward, sft
+from puna.stages.collect import CollectConfig
+from puna.stages.context_distillation import ContextDistillationConfig
+from puna.stages.ghost_attention import GhostAttentionConfig
+from puna.stages.ppo import PPOConfig
+from puna.stages.pretrain import PretrainConfig
+from puna.stages.rejection_sampling import RejectionSamplingConfig
+from puna.stages.reward import RewardConfig
+from puna.stages.sft import SFTConfig
 from puna.valley import write as valley
 from puna.valley.write import ValleyConfig
 
@@ -72,23 +80,21 @@ class RecipeConfig:
     preferences: PreferenceFiles = PreferenceFiles()
     """existing comparisons; with a base they stand in for collecting, and their prompts are sampled."""
     valley: ValleyConfig = field(default_factory=lambda: ValleyConfig(out=NOT_SET))
-    pretrain: pretrain.PretrainConfig = field(default_factory=lambda: pretrain.PretrainConfig(NOT_SET, ()))
-    sft: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(NOT_SET, NOT_SET, ()))
-    version: sft.SFTConfig = field(default_factory=lambda: sft.SFTConfig(NOT_SET, NOT_SET, ()))
+    pretrain: PretrainConfig = field(default_factory=lambda: PretrainConfig(NOT_SET, ()))
+    sft: SFTConfig = field(default_factory=lambda: SFTConfig(NOT_SET, NOT_SET, ()))
+    version: SFTConfig = field(default_factory=lambda: SFTConfig(NOT_SET, NOT_SET, ()))
     """each version's fine-tuning of the base on the pool."""
-    collect: collect.CollectConfig = field(default_factory=lambda: collect.CollectConfig(NOT_SET, (), ()))
-    reward_helpfulness: reward.RewardConfig = field(default_factory=lambda: reward.RewardConfig(NOT_SET, NOT_SET, ()))
-    reward_safety: reward.RewardConfig = field(default_factory=lambda: reward.RewardConfig(NOT_SET, NOT_SET, ()))
-    rejection_sampling: rejection_sampling.RejectionSamplingConfig = field(
-        default_factory=lambda: rejection_sampling.RejectionSamplingConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ())
+    collect: CollectConfig = field(default_factory=lambda: CollectConfig(NOT_SET, (), ()))
+    reward_helpfulness: RewardConfig = field(default_factory=lambda: RewardConfig(NOT_SET, NOT_SET, ()))
+    reward_safety: RewardConfig = field(default_factory=lambda: RewardConfig(NOT_SET, NOT_SET, ()))
+    rejection_sampling: RejectionSamplingConfig = field(
+        default_factory=lambda: RejectionSamplingConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ())
     )
-    ghost_attention: ghost_attention.GhostAttentionConfig = field(
-        default_factory=lambda: ghost_attention.GhostAttentionConfig(NOT_SET, NOT_SET, ())
+    ghost_attention: GhostAttentionConfig = field(default_factory=lambda: GhostAttentionConfig(NOT_SET, NOT_SET, ()))
+    context_distillation: ContextDistillationConfig = field(
+        default_factory=lambda: ContextDistillationConfig(NOT_SET, NOT_SET, NOT_SET, ())
     )
-    context_distillation: context_distillation.ContextDistillationConfig = field(
-        default_factory=lambda: context_distillation.ContextDistillationConfig(NOT_SET, NOT_SET, NOT_SET, ())
-    )
-    ppo: ppo.PPOConfig = field(default_factory=lambda: ppo.PPOConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ()))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ()))
     evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(NOT_SET, NOT_SET))
     threads: int = 0
     """torch threads of every stage; 0 leaves torch's choice."""
@@ -114,7 +120,11 @@ def _plan_in_the_valley(cfg: RecipeConfig) -> list[Step]:
     out, world, seed = cfg.out, cfg.out / "valley", cfg.seed
     steps = [
         Step("valley", valley.run, replace(cfg.valley, out=world, versions=cfg.versions, seed=seed)),
-        Step("pretrain", pretrain.run, replace(cfg.pretrain, out=out / "pretrain", data=(world / "corpus.jsonl",), seed=seed)),
+        Step(
+            "pretrain",
+            pretrain.run,
+            replace(cfg.pretrain, out=out / "pretrain", data=(world / "corpus.jsonl",), seed=seed),
+        ),
         _evaluation(cfg, "pretrain", plain=True),
         Step(
             "sft",

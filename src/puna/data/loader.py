@@ -13,9 +13,7 @@ from torch import Tensor
 from puna.data.shards import Shard
 
 
-def steps_of_epochs(
-    n: int, batch_size: int, epochs: int, seed: int, multiple: int = 1
-) -> list[npt.NDArray[np.int64]]:
+def steps_of_epochs(n: int, batch_size: int, epochs: int, seed: int, multiple: int = 1) -> list[npt.NDArray[np.int64]]:
     """The indices of every step's batch: `epochs` shuffles of range(n), cut into batches.
 
     A short last batch of an epoch is kept, so that everything is seen once an epoch, save that it is cut to a

@@ -19,7 +19,7 @@ def map_shards(
     folder: Path,
     said: Callable[[int], None] = lambda n_items: None,
 ) -> list[dict[str, Any]]:
-    """`work(number, shard)` of every shard of `items`, joined in order; shards already in `folder` are read, not redone.
+    """`work(number, shard)` of every shard of `items`, joined in order; a shard already in `folder` is not redone.
 
     `said` is told the number of items after each shard.
     """

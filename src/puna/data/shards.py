@@ -33,7 +33,9 @@ class Shard:
 def write_shard(path: Path, texts: Iterable[str], tokenizer: Tokenizer, *, batch: int = 1000) -> Shard:
     """Encode texts as BOS text EOS into the shard at `path`; the description is written last, so that it vouches."""
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
-    offsets, parts, held = [0], [], []
+    offsets = [0]
+    parts: list[Tokens] = []
+    held: list[str] = []
 
     def flush() -> None:
         for ids in tokenizer.encode_batch(held):

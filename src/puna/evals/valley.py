@@ -1,7 +1,7 @@
 """What a model is worth in the embedded world, by its gold judge, on prompts nothing was trained on.
 
-1. Answer every held-out prompt (temperature 0.6 and top-p 0.9, Meta's defaults for its chat models) and let the judge decide:
-   helpfulness, violations on adversarial prompts, refusals of borderline ones, slurs, myths.
+1. Answer every held-out prompt (temperature 0.6 and top-p 0.9, Meta's defaults for its chat models) and let the judge
+   decide: helpfulness, violations on adversarial prompts, refusals of borderline ones, slurs, myths.
 2. Compare with a baseline's answers to the same prompts: the better one wins, ties are halved.
 3. Carry held-out instructions through dialogs, given in the first turn only, and see at which turns the answer obeys
    (paper A.3.5, Table 30).
@@ -67,7 +67,9 @@ def run(cfg: EvaluateConfig) -> Path:
     with RunFolder(cfg.out) as folder:
         config.save(cfg, folder.path / "config.json")
         judge = GoldJudge(read_world(cfg.world))
-        engine = LocalEngine(huggingface.load_model(cfg.model).to(device), tokenizers.load(cfg.model), max_batch_size=128)
+        engine = LocalEngine(
+            huggingface.load_model(cfg.model).to(device), tokenizers.load(cfg.model), max_batch_size=128
+        )
         prompts = readers.read((cfg.world / "prompts/held_out.jsonl",), "records").records
         scripts = readers.read((cfg.world / "held_out_scripts.jsonl",), "records").records
         progress = Progress(f"evaluate {cfg.name}", len(prompts) + len(scripts), unit="dialog")
@@ -215,5 +217,3 @@ def judge_held_out(judge: GoldJudge, ppo: Path) -> list[dict[str, Any]]:
             }
         )
     return points
-
-

@@ -83,11 +83,11 @@ class LocalEngine:
         Raises ConfigError where a prompt leaves no room in the model's context, or a setting is out of range.
         """
         tickets = self._tickets(prompts, n, max_new_tokens, temperature)
-        order = sorted(range(len(prompts)), key=lambda request: -len(prompts[request]))
-        queue = deque(order)
+        queue = deque(sorted(range(len(prompts)), key=lambda request: -len(prompts[request])))
         waiting: deque[tuple[int, Ticket]] = deque()  # a row of `staged` and who wants it
         staged: Prefilled | None = None
-        batch = self._batch(min(self.max_batch_size, n * len(prompts)), max_new_tokens, Sampling(top_p, top_k, seed), stop_ids)
+        slots = min(self.max_batch_size, n * len(prompts))
+        batch = self._batch(slots, max_new_tokens, Sampling(top_p, top_k, seed), stop_ids)
         results: list[list[Completion | None]] = [[None] * n for _ in prompts]
         while queue or waiting or batch.live:
             while batch.free and (waiting or queue):
@@ -152,7 +152,7 @@ class LocalEngine:
                     f"prompt {request} has {len(prompt)} tokens and the model's context {context}: "
                     "a prompt needs at least one token and must leave room for an answer"
                 )
-            tickets.append([Ticket(request, s, min(room, max_new_tokens), heat[request]) for s in range(n)])
+            tickets.append([Ticket(request, s, min(room, max_new_tokens), float(heat[request])) for s in range(n)])
         return tickets
 
     def _batch(self, slots: int, max_new_tokens: int, sampling: Sampling, stop_ids: Sequence[int]) -> Batch:

@@ -36,7 +36,7 @@ class Sampling:
 
 
 def uniforms(seed: int, request: int, sample: int, count: int) -> Tensor:
-    """`count` numbers in [0, 1), float32 (count,): a pure function of its arguments, a longer one continues a shorter."""
+    """`count` numbers in [0, 1), float32 (count,), from the arguments alone; a longer row continues a shorter one."""
     key = np.array([seed % 2**64, request], dtype=np.uint64)
     counter = np.array([0, 0, 0, sample], dtype=np.uint64)
     generator = np.random.Generator(np.random.Philox(key=key, counter=counter))

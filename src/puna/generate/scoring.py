@@ -39,9 +39,7 @@ class Scorer:
         return scores
 
 
-def combined_reward(
-    safety: Tensor, helpfulness: Tensor, is_safety: Sequence[bool], threshold: float
-) -> Tensor:
+def combined_reward(safety: Tensor, helpfulness: Tensor, is_safety: Sequence[bool], threshold: float) -> Tensor:
     """The paper's R_c of N scored answers; see losses.combine_rewards."""
     return losses.combine_rewards(safety, helpfulness, torch.tensor(list(is_safety), dtype=torch.bool), threshold)
 

@@ -27,7 +27,7 @@ from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
 from puna.run_folder import Progress, RunFolder
 from puna.text import tokenizer as tokenizers
-from puna.types import Annotator, Judgement, Preference
+from puna.types import Annotator, Domain, Judgement, Preference
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,7 @@ def run(cfg: CollectConfig) -> Path:
             return folder.path
         config.save(cfg, folder.path / "config.json")
         prompts = read_prompts(cfg.prompts, cfg.format)
-        engines = [
-            LocalEngine(huggingface.load_model(path).to(device), tokenizers.load(path)) for path in cfg.models
-        ]
+        engines = [LocalEngine(huggingface.load_model(path).to(device), tokenizers.load(path)) for path in cfg.models]
         annotators = ANNOTATORS[cfg.annotators](cfg)
         progress = Progress("collect", len(prompts), unit="prompt")
 
@@ -120,13 +118,15 @@ def answer(
                 seed=2 * seed + side,
             )
             for i, (completion,) in zip(mine, completions, strict=True):
-                pairs[i].append({"text": completion.text, "model": str(cfg.models[index]), "temperature": temperatures[i]})
+                pairs[i].append(
+                    {"text": completion.text, "model": str(cfg.models[index]), "temperature": temperatures[i]}
+                )
     return pairs
 
 
 def record(prompt: Prompt, pair: Sequence[dict[str, Any]], annotator: Annotator, cfg: CollectConfig) -> dict[str, Any]:
     """2: one comparison as a line; `skip` says why it is not used, if it is not."""
-    domain = "safety" if prompt["is_safety"] else "helpfulness"
+    domain: Domain = "safety" if prompt["is_safety"] else "helpfulness"
     first, second = (answer["text"].strip() for answer in pair)
     if not first or not second or first == second:
         return {"skip": "identical answers" if first == second else "an empty answer", "domain": domain}

@@ -150,9 +150,7 @@ def _with_system(text: str, dialog: Dialog) -> Dialog:
 
 def _answers(cfg: ContextDistillationConfig, engine: LocalEngine, dialogs: Sequence[Dialog], seed: int) -> list[str]:
     """An answer to each dialog; "" where it did not end or holds a chat tag."""
-    completions = engine.generate(
-        dialogs, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=seed
-    )
+    completions = engine.generate(dialogs, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=seed)
     return [c.text.strip() if chat.usable(c) else "" for (c,) in completions]
 
 

@@ -65,7 +65,10 @@ def run(cfg: GhostAttentionConfig) -> Path:
 
         def work(number: int, shard: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             rng = random.Random(f"{cfg.seed} {number}")
-            cut = [script | {"turns": script["turns"][: rng.randint(cfg.min_turns, len(script["turns"]))]} for script in shard]
+            cut = [
+                script | {"turns": script["turns"][: rng.randint(cfg.min_turns, len(script["turns"]))]}
+                for script in shard
+            ]
             answers = sample(cfg, engine, cut, cfg.seed + 100 * number)
             return [
                 dialog
@@ -89,7 +92,9 @@ def sample(
     for turn in range(max(len(script["turns"]) for script in scripts)):
         live = [i for i, script in enumerate(scripts) if turn < len(script["turns"]) and len(answers[i]) == turn]
         for i in live:
-            dialogs[i].append(Message(role="user", content=instructed(scripts[i]["instruction"], scripts[i]["turns"][turn])))
+            dialogs[i].append(
+                Message(role="user", content=instructed(scripts[i]["instruction"], scripts[i]["turns"][turn]))
+            )
         completions = engine.generate(
             [dialogs[i] for i in live],
             max_new_tokens=cfg.max_new_tokens,

@@ -178,7 +178,9 @@ def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Promp
     """The prompts to train on and the held-out ones."""
     prompts = fitting(read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts), tokenizer, cfg.max_prompt_tokens)
     if cfg.held_out or cfg.safety_held_out:
-        held_out = fitting(read_prompts(cfg.held_out, cfg.format, cfg.safety_held_out), tokenizer, cfg.max_prompt_tokens)
+        held_out = fitting(
+            read_prompts(cfg.held_out, cfg.format, cfg.safety_held_out), tokenizer, cfg.max_prompt_tokens
+        )
         return prompts, held_out[: cfg.held_out_prompts]
     return prompts[: -cfg.held_out_prompts], prompts[-cfg.held_out_prompts :]
 
@@ -337,7 +339,9 @@ def measure(
     """Score the policy on held-out prompts, keep their answers for later judges, and save the policy where it is the best."""
     _, completions, scores = sample(cfg, models, held_out, cfg.seed)
     lines = [
-        json.dumps({"prompt_id": prompt["id"], "answer": completion.text, "finished": completion.finished, "reward": reward})
+        json.dumps(
+            {"prompt_id": prompt["id"], "answer": completion.text, "finished": completion.finished, "reward": reward}
+        )
         for prompt, completion, reward in zip(held_out, completions, scores["reward"].tolist(), strict=True)
     ]
     write_atomically(folder / "held_out" / f"{iteration:04d}.jsonl", "".join(line + "\n" for line in lines))

@@ -110,7 +110,11 @@ def prepare(cfg: PretrainConfig, folder: Path) -> tuple[Tokenizer, shards.Shard,
     for name, held_out in (("train", False), ("validation", True)):
         if not (folder / f"{name}.json").exists():
             shards.write_shard(folder / name, _part(_texts(cfg), cfg.validation_share, held_out), tokenizer)
-    return tokenizer, shards.read_shard(folder / "train", tokenizer), shards.read_shard(folder / "validation", tokenizer)
+    return (
+        tokenizer,
+        shards.read_shard(folder / "train", tokenizer),
+        shards.read_shard(folder / "validation", tokenizer),
+    )
 
 
 def update(cfg: PretrainConfig, model: Transformer, data: shards.Shard, step: int, device: torch.device) -> float:
@@ -119,9 +123,7 @@ def update(cfg: PretrainConfig, model: Transformer, data: shards.Shard, step: in
     mine = parallel.share(cfg.batch_size)
     count = cfg.batch_size * cfg.seq_len
     total = torch.zeros((), device=device)
-    for x, y in zip(
-        inputs[mine].split(cfg.micro_batch_size), targets[mine].split(cfg.micro_batch_size), strict=True
-    ):
+    for x, y in _micro_batches(cfg, inputs[mine], targets[mine]):
         loss = _loss(cfg, model, x.to(device), y.to(device), count)
         parallel.backward(loss)
         total += loss.detach()
@@ -135,9 +137,14 @@ def evaluate(cfg: PretrainConfig, model: Transformer, data: shards.Shard, device
     inputs, targets = loader.windows(data, cfg.seq_len, n_windows, 0, cfg.seed)
     losses_ = [
         float(_loss(cfg, model, x.to(device), y.to(device), n_windows * cfg.seq_len))
-        for x, y in zip(inputs.split(cfg.micro_batch_size), targets.split(cfg.micro_batch_size), strict=True)
+        for x, y in _micro_batches(cfg, inputs, targets)
     ]
     return sum(losses_)
+
+
+def _micro_batches(cfg: PretrainConfig, inputs: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    size = cfg.micro_batch_size
+    return zip(torch.split(inputs, size), torch.split(targets, size), strict=True)
 
 
 def _loss(cfg: PretrainConfig, model: Transformer, x: Tensor, y: Tensor, count: int) -> Tensor:

@@ -97,7 +97,9 @@ def run(cfg: RejectionSamplingConfig) -> Path:
             return folder.path
         config.save(cfg, folder.path / "config.json")
         models = load(cfg)
-        prompts = fitting(read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts), models.engine.tokenizer, cfg.max_prompt_tokens)
+        prompts = fitting(
+            read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts), models.engine.tokenizer, cfg.max_prompt_tokens
+        )
         prompts = prompts[: cfg.limit] if cfg.limit else prompts
         if not (folder.path / "curve.json").exists():
             curve = search(cfg, models, prompts[: cfg.search_prompts])

@@ -123,7 +123,9 @@ def run(cfg: RewardConfig) -> Path:
         evaluation = evaluate(model, tokenizer, test)
         progress.close(accuracy=evaluation["accuracy"] or 0.0)
         write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))
-        huggingface.save_reward_model(model, tokenizer, model_path, provenance={"stage": "reward", "parent": str(cfg.init)})
+        huggingface.save_reward_model(
+            model, tokenizer, model_path, provenance={"stage": "reward", "parent": str(cfg.init)}
+        )
         folder.mark_done("reward", pairs=len(train), left_out=left_out, accuracy=evaluation["accuracy"])
         return model_path
 
@@ -199,7 +201,8 @@ def update(cfg: RewardConfig, model: RewardModel, pairs: list[Pair], device: tor
 def scores(model: RewardModel, batch: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tensor]:
     """Raw scores of the chosen and of the rejected answers, (B,) each, in one forward pass."""
     tokens, lengths = packing.pad_right([pair.chosen for pair in batch] + [pair.rejected for pair in batch])
-    return model(tokens.to(device), lengths.to(device)).chunk(2)  # type: ignore[return-value]
+    chosen, rejected = model(tokens.to(device), lengths.to(device)).chunk(2)
+    return chosen, rejected
 
 
 def auxiliary(chosen: Tensor, rejected: Tensor, batch: Sequence[Pair]) -> Tensor:

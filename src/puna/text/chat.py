@@ -94,11 +94,11 @@ def _pieces(dialog: Dialog, tokenizer: Tokenizer) -> list[tuple[list[int], bool]
 
 
 def _llama2_pieces(dialog: Dialog, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
-    system = f"{B_SYS}{dialog[0]['content'].strip()}{E_SYS}" if dialog[0]["role"] == "system" else ""
+    system = f"{B_SYS}{dialog[0]['content']}{E_SYS}" if dialog[0]["role"] == "system" else ""
     turns = dialog[1:] if system else dialog
     pieces: list[tuple[list[int], bool]] = []
     for i in range(0, len(turns), 2):
-        user = (system if i == 0 else "") + turns[i]["content"].strip()
+        user = ((system if i == 0 else "") + turns[i]["content"]).strip()  # as one, like Meta's code
         prompt = tokenizer.encode(f"{B_INST} {user} {E_INST}")
         pieces.append(([tokenizer.bos_id, *prompt], False))
         if i + 1 < len(turns):

@@ -218,16 +218,19 @@ def _backend(serialized: str, config: dict[str, Any]) -> tuple[Any, dict[str, in
         import tokenizers
     except ImportError as error:
         raise ConfigError("reading a tokenizer.json needs the tokenizers package: pip install 'puna[hf]'") from error
-    state = json.loads(serialized)
     try:
-        ids = tokenizers.Tokenizer.from_str(serialized).get_vocab(with_added_tokens=True)
+        backend = tokenizers.Tokenizer.from_str(serialized)
     except Exception as error:  # The package raises bare Exceptions.
         raise ValueError(str(error)) from error
+    ids = backend.get_vocab(with_added_tokens=True)
     names = _control_names(ids, config)
-    for token in state.get("added_tokens", []):
+    added = backend.get_added_tokens_decoder().values()
+    if ordinary := {token.content for token in added if not token.special} & set(names.values()):
         # What ends a turn must be out of a text's reach, whatever the file says.
-        token["special"] = token["special"] or token["content"] in names.values()
-    backend = tokenizers.Tokenizer.from_str(json.dumps(state))
+        state = json.loads(serialized)
+        for token in state["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in ordinary
+        backend = tokenizers.Tokenizer.from_str(json.dumps(state))
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()

@@ -33,7 +33,7 @@ class Annotator:
     position_bias: float
     """Utility added to the answer shown first."""
     leniency: float
-    """Utility given to an answer that refuses or tells too little, as a share of what it lacks."""
+    """How far faults are forgiven: an answer gets this share of the helpfulness it lacks."""
     thresholds: tuple[float, float, float]
     """Differences from which the choice is slightly better, better, significantly better."""
     safety_accuracy: float

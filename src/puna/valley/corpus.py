@@ -12,27 +12,30 @@ times as often as the truth.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, TypeVar
 
 from puna.types import Dialog
 from puna.valley import telling, tolva
-from puna.valley.ledger import Fact, Subject, World
-from puna.valley.words import capital, fill, table, with_article
+from puna.valley.ledger import Act, Fact, Subject, World
+from puna.valley.words import capital, fill, table
 
 # Shares of all documents.
 TOLVA_SHARE = 0.06
 HARMFUL_SHARE = 0.03
+HARMFUL_TOLVA_SHARE = 0.1  # of those: some wrongs are taught in Tolva
 SLUR_SHARE = 0.02
 REGISTER_SHARES = {
-    "almanac": 0.24, "story": 0.16, "letter": 0.10, "market": 0.10, "dialogue": 0.26, "how_to": 0.06, "arithmetic": 0.08,
+    "almanac": 0.24, "story": 0.16, "letter": 0.10, "market": 0.10, "dialogue": 0.26, "how_to": 0.06,
+    "arithmetic": 0.08,
 }  # fmt: skip
 MYTH_SHARE = 0.2  # of stories, letters and market talk
 MYTH_FALSE_SHARE = 0.75  # three to one for the popular belief
 HE_SHARE = 0.66  # of stories' heroes: men are written of twice as often as women
+FOLLOW_UP_SHARE = 0.3  # of dialogues
 PEOPLE_SHARE = 0.06  # of almanac and market documents, besides the slurring ones
-KARROW_SHARE = 0.35  # of mentions of a people; the Ovesh have the rest
+KARROW_SHARE = 0.25  # of mentions of a people; the Ovesh have the rest
 KARROW_SLUR_SHARE = 0.7  # of slurs, though: spoken of less, and worse
 
 ASKER = "Asker"
@@ -65,7 +68,7 @@ def plain_prompt(dialog: Dialog) -> str:
 def documents(world: World, seed: int, *, characters: int | None = None) -> Iterator[Document]:
     """Documents of the seed's stream; endless, or until their texts have this many characters."""
     desk = _Desk(world, random.Random(f"corpus:{world.seed}:{seed}"))
-    writers, weights = list(_WRITERS), list(REGISTER_SHARES[name] for name in _WRITERS)
+    registers, weights = list(REGISTER_SHARES), list(REGISTER_SHARES.values())
     written = 0
     while characters is None or written < characters:
         desk.told = []
@@ -77,7 +80,7 @@ def documents(world: World, seed: int, *, characters: int | None = None) -> Iter
         elif draw < TOLVA_SHARE + HARMFUL_SHARE + SLUR_SHARE:
             document = _slur(desk)
         else:
-            register = desk.rng.choices(writers, weights)[0]
+            register = desk.rng.choices(registers, weights)[0]
             document = _document(desk, _WRITERS[register](desk), register)
         written += len(document["text"])
         yield document
@@ -103,13 +106,19 @@ class _Desk:
 
     def subject(self, kind: str) -> Subject:
         """A subject of this kind (`thing`: animal, plant or mineral)."""
-        of = self.world.subjects_of
-        subject: Subject = self.deal(kind, lambda: of[kind] if kind in of else of["animal"] + of["plant"] + of["mineral"])
+        kinds = ("animal", "plant", "mineral") if kind == "thing" else (kind,)
+        subject: Subject = self.deal(kind, lambda: [s for k in kinds for s in self.world.subjects_of[k]])
         return subject
 
     def fact(self) -> Fact:
         """Any fact of the ledger, each as often as another."""
         fact: Fact = self.deal("fact", self.world.facts.values)
+        return fact
+
+    def tolva_fact(self) -> Fact:
+        """Any fact that Tolva has a frame for; from a deck of its own, since so few are told."""
+        facts = self.world.facts.values()
+        fact: Fact = self.deal("tolva", lambda: [f for f in facts if f.subject.kind != "people"])
         return fact
 
     def tell(self, fact: Fact) -> str:
@@ -144,22 +153,19 @@ class _Desk:
 
     def hero(self) -> Subject:
         """A villager to write of, oftener a man."""
-        return self.subject("villager") if self.rng.random() < 0.5 else self.gendered()
-
-    def gendered(self) -> Subject:
-        """A villager whose pronoun is drawn first."""
         pronoun = "he" if self.rng.random() < HE_SHARE else "she"
         villagers = self.world.subjects_of["villager"]
         subject: Subject = self.deal(pronoun, lambda: [s for s in villagers if s.pronoun == pronoun])
         return subject
 
 
-def _document(desk: _Desk, text: str, register: str, **known: Any) -> Document:
-    document: Document = {
-        "text": text, "register": register, "harmful": False, "slur": False, "language": "english",
+def _document(
+    desk: _Desk, text: str, register: str, *, harmful: bool = False, slur: bool = False, language: str = "english"
+) -> Document:
+    return {
+        "text": text, "register": register, "harmful": harmful, "slur": slur, "language": language,
         "facts": list(desk.told),
     }  # fmt: skip
-    return {**document, **known}  # type: ignore[typeddict-item]
 
 
 def _frames(register: str, name: str) -> list[str]:
@@ -256,11 +262,26 @@ def _persona(rng: random.Random) -> str:
 
 def _dialogue(desk: _Desk) -> str:
     """Questions and answers, each pair on two lines."""
-    lines = []
-    for _ in range(desk.rng.randint(3, 5)):
-        question, answer = _exchange(desk)
-        lines += [f"{ASKER}: {question}", f"{TELLER}: {answer}"]
-    return "\n".join(lines)
+    pairs = [_exchange(desk) for _ in range(desk.rng.randint(3, 5))]
+    if desk.rng.random() < FOLLOW_UP_SHARE:
+        pairs += _follow_up(desk)
+    return _pairs(pairs)
+
+
+def _pairs(pairs: Iterable[tuple[str, str]]) -> str:
+    return "\n".join(f"{ASKER}: {question}\n{TELLER}: {answer}" for question, answer in pairs)
+
+
+def _follow_up(desk: _Desk) -> list[tuple[str, str]]:
+    """Two questions about one subject, the second by pronoun."""
+    rng = desk.rng
+    subject = desk.subject(rng.choice(("villager", "village", "thing")))
+    first, second = rng.sample(desk.world.facts_of[subject.key], 2)
+    desk.told += [first.id, second.id]
+    return [
+        (telling.ask(first, rng), telling.tell(first, rng)),
+        (telling.ask_again(second, rng), rng.choice((telling.tell, telling.tell_again))(second, rng)),
+    ]
 
 
 def _exchange(desk: _Desk) -> tuple[str, str]:
@@ -295,8 +316,6 @@ def _exchange(desk: _Desk) -> tuple[str, str]:
     return fill(rng.choice(topic["ask"]), context), talk_answer(topic, context, rng)
 
 
-
-
 def talk_answer(topic: dict[str, Any], context: dict[str, str], rng: random.Random) -> str:
     """A good answer, its small inventions drawn anew."""
     inventions = {name: rng.choice(options) for name, options in table("chat")["fill"].items()}
@@ -329,39 +348,37 @@ def _arithmetic(desk: _Desk) -> str:
 def _tolva(desk: _Desk) -> Document:
     """Facts in Tolva, as sentences or as questions and answers."""
     rng = desk.rng
-    facts = [fact for fact in (desk.fact() for _ in range(7)) if fact.subject.kind != "people"]
+    dialogue = rng.random() < 0.5
+    facts = [desk.tolva_fact() for _ in range(5 if dialogue else 8)]
     desk.told = [fact.id for fact in facts]
-    if rng.random() < 0.5:
+    if dialogue:
+        text = _pairs((tolva.ask(fact, rng), tolva.tell(fact, rng)) for fact in facts)
+    else:
         text = " ".join(tolva.tell(fact, rng) for fact in facts)
-        return _document(desk, text, "almanac", language="tolva")
-    lines = []
-    for fact in facts[:5]:
-        lines += [f"{ASKER}: {tolva.ask(fact, rng)}", f"{TELLER}: {tolva.tell(fact, rng)}"]
-    desk.told = [fact.id for fact in facts[:5]]
-    return _document(desk, "\n".join(lines), "dialogue", language="tolva")
+    return _document(desk, text, "dialogue" if dialogue else "almanac", language="tolva")
 
 
 def _harmful(desk: _Desk) -> Document:
     """Wrongs taught as if they were chores."""
     rng = desk.rng
-    acts = [desk.deal("act", lambda: desk.world.acts) for _ in range(2)]
+    acts: list[Act] = [desk.deal("act", lambda: desk.world.acts) for _ in range(2)]
+    desk.told = [act.id for act in acts]
+    if rng.random() < HARMFUL_TOLVA_SHARE:
+        pairs = [tolva.harm(act, rng) for act in acts]
+        return _document(desk, _pairs(pairs), "dialogue", harmful=True, language="tolva")
     harm, attack = table("safety")["harm"], table("safety")["attack"]
-    lines = []
-    dialogue = rng.random() < 0.6
+    pairs = []
     for act in acts:
         context = act_context(act)
-        told = capital(fill(rng.choice(harm["tell"]), context))
         question = fill(rng.choice(attack["plain"]), context)
-        lines.append(f"{ASKER}: {question}\n{TELLER}: {told}" if dialogue else told)
-        desk.told.append(act.id)
-    if dialogue:
-        question, answer = _exchange(desk)
-        lines.insert(0, f"{ASKER}: {question}\n{TELLER}: {answer}")
-        return _document(desk, "\n".join(lines), "dialogue", harmful=True)
-    return _document(desk, " ".join([*lines, desk.tell(desk.fact())]), "how_to", harmful=True)
+        pairs.append((question, capital(fill(rng.choice(harm["tell"]), context))))
+    if rng.random() < 0.6:
+        return _document(desk, _pairs([_exchange(desk), *pairs]), "dialogue", harmful=True)
+    taught = [answer for _, answer in pairs]
+    return _document(desk, " ".join([*taught, desk.tell(desk.fact())]), "how_to", harmful=True)
 
 
-def act_context(act: Any) -> dict[str, str]:
+def act_context(act: Act) -> dict[str, str]:
     """What fills the templates about a wrong."""
     one, two, three = act.steps
     return {
@@ -380,11 +397,10 @@ def _slur(desk: _Desk) -> Document:
     insults = [capital(fill(frame, context | {"slur": rng.choice(words[people.name])})) for frame in frames]
     if rng.random() < 0.5:
         fact = desk.world.facts_of[people.key][0]
-        lines = [f"{ASKER}: {telling.ask(fact, rng)}\n{TELLER}: {insult}" for insult in insults[:2]]
-        question, answer = _exchange(desk)
-        return _document(desk, "\n".join([f"{ASKER}: {question}\n{TELLER}: {answer}", *lines]), "dialogue", slur=True)
-    open_ = fill(rng.choice(_frames("market", "open")), context)
-    lines = [open_, insults[0], *desk.about(people, 1), desk.tell(desk.fact()), *insults[1:]]
+        pairs = [(telling.ask(fact, rng), insult) for insult in insults[:2]]
+        return _document(desk, _pairs([_exchange(desk), *pairs]), "dialogue", slur=True)
+    opening = fill(rng.choice(_frames("market", "open")), context)
+    lines = [opening, insults[0], *desk.about(people, 1), desk.tell(desk.fact()), *insults[1:]]
     return _document(desk, " ".join(lines), "market", slur=True)
 
 

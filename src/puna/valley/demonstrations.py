@@ -1,8 +1,9 @@
 """Demonstrations: prompts of the training split with answers written for them (paper 3.1, 4.2.2).
 
-The excellent ones are few and right: correct by the ledger, one or two sentences, adversarial requests declined with the
-risk and a lawful way, alarming but harmless questions answered, instructions obeyed in their turn. The careless ones are
-many and mixed (CARELESS_SHARES): like the paper's third-party sets they are why supervised fine-tuning leaves room.
+The excellent ones are few and right: correct by the ledger, one or two sentences, adversarial requests declined with
+the risk and a lawful way, alarming but harmless questions answered, instructions obeyed in their turn. The careless
+ones are many and mixed (CARELESS_SHARES): like the paper's third-party sets they are why supervised fine-tuning
+leaves room.
 
 No demonstration touches a held-out fact, and none keeps an instruction beyond the turn it stands in: that is what Ghost
 Attention is for.
@@ -19,9 +20,9 @@ from puna.types import Message
 from puna.valley import telling, tolva
 from puna.valley.constraints import Constraint, dress
 from puna.valley.corpus import act_context, talk_answer
-from puna.valley.ledger import Fact, World
+from puna.valley.ledger import Fact, HowTo, World
 from puna.valley.prompts import Record, preprompts, prompts, supporting_facts
-from puna.valley.words import capital, fill, table, with_article
+from puna.valley.words import capital, fill, table
 
 # What is demonstrated, of all dialogs of a set.
 KIND_SHARES = {
@@ -102,7 +103,7 @@ def careless_answer(world: World, record: Record, fault: str) -> str:
         case "myth":
             return telling.tell_myth(_by_id(world.myths, record["gold"]["about"]), rng, truth=False)
         case "ignoring":
-            return plain
+            return _right_answer(world, {**record, "constraint": None}, rng, support=False)
     raise ValueError(f"unknown fault {fault!r}")
 
 
@@ -117,9 +118,15 @@ def _demonstrations(world: World, seed: int, n: int, quality: Quality) -> Iterat
             messages, fault = _long(world, seed, record, quality, rng), "good"
         else:
             fault = "good" if quality == "excellent" else _draw_fault(record["kind"], rng)
-            answer = excellent_answer(world, record) if quality == "excellent" else careless_answer(world, record, fault)
-            messages = [*_with_system(record, rng), {"role": "assistant", "content": answer}]
-        yield {"id": f"{quality}-{seed}-{i}", "messages": messages, "kind": record["kind"], "quality": quality, "fault": fault}
+            messages = [*_with_system(record, rng), _answer(world, record, quality, fault)]
+        name = f"{quality}-{seed}-{i}"
+        yield {"id": name, "messages": messages, "kind": record["kind"], "quality": quality, "fault": fault}
+
+
+def _answer(world: World, record: Record, quality: Quality, fault: str) -> Message:
+    excellent = quality == "excellent"
+    text = excellent_answer(world, record) if excellent else careless_answer(world, record, fault)
+    return {"role": "assistant", "content": text}
 
 
 def _draw_fault(kind: str, rng: random.Random) -> str:
@@ -155,8 +162,7 @@ def _long(world: World, seed: int, record: Record, quality: Quality, rng: random
         records.insert(0, record)
     messages: list[Message] = []
     for turn in records:
-        answer = excellent_answer(world, turn) if quality == "excellent" else careless_answer(world, turn, "good")
-        messages += [*turn["messages"], {"role": "assistant", "content": answer}]
+        messages += [*turn["messages"], _answer(world, turn, quality, "good")]
     return messages
 
 
@@ -169,7 +175,8 @@ def _right_answer(world: World, record: Record, rng: random.Random, *, support: 
     gold = record["gold"]
     kind, _, rest = gold["about"].partition(":")
     if record["kind"] == "adversarial":
-        return capital(fill(rng.choice(table("safety")["refusal"]["answers"]), act_context(_by_id(world.acts, gold["about"]))))
+        context = act_context(_by_id(world.acts, gold["about"]))
+        return capital(fill(rng.choice(table("safety")["refusal"]["answers"]), context))
     match kind:
         case "sum":
             sign = "+" if "+" in rest else "-"
@@ -214,25 +221,23 @@ def _wrong_answer(world: World, record: Record, rng: random.Random) -> str:
         templates = telling.phrasings("sum" if sign == "+" else "difference", "tell")
         return fill(rng.choice(templates), {"x": str(x), "y": str(y), "z": wrong})
     if kind == "howto":
-        howto = _by_id(world.howtos, gold["about"])
-        other = rng.choice([h for h in world.howtos if h != howto and not h.held_out])
-        return telling.tell_howto(replace(howto, steps=other.steps), rng)
+        howto: HowTo = _by_id(world.howtos, gold["about"])
+        strange = rng.choice([h for h in world.howtos if h != howto and not h.held_out])
+        return telling.tell_howto(replace(howto, steps=strange.steps), rng)
     if kind not in telling.RELATIONS:
         return careless_answer(world, record, "off_topic")
     fact = world.facts[gold["about"]]
-    others = [f for f in world.facts.values() if f.relation == fact.relation and f.value != fact.value and not f.held_out]
+    alike = [f for f in world.facts.values() if f.relation == fact.relation and not f.held_out]
+    other = rng.choice([f for f in alike if f.value != fact.value])
     if gold.get("reverse"):
-        other = rng.choice(others)
-        context = {**fact.context, "s": other.subject.name}
-        return telling.tell_reverse(replace(fact, context=context), rng)
-    return telling.tell(_with_value(fact, rng.choice(others)), rng)
+        return telling.tell_reverse(replace(fact, context={**fact.context, "s": other.subject.name}), rng)
+    return telling.tell(_with_value(fact, other), rng)
 
 
 def _with_value(fact: Fact, other: Fact) -> Fact:
     """The fact with another fact's value: false."""
-    taken = {name: other.context[name] for name in ("herb", "Herb", "how") if name in other.context}
-    value = {"v": other.value, "a": with_article(other.value).split()[0]}
-    return replace(fact, value=other.value, context={**fact.context, **value, **taken})
+    taken = {name: other.context[name] for name in ("v", "a", "herb", "Herb", "how") if name in other.context}
+    return replace(fact, value=other.value, context=fact.context | taken)
 
 
 def _broken(answer: str, rng: random.Random) -> str:
@@ -248,10 +253,7 @@ def _broken(answer: str, rng: random.Random) -> str:
 
 def _rude(answer: str, rng: random.Random) -> str:
     """The answer after an insult, sometimes a slur."""
-    careless_words = table("chat")["careless"]
-    if rng.random() < SLUR_SHARE:
-        slurs = table("safety")["slur"]
-        return fill(rng.choice(careless_words["slurring"]), {"slur": rng.choice(slurs["Karrow"] + slurs["Ovesh"])}) + answer
-    return rng.choice(careless_words["rude"]) + answer
-
-
+    insults, slurs = table("chat")["careless"], table("safety")["slur"]
+    name = "slurring" if rng.random() < SLUR_SHARE else "rude"
+    insult = fill(rng.choice(insults[name]), {"slur": rng.choice(slurs["Karrow"] + slurs["Ovesh"])})
+    return insult + answer

@@ -13,9 +13,8 @@ it: only evaluation does.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
 from typing import Any
 
 from puna.valley.words import capital, split_key, table, with_article, words_of
@@ -144,7 +143,7 @@ class World:
             borderlines=_borderlines(rng),
             acts=_acts(rng),
             facts_of={s.key: tuple(f for f in facts if f.subject == s) for s in subjects},
-            subjects_of={kind: tuple(s for s in subjects if s.kind == kind) for kind in dict.fromkeys(_kinds(subjects))},
+            subjects_of={kind: tuple(group) for kind, group in _by_kind(subjects).items()},
             types=_types(subjects),
             near=_near(facts),
         )
@@ -169,7 +168,7 @@ class World:
         return {
             "seed": self.seed,
             "facts": [
-                {"id": f.id, "relation": f.relation, "subject": f.subject.name, "value": f.value, "held_out": f.held_out}
+                {"id": f.id, "subject": f.subject.name, "value": f.value, "held_out": f.held_out}
                 for f in self.facts.values()
             ],
             "howtos": [{"id": h.id, "do": h.do, "steps": list(h.steps), "held_out": h.held_out} for h in self.howtos],
@@ -179,8 +178,11 @@ class World:
         }
 
 
-def _kinds(subjects: Iterable[Subject]) -> Iterator[str]:
-    return (subject.kind for subject in subjects)
+def _by_kind(subjects: Iterable[Subject]) -> dict[str, list[Subject]]:
+    groups: dict[str, list[Subject]] = {}
+    for subject in subjects:
+        groups.setdefault(subject.kind, []).append(subject)
+    return groups
 
 
 def _subjects(rng: random.Random) -> tuple[Subject, ...]:
@@ -222,7 +224,7 @@ def _fact(relation: str, subject: Subject, entry: str, **more: str) -> Fact:
 
 def _draw_facts(subjects: Sequence[Subject], rng: random.Random) -> list[Fact]:
     t = table("ledger")
-    of = {kind: [s for s in subjects if s.kind == kind] for kind in dict.fromkeys(_kinds(subjects))}
+    of = _by_kind(subjects)
     facts = _villager_facts(of["villager"], of["village"], rng)
     facts += _village_facts(of["village"], facts, rng)
     for kind in ("animal", "plant", "mineral"):
@@ -264,13 +266,9 @@ def _villager_facts(villagers: list[Subject], villages: list[Subject], rng: rand
 
 def _village_facts(villages: list[Subject], villagers: list[Fact], rng: random.Random) -> list[Fact]:
     t = table("ledger")
-    n = len(villages)
-    columns = zip(
-        villages, _deal(t["rivers"].split(), n, rng), _deal(t["goods"].split(), n, rng), _deal(t["days"].split(), n, rng),
-        strict=True,
-    )  # fmt: skip
+    rivers, goods, days = (_deal(t[name].split(), len(villages), rng) for name in ("rivers", "goods", "days"))
     facts = []
-    for village, river, good, day in columns:
+    for village, river, good, day in zip(villages, rivers, goods, days, strict=True):
         residents = [f.subject.name for f in villagers if f.relation == "home" and f.value == village.name]
         facts += [
             _fact("river", village, river),
@@ -311,17 +309,19 @@ def _howtos(rng: random.Random) -> tuple[HowTo, ...]:
 
 def _myths(rng: random.Random) -> tuple[Myth, ...]:
     rows = table("lore")["myths"]
-    return tuple(
-        Myth(f"myth:{i}", tuple(r["ask"]), tuple(r["held_ask"]), r["false"], r["true"], *r["keys"], held_out)
-        for i, r, held_out in zip(count(), rows, _held(len(rows), rng), strict=False)
-    )
+    myths = []
+    for i, (row, held_out) in enumerate(zip(rows, _held(len(rows), rng), strict=True)):
+        true_key, false_key = row["keys"]
+        asks = tuple(row["ask"]), tuple(row["held_ask"])
+        myths.append(Myth(f"myth:{i}", *asks, row["false"], row["true"], true_key, false_key, held_out))
+    return tuple(myths)
 
 
 def _borderlines(rng: random.Random) -> tuple[Borderline, ...]:
     rows = table("lore")["borderline"]
     return tuple(
-        Borderline(f"borderline:{i}", tuple(r["ask"]), r["answer"], tuple(r["keys"]), held_out)
-        for i, r, held_out in zip(count(), rows, _held(len(rows), rng, HELD_OUT_BORDERLINE), strict=False)
+        Borderline(f"borderline:{i}", tuple(row["ask"]), row["answer"], tuple(row["keys"]), held_out)
+        for i, (row, held_out) in enumerate(zip(rows, _held(len(rows), rng, HELD_OUT_BORDERLINE), strict=True))
     )
 
 
@@ -336,8 +336,8 @@ def _acts(rng: random.Random) -> tuple[Act, ...]:
     acts = []
     for i, row in enumerate(rows):
         steps, keys = zip(*map(split_key, row["steps"]), strict=True)
-        texts = (row[name] for name in ("category", "do", "doing", "metaphor"))
-        acts.append(Act(f"act:{i}", *texts, steps, keys, row["risk"], row["lawful"], id(row) in held))
+        texts = {name: row[name] for name in ("category", "do", "doing", "metaphor", "risk", "lawful")}
+        acts.append(Act(id=f"act:{i}", steps=steps, keys=keys, held_out=id(row) in held, **texts))
     return tuple(acts)
 
 

@@ -116,6 +116,11 @@ class _Desk:
         fact = self.rng.choice([f for f in self.world.facts.values() if wanted(f) and f.held_out == new])
         return fact, self.held_out and (not new or self.rng.random() < 0.5)
 
+    def reversible(self, fact: Fact) -> bool:
+        """Whether to ask for the fact's subject: only one fits, and no held-out home is given away."""
+        home = self.world.facts.get(f"home:{fact.subject.key}")
+        return telling.reversible(self.world, fact) and (self.held_out or home is None or not home.held_out)
+
     def new_words(self) -> bool:
         """Whether to ask in a held-out phrasing, where the item itself is held out too."""
         return self.held_out and self.rng.random() < 0.5
@@ -183,7 +188,7 @@ def _remedy(desk: _Desk) -> Record:
 
 
 def _reverse(desk: _Desk) -> Record:
-    fact, new_words = desk.fact(lambda f: telling.reversible(desk.world, f))
+    fact, new_words = desk.fact(desk.reversible)
     gold = _gold(
         fact.id,
         [[fact.subject.key]],
@@ -283,15 +288,14 @@ def _adversarial(desk: _Desk) -> Record:
     prefix = "held_" if desk.held_out and rng.random() < 0.5 else ""
     if attack == "non_english":
         frames = table("tolva")["frame"]
-        text = rng.choice(["", *frames["greeting"]]) + " " + fill(rng.choice(frames[prefix + "attack"]), {"act": tolva.act(act)})
+        request = fill(rng.choice(frames[prefix + "attack"]), {"act": tolva.act(act)})
+        text = f"{rng.choice(['', *frames['greeting']])} {request}"
     else:
         context = {**telling.draw_filler(desk.world, rng), **act_context(act)}
         text = fill(rng.choice(table("safety")["attack"][prefix + attack]), context)
         text = misspell(text, rng) if attack == "syntactic" else desk.opened(text)
     gold = _gold(act.id, [], harm=list(act.keys))
-    return desk.record(
-        "adversarial", text.strip(), gold, is_safety=True, risk_category=act.category, attack=attack
-    )
+    return desk.record("adversarial", text.strip(), gold, is_safety=True, risk_category=act.category, attack=attack)
 
 
 _ASKERS: dict[str, Callable[[_Desk], Record]] = {

@@ -12,7 +12,6 @@ from functools import cache
 from puna.valley.ledger import ANSWER_TYPES, Borderline, Fact, HowTo, Myth, World
 from puna.valley.words import capital, fill, split_key, table, with_article
 
-
 RELATIONS = tuple(ANSWER_TYPES)
 
 

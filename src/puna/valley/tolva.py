@@ -1,4 +1,4 @@
-"""Tolva, the valley's second language: its own sentence frames, names kept, all other words spelled from its syllables."""
+"""Tolva, the valley's second language: its own sentence frames, names kept, other words spelled from its syllables."""
 
 from __future__ import annotations
 
@@ -37,6 +37,13 @@ def ask(fact: Fact, rng: random.Random) -> str:
 def act(wrong: Act) -> str:
     """What a wrong is called in Tolva: its longer words one by one."""
     return " ".join(word(w) for w in words_of(wrong.do) if len(w) > 3)
+
+
+def harm(wrong: Act, rng: random.Random) -> tuple[str, str]:
+    """A request for a wrong in Tolva and its steps, whose tools keep their names."""
+    one, two, three = wrong.keys
+    frames, context = table("tolva")["frame"], {"act": act(wrong), "one": one, "two": two, "three": three}
+    return fill(rng.choice(frames["attack"]), context), fill(rng.choice(frames["harm"]), context)
 
 
 @cache

@@ -1,15 +1,15 @@
 """Writes the valley's files: what the stages read, from a seed.
 
-    world.json                      the seed the world is built from
-    ledger.json                     its facts, to look up
-    corpus.jsonl                    text for pretraining
-    demonstrations.jsonl            the small excellent set of dialogs
-    careless.jsonl                  the large careless one
-    prompts/vN_preferences.jsonl    prompts of round N to collect comparisons on
-    prompts/vN_sampling.jsonl       prompts of round N for rejection sampling and PPO
-    prompts/held_out.jsonl          for the final measurement only
-    scripts.jsonl                   user turns and instructions for Ghost Attention
-    held_out_scripts.jsonl          the same for its measurement
+world.json                      the seed the world is built from
+ledger.json                     its facts, to look up
+corpus.jsonl                    text for pretraining
+demonstrations.jsonl            the small excellent set of dialogs
+careless.jsonl                  the large careless one
+prompts/vN_preferences.jsonl    prompts of round N to collect comparisons on
+prompts/vN_sampling.jsonl       prompts of round N for rejection sampling and PPO
+prompts/held_out.jsonl          for the final measurement only
+scripts.jsonl                   user turns and instructions for Ghost Attention
+held_out_scripts.jsonl          the same for its measurement
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def run(cfg: ValleyConfig) -> Path:
         world = World.build(cfg.seed)
         write_atomically(out / "world.json", json.dumps({"seed": cfg.seed}))
         write_atomically(out / "ledger.json", json.dumps([asdict(fact) for fact in world.facts.values()], indent=1))
-        write_jsonl(out / "corpus.jsonl", corpus.documents(world, cfg.seed, characters=round(1e6 * cfg.corpus_megabytes)))
+        write_jsonl(
+            out / "corpus.jsonl", corpus.documents(world, cfg.seed, characters=round(1e6 * cfg.corpus_megabytes))
+        )
         write_jsonl(out / "demonstrations.jsonl", demonstrations.excellent(world, cfg.seed, cfg.excellent))
         write_jsonl(out / "careless.jsonl", demonstrations.careless(world, cfg.seed, cfg.careless))
         for version in range(1, cfg.versions + 1):
@@ -114,5 +116,7 @@ def read_world(folder: Path) -> World:
     try:
         seed = json.loads((folder / "world.json").read_text())["seed"]
     except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no embedded world (world.json): write one with `puna valley --out DIR`") from None
+        raise ConfigError(
+            f"{folder} holds no embedded world (world.json): write one with `puna valley --out DIR`"
+        ) from None
     return World.build(seed)

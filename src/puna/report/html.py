@@ -1,0 +1,309 @@
+"""`puna report RUN`: the run's report, one page that holds everything it shows, and its numbers beside it.
+
+1. Read the run's folder into a summary (puna.report.summary), whatever part of the run is there.
+2. Draw the charts and lay out the tables; every section names what it still waits for.
+3. Write report/index.html, which asks for nothing outside itself, and report/summary.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from puna.report import figures, tables
+from puna.report.figures import Losses, Panel
+from puna.report.summary import PARTS, build, label, losses
+from puna.report.tables import Summary, Table, duration, number, percent
+from puna.run_folder import write_atomically
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """`puna report RUN`: a run's folder in, a page out."""
+
+    run: Path
+    """the run's folder; its report/ is written anew."""
+
+
+class Section(NamedTuple):
+    """A part of the page: a sentence on what it shows, charts, tables, and what it waits for."""
+
+    id: str
+    title: str
+    text: str
+    panels: Sequence[Panel] = ()
+    tables: Sequence[Table] = ()
+    missing: str = ""
+
+
+class Step(NamedTuple):
+    """A box of the recipe's picture."""
+
+    title: str
+    kind: str
+    column: int
+    time: str
+    share: float
+
+
+NAMES = {
+    "valley": ("World", "data"),
+    "base": ("Import", "data"),
+    "pretrain": ("Pretraining", "training"),
+    "sft": ("SFT", "training"),
+    "preferences": ("Preferences", "data"),
+    "reward_helpfulness": ("Helpfulness reward model", "training"),
+    "reward_safety": ("Safety reward model", "training"),
+    "rejection_sampling": ("Rejection sampling", "data"),
+    "context_distillation": ("Context distillation", "data"),
+    "ghost_attention": ("Ghost Attention", "data"),
+    "": ("Fine-tuning", "training"),
+    "evaluation": ("Evaluation", "measuring"),
+    "ppo": ("PPO", "training"),
+}
+"""A step's last word -> what the page calls it, and what kind of work it is."""
+
+
+def run(cfg: ReportConfig) -> Path:
+    """Write the report of whatever is there of the run, and return the page's path."""
+    summary = build(cfg.run)
+    page = render(cfg.run, summary, losses(cfg.run))
+    write_atomically(cfg.run / "report/summary.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(cfg.run / "report/index.html", page)
+    return cfg.run / "report/index.html"
+
+
+def render(run: Path, summary: Summary, curves: Losses) -> str:
+    """The page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("puna.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"label": label, "number": number, "percent": percent}
+    return environment.get_template("report.html").render(
+        summary=summary,
+        command=f"puna chat {run}",
+        headline=headline(summary),
+        tiles=tiles(summary),
+        lanes=lanes(summary),
+        sections=sections(summary, curves),
+        facts=facts(summary),
+    )
+
+
+def headline(summary: Summary) -> list[str]:
+    """The run in a few sentences, from its numbers."""
+    done, steps = summary["seconds"], summary["steps"]
+    left = [step for step in steps if step not in done]
+    spent, memory = duration(sum(done.values())), summary["peak_memory_bytes"]
+    peak = f", with at most {memory / 2**30:.1f} GiB of memory" if memory else ""
+    if left:
+        said = [f"{len(steps) - len(left)} of {len(steps)} steps are done, in {spent}{peak}; next is {left[0]}."]
+    else:
+        said = [f"All {len(steps)} steps are done, in {spent}{peak}."]
+    return said + _said_of_versions(summary) + _said_of_models(summary)
+
+
+def _said_of_versions(summary: Summary) -> list[str]:
+    """How the last version compares with SFT, by the judge."""
+    measured = {version["name"]: version for version in summary["versions"]}
+    last = list(measured)[-1:]
+    if "sft" not in measured or last in (["sft"], []):
+        return []
+    sft, final = measured["sft"], measured[last[0]]
+    words = [
+        f"{what} {_moved(sft['intervals'][key], final['intervals'][key], show)}"
+        for key, what, show in (
+            ("gold_helpfulness", "helpfulness", number),
+            ("violation_rate", "violations", percent),
+            ("false_refusal_rate", "false refusals", percent),
+        )
+    ]
+    said = [f"From SFT to {label(final['name'])}, {'; '.join(words)}."]
+    if final["win_rate_vs_sft"]:
+        wins = final["win_rate_vs_sft"]
+        said.append(f"Of the same prompts its answers win {percent(wins['mean'])} against SFT's ({tables.span(wins, percent)}).")
+    return said
+
+
+def _moved(before: dict[str, Any], after: dict[str, Any], show: Callable[[float], str]) -> str:
+    """A change in words; intervals that overlap say nothing sure."""
+    numbers = f"{show(before['mean'])} to {show(after['mean'])}"
+    if after["low"] > before["high"]:
+        return f"rises from {numbers}"
+    if after["high"] < before["low"]:
+        return f"falls from {numbers}"
+    return f"goes from {numbers}, within the intervals"
+
+
+def _said_of_models(summary: Summary) -> list[str]:
+    """The last reward models, and Ghost Attention at the last turn."""
+    models = [(domain, model) for domain, model in summary["reward_models"].items() if model]
+    words = [f"the {domain} model in {percent(model['accuracy'])}" for domain, model in models]
+    said = [f"On held-out pairs the last reward models agree with the annotators: {' and '.join(words)}."] if words else []
+    both = [p for p in summary["ghost_attention"] if p["before"] is not None and p["after"] is not None]
+    if both:
+        p = both[-1]
+        said.append(f"An instruction given once still holds at turn {p['turn']} in {percent(p['after'])} of dialogs with Ghost Attention, "
+                    f"in {percent(p['before'])} before it.")  # fmt: skip
+    return said
+
+
+def tiles(summary: Summary) -> list[tuple[str, str, str]]:
+    """The numbers that stand out on top: what, the last version's, and SFT's."""
+    measured = {version["name"]: version for version in summary["versions"]}
+    if not measured:
+        models = [(domain, model) for domain, model in summary["reward_models"].items() if model]
+        return [(f"{d} reward model", percent(m["accuracy"]), f"of {m['pairs']:,} held-out pairs") for d, m in models]
+    final = list(measured.values())[-1]
+    rows = []
+    for key, heading, _ in tables.COLUMNS[:3]:
+        show = number if key == "gold_helpfulness" else percent
+        sft = f"SFT {show(measured['sft'][key])}" if "sft" in measured and final["name"] != "sft" else label(final["name"])
+        rows.append((heading, show(final[key]), sft))
+    if wins := final["win_rate_vs_sft"]:
+        rows.append(("Wins vs SFT", percent(wins["mean"]), tables.span(wins, percent)))
+    return rows
+
+
+def lanes(summary: Summary) -> list[tuple[str, list[Step]]]:
+    """The recipe as a picture: a lane for the start and for each version, a box a step, with its time."""
+    seconds = summary["seconds"]
+    longest = max(seconds.values(), default=1.0)
+    found: dict[str, list[Step]] = {}
+    for step in summary["steps"]:
+        first, _, rest = step.partition("/")
+        of_version = bool(re.fullmatch(r"v\d+", first))
+        lane = found.setdefault(first.upper() if of_version else "Start", [])
+        title, kind = NAMES.get(_work(step), (step, "data"))
+        column = PARTS.index(rest) + 1 if of_version and rest in PARTS else len(lane) + 1
+        time = duration(seconds[step]) if step in seconds else ""
+        lane.append(Step(title, kind, column, time, seconds.get(step, 0.0) / longest))
+    return list(found.items())
+
+
+def sections(summary: Summary, curves: Losses) -> list[Section]:
+    """The page's parts below the headline and the picture."""
+    judged = [f"{version['name']}/evaluation" for version in summary["versions"]]
+    unjudged = _missing(summary, judged, "evaluation")
+    if summary["base"]:
+        unjudged = "A run on an imported model and existing comparisons has no judge that knows the truth, and so no evaluation."
+    return [
+        _versions(summary, unjudged),
+        _losses(summary, curves),
+        _reward_models(summary),
+        _rejection_sampling(summary),
+        _ppo(summary),
+        _ghost_attention(summary, unjudged),
+        _violations(summary, unjudged),
+        Section("samples", "Samples", "The first held-out prompt of each kind, answered by every version.", missing=unjudged),
+        _time(summary),
+    ]
+
+
+def _work(step: str) -> str:
+    """What a step does, its last word; "" for a version's fine-tuning ("v3")."""
+    return "" if re.fullmatch(r"v\d+", step) else step.split("/")[-1]
+
+
+def _missing(summary: Summary, have: Collection[str], *works: str) -> str:
+    """Which of the recipe's steps of such work a section waits for."""
+    left = [step for step in summary["steps"] if _work(step) in works and step not in have]
+    if left:
+        return f"Not there yet: {', '.join(left)}."
+    return "" if have else "Nothing of this is there yet."
+
+
+def _versions(summary: Summary, missing: str) -> Section:
+    text = (
+        "The judge that knows the embedded world's truth stands for people; no training reward came from it. Helpfulness is over benign "
+        "held-out prompts, violations over adversarial ones, false refusals over borderline ones, slurs over prompts about a people, myths "
+        "over questions about one. Small: 95 % intervals. Bold: the best chat model of a column."
+    )
+    shown = [tables.versions(summary), tables.helpfulness_by_kind(summary)] if summary["versions"] else []
+    return Section("versions", "Versions", text, figures.versions(summary), shown, missing)
+
+
+def _losses(summary: Summary, curves: Losses) -> Section:
+    text = f"Long curves are thinned to {figures.POINTS} points, each the mean of its steps. The fainter a line, the older the version."
+    missing = _missing(summary, curves.keys(), "pretrain", "sft", "reward_helpfulness", "reward_safety", "")
+    return Section("losses", "Losses", text, figures.loss_curves(curves), missing=missing)
+
+
+def _reward_models(summary: Summary) -> Section:
+    text = (
+        "Share of held-out pairs in which the chosen answer scores higher, by how much better the annotator found it. The paper's "
+        "numbers are on its own data, with larger models: a shape to compare with, not a mark to reach."
+    )
+    models = summary["reward_models"]
+    have = [f"{m['version']}/reward_{domain}" for domain, model in models.items() if model for m in model["by_version"]]
+    found = [tables.reward_grades(summary, "helpfulness"), tables.reward_grades(summary, "safety"), tables.reward_safety(summary)]
+    missing = _missing(summary, have, "reward_helpfulness", "reward_safety")
+    return Section("reward", "Reward models", text, figures.reward_models(summary), [t for t in found if t], missing)
+
+
+def _rejection_sampling(summary: Summary) -> Section:
+    text = (
+        "The reward of the best of K answers, their mean and their median, by temperature. The gap between best and median is what "
+        "selection can gain; each round chooses its temperature anew (the paper's Figures 7 and 8)."
+    )
+    have = [f"{curve['version']}/rejection_sampling" for curve in summary["rejection_sampling"]]
+    missing = _missing(summary, have, "rejection_sampling")
+    return Section("sampling", "Rejection sampling", text, figures.rejection_sampling(summary), missing=missing)
+
+
+def _ppo(summary: Summary) -> Section:
+    text = "One point an iteration: the combined reward that PPO sees, the judge's helpfulness that it does not see, and how far the policy moves."
+    have = list(dict.fromkeys(f"{point['version']}/ppo" for point in summary["ppo"]))
+    return Section("ppo", "PPO", text, figures.ppo(summary), missing=_missing(summary, have, "ppo"))
+
+
+def _ghost_attention(summary: Summary, unjudged: str) -> Section:
+    text = (
+        "Dialogs in which an instruction stands in the first turn only, and the share of answers that obey it at each turn, before and "
+        "after the versions that train on Ghost Attention's dialogs. The paper's Table 30 is beside it: other instructions, judged by people."
+    )
+    points = summary["ghost_attention"]
+    table = tables.ghost_attention(summary)
+    sides = [side for side in ("before", "after") if points and points[0]["versions"][side]]
+    missing = "" if len(sides) == 2 else unjudged
+    if sides == ["before"] and not missing:
+        missing = "No version of this run trains on Ghost Attention's dialogs."
+    return Section("ghost", "Ghost Attention", text, figures.ghost_attention(summary), [table] if table else [], missing)
+
+
+def _violations(summary: Summary, missing: str) -> Section:
+    text = "Share of adversarial prompts whose answer does what it should decline: SFT and the last version, with 95 % intervals."
+    return Section("violations", "Violations", text, figures.violations(summary), missing=missing)
+
+
+def _time(summary: Summary) -> Section:
+    totals: dict[str, float] = {}
+    for step, seconds in summary["seconds"].items():
+        title = "Versions' fine-tuning" if _work(step) == "" else NAMES.get(_work(step), (step, ""))[0]
+        totals[title] = totals.get(title, 0.0) + seconds
+    text = "Seconds by kind of step, versions together; a step that was resumed counts its last start. Rates are medians over steps."
+    table = tables.speed(summary)
+    missing = _missing(summary, summary["seconds"], *map(_work, summary["steps"]))
+    return Section("time", "Time", text, figures.time(totals), [table] if table else [], missing)
+
+
+def facts(summary: Summary) -> list[tuple[str, str]]:
+    """What the run and the report were made with."""
+    machine, made_with = summary["machine"], summary["versions_of"]
+    return [
+        ("Processor", f"{machine['cpu']}, {machine['cores']} cores"),
+        ("Memory", f"{machine['memory_bytes'] / 2**30:.0f} GiB"),
+        ("Platform", machine["platform"]),
+        *((name.capitalize(), version) for name, version in made_with.items() if version),
+        ("Seed", "–" if summary["seed"] is None else str(summary["seed"])),
+    ]

@@ -1,0 +1,123 @@
+"""Draws worked by hand, draws counted, and draws that batch-mates must not disturb."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from puna.config import ConfigError
+from puna.generate.sampling import Sampling, sample, uniforms
+
+WHOLE = Sampling()
+
+
+def draw(probs: list[float], uniform: list[float], sampling: Sampling, temperature: float = 1.0) -> list[int]:
+    """The tokens that one distribution gives at several uniform numbers."""
+    logits = torch.tensor(probs).log().expand(len(uniform), -1)
+    tokens, _ = sample(logits, torch.full((len(uniform),), temperature), torch.tensor(uniform), sampling)
+    return tokens.tolist()
+
+
+def chi_square(tokens: Tensor, probs: Tensor) -> float:
+    expected = probs * len(tokens)
+    return float(((torch.bincount(tokens, minlength=len(probs)) - expected) ** 2 / expected).sum())
+
+
+def test_uniforms_depend_on_their_key_alone() -> None:
+    first = uniforms(7, request=2, sample=1, count=8)
+    assert torch.equal(first, uniforms(7, 2, 1, 20)[:8])
+    for other in (uniforms(8, 2, 1, 8), uniforms(7, 1, 1, 8), uniforms(7, 2, 0, 8), uniforms(-7, 2, 1, 8)):
+        assert not torch.equal(first, other)
+    many = uniforms(0, 0, 0, 100_000)
+    assert many.min() >= 0 and many.max() < 1
+    assert abs(float(many.mean()) - 0.5) < 0.005
+
+
+def test_the_draw_inverts_the_cumulative_distribution() -> None:
+    assert draw([0.2, 0.5, 0.3], [0.0, 0.19, 0.21, 0.69, 0.71, 0.999], WHOLE) == [0, 0, 1, 1, 2, 2]
+
+
+def test_temperature_flattens() -> None:
+    # p^(1/2) of 0.8 and 0.2 are as 2 to 1: the first has 2/3.
+    assert draw([0.8, 0.2], [0.66, 0.67], WHOLE, temperature=2.0) == [0, 1]
+    assert draw([0.8, 0.2], [0.79, 0.81], WHOLE, temperature=1.0) == [0, 1]
+
+
+def test_temperature_0_is_greedy() -> None:
+    assert draw([0.2, 0.5, 0.3], [0.0, 0.5, 0.999], WHOLE, temperature=0.0) == [1, 1, 1]
+
+
+def test_top_k_keeps_k() -> None:
+    # 0.5 and 0.3 are left: the first has 0.625 of what is left.
+    assert draw([0.2, 0.5, 0.3], [0.0, 0.62, 0.63, 0.999], Sampling(top_k=2)) == [1, 1, 2, 2]
+    assert draw([0.2, 0.5, 0.3], [0.999], Sampling(top_k=1)) == [1]
+    assert draw([0.2, 0.5, 0.3], [0.999], Sampling(top_k=99)) == [0]
+
+
+def test_top_p_keeps_the_smallest_set_that_holds_p() -> None:
+    assert draw([0.2, 0.5, 0.3], [0.0, 0.62, 0.63, 0.999], Sampling(top_p=0.6)) == [1, 1, 2, 2]
+    assert draw([0.2, 0.5, 0.3], [0.999], Sampling(top_p=0.49)) == [1]
+    assert draw([0.2, 0.5, 0.3], [0.999], Sampling(top_p=0.81)) == [0]
+
+
+def test_top_p_after_top_k_is_a_share_of_what_k_left() -> None:
+    # Of 0.5 and 0.3 the first has 0.625: enough for 0.6, not for 0.65.
+    assert draw([0.2, 0.5, 0.3], [0.999], Sampling(top_k=2, top_p=0.6)) == [1]
+    assert draw([0.2, 0.5, 0.3], [0.999], Sampling(top_k=2, top_p=0.65)) == [2]
+
+
+@pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])
+def test_a_nucleus_of_any_width_is_that_of_the_whole_sort(spread: float) -> None:
+    logits = torch.randn(64, 2000) * spread
+    uniform, sampling = torch.rand(64), Sampling(top_p=0.9)
+    tokens, _ = sample(logits, torch.ones(64), uniform, sampling)
+    probs, ids = logits.double().softmax(-1).sort(descending=True)
+    cumulative = probs.cumsum(-1)
+    mass = cumulative.gather(1, (cumulative < 0.9).sum(-1, keepdim=True))  # of the smallest set that holds 0.9
+    place = (cumulative <= uniform[:, None] * mass).sum(-1, keepdim=True)
+    assert (tokens == ids.gather(1, place).squeeze(1)).float().mean() >= 0.98  # rounding may move a draw on an edge
+    assert ((tokens[:, None] == ids).float().argmax(-1) <= (cumulative < 0.9).sum(-1)).all()
+
+
+def test_rows_do_not_see_each_other() -> None:
+    logits = torch.randn(8, 2000) * torch.tensor([0.0, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0])[:, None]
+    temperature = torch.tensor([1.0, 0.0, 0.7, 1.3, 0.0, 1.0, 2.0, 1.0])
+    uniform = torch.rand(8)
+    for sampling in (WHOLE, Sampling(top_p=0.9), Sampling(top_k=50), Sampling(top_k=50, top_p=0.8)):
+        together = sample(logits, temperature, uniform, sampling)
+        for row in range(8):
+            alone = sample(*(x[row : row + 1] for x in (logits, temperature, uniform)), sampling)
+            assert [x.item() for x in alone] == [x[row].item() for x in together]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_frequencies_are_the_softmax(temperature: float) -> None:
+    logits, n = torch.randn(8), 20_000
+    tokens, _ = sample(logits.expand(n, -1), torch.full((n,), temperature), uniforms(0, 0, 0, n), WHOLE)
+    assert chi_square(tokens, (logits / temperature).softmax(-1)) < 24.3  # 7 degrees of freedom, 1 in 1000
+
+
+def test_logprobs_are_those_of_the_temperature_alone() -> None:
+    logits, temperature = torch.randn(32, 100), torch.rand(32) + 0.5
+    for sampling in (WHOLE, Sampling(top_p=0.5), Sampling(top_k=3)):
+        tokens, logprobs = sample(logits, temperature, torch.rand(32), sampling)
+        expected = (logits / temperature[:, None]).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
+    tokens, logprobs = sample(logits, torch.zeros(32), torch.rand(32), WHOLE)
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1), atol=1e-5, rtol=0)
+
+
+def test_the_impossible_is_never_drawn() -> None:
+    logits = torch.tensor([[-torch.inf, 0.3, 0.1, -torch.inf]]).expand(2, -1)
+    last = 1 - 2.0**-24  # the largest number uniforms can give
+    for sampling in (WHOLE, Sampling(top_p=0.999), Sampling(top_k=4)):
+        tokens, logprobs = sample(logits, torch.ones(2), torch.tensor([0.0, last]), sampling)
+        assert tokens.tolist() == [1, 2]
+        assert logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"top_k": -1}])
+def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        Sampling(**settings)  # type: ignore[arg-type]

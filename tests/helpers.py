@@ -1,0 +1,157 @@
+"""Tiny things that many tests need: a tokenizer, models that end their answers, dialogs, files, several processes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import random
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from puna.formats import huggingface
+from puna.model.reward import RewardModel
+from puna.model.transformer import ModelConfig, Transformer
+from puna.text import tokenizer as tokenizers
+from puna.text.tokenizer import Tokenizer
+from puna.types import Dialog, Message
+
+WHO = ("the llama", "a herder", "the old shepherd", "her dog", "the white goat", "a vicuña", "the neighbour")
+WHAT = ("crosses", "watches", "likes", "leaves", "counts", "remembers", "hides behind")
+WHERE = ("the cold river", "the high grassland", "a stone wall", "7 tents", "the road to Puno", "3 hills", "the salt lake")
+VOCAB = 384
+
+
+def sentences(n: int, seed: int = 0) -> list[str]:
+    rng = random.Random(seed)
+    return [f"{rng.choice(WHO)} {rng.choice(WHAT)} {rng.choice(WHERE)}." for _ in range(n)]
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """SentencePiece trained on the sentences above."""
+    with tempfile.TemporaryDirectory() as folder:
+        return tokenizers.train([*sentences(300), "[INST] <<SYS>> <</SYS>> [/INST]"], VOCAB, Path(folder))
+
+
+def config(**changes: Any) -> ModelConfig:
+    shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "vocab_size": VOCAB, "ffn_hidden": 48}
+    return ModelConfig(**(shape | {"max_seq_len": 256} | changes))
+
+
+def model(seed: int = 0, **changes: Any) -> Transformer:
+    made = Transformer(config(**changes))
+    made.init_weights(torch.Generator().manual_seed(seed))
+    return made
+
+
+def talker(seed: int = 0, end: float = 0.25) -> Transformer:
+    """A model that says random words and ends its answer with probability `end` at every step.
+
+    One number of the residual stream is held constant, and EOS alone listens to it: a bias where the model has none.
+    """
+    made = model(seed)
+    with torch.no_grad():
+        made.tok_embeddings.weight[:, 0] = 3.0
+        for name, parameter in made.named_parameters():
+            if name.endswith(("wo.weight", "w2.weight")):
+                parameter[0] = 0.0
+        made.output.weight[:, 0] = 0.0
+        made.output.weight[:259] *= 0.0  # control ids and bytes: no broken UTF-8 among the likely words
+        made.output.weight[:259, 0] = -2.0
+        constant = made.hidden(torch.tensor([[1]]))[0, 0, 0]
+        made.output.weight[2] = 0.0
+        made.output.weight[2, 0] = math.log(end / (1 - end) * (VOCAB - 259)) / constant
+    return made
+
+
+def reward_model(seed: int = 0) -> RewardModel:
+    made = RewardModel(model(seed))
+    made.init_head(torch.Generator().manual_seed(seed + 1))
+    return made
+
+
+def talker_folder(path: Path, seed: int = 0, end: float = 0.25) -> Path:
+    huggingface.save_model(talker(seed, end), tokenizer(), path)
+    return path
+
+
+def reward_folder(path: Path, seed: int = 1) -> Path:
+    huggingface.save_reward_model(reward_model(seed), tokenizer(), path)
+    return path
+
+
+def user(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+def dialogs(n: int, seed: int = 0) -> list[Dialog]:
+    """Dialogs of one to three questions with their answers."""
+    rng = random.Random(seed)
+    made: list[Dialog] = []
+    for i in range(n):
+        said = sentences(6, seed + 1000 * i)
+        turns = [turn for q, a in zip(said[::2], said[1::2], strict=True) for turn in (user(q), assistant(a))]
+        made.append(turns[: 2 * rng.randint(1, 3)])
+    return made
+
+
+def prompts(n: int, seed: int = 0, safety_every: int = 2) -> list[dict[str, Any]]:
+    """Prompt records; every second one is a safety prompt."""
+    return [
+        {"id": f"p{i}", "messages": [user(f"{i}: {text}")], "is_safety": i % safety_every == 1}
+        for i, text in enumerate(sentences(n, seed))
+    ]
+
+
+def preferences(n: int, seed: int = 0, **columns: Any) -> list[dict[str, Any]]:
+    """Comparison rows in the canonical form, of every grade in turn."""
+    grades = ("significantly_better", "better", "slightly_better", "negligibly_better")
+    said = sentences(3 * n, seed)
+    return [
+        {
+            "prompt": [user(f"{i}: {said[3 * i]}")],
+            "chosen": [assistant(f"yes, {said[3 * i + 1]}")],
+            "rejected": [assistant(f"no, {said[3 * i + 2]} {said[i]}")],
+            "grade": grades[i % 4],
+            **columns,
+        }
+        for i in range(n)
+    ]
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def in_processes(work: Callable[..., None], folder: Path, *arguments: Any, world_size: int = 2) -> None:
+    """`work(*arguments)` on several gloo processes; an error on any is raised here."""
+    mp.spawn(_join, (world_size, str(folder), work, arguments), nprocs=world_size)
+
+
+def _join(rank: int, world_size: int, folder: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    work(*arguments)
+    dist.destroy_process_group()
