@@ -38,10 +38,12 @@ def start(threads: int = 0) -> torch.device:
 
 
 def rank() -> int:
+    """This process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -51,6 +53,7 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
+    """Wait until all processes are here."""
     if world_size() > 1:
         dist.barrier()
 

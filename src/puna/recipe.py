@@ -112,7 +112,7 @@ class Step:
 
 
 def plan(cfg: RecipeConfig) -> list[Step]:
-    """Figure 4 as a list: the embedded world's whole way, or the RLHF half on an imported model and existing comparisons."""
+    """Figure 4 as a list: the embedded world's whole way, or RLHF on an imported model and existing comparisons."""
     return _plan_on_files(cfg) if cfg.base else _plan_in_the_valley(cfg)
 
 

@@ -110,7 +110,8 @@ def test_subjects_are_told_in_turns(world: World, sample: list[Document]) -> Non
     told: dict[str, list[int]] = defaultdict(list)
     counts = Counter(name for document in sample for name in document["facts"])
     for name, fact in world.facts.items():
-        told[fact.relation].append(counts[name])
+        if fact.subject.kind != "people":  # mentioned unequally on purpose
+            told[fact.relation].append(counts[name])
     for relation, values in told.items():
         assert max(values) < 1.7 * min(values), relation
 
