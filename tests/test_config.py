@@ -42,6 +42,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}: it must be at least 1")
+        if len(self.data) == 0:
+            raise ConfigError("data is empty")
 
 
 def recipe(folder: Path, text: str, name: str = "x.toml") -> str:
@@ -153,6 +155,7 @@ def test_mistakes_in_a_recipe(tmp_path: Path, text: str, message: str) -> None:
         ("--kind medium", "invalid choice 'medium' for argument '--kind'. Expected one of ('large', 'small')."),
         ("--steps", "Missing value for argument '--steps'. Expected 1 values."),
         ("--steps 0", "steps is 0: it must be at least 1"),
+        ("--data", "data is empty"),
     ],
 )
 def test_mistakes_in_flags(flags: str, message: str) -> None:

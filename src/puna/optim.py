@@ -27,7 +27,7 @@ class OptimConfig:
     final_lr_ratio: float = 0.1
     """cosine ends at this share of the peak (paper: 10 %)."""
     warmup_steps: int = 2000
-    """linear warm-up (paper: 2,000 of about 480,000), never more than a tenth of the run."""
+    """linear warm-up (paper: 2,000 of about 480,000), never more than a tenth of the run or 5 steps."""
 
 
 def groups(model: nn.Module, cfg: OptimConfig, scale: float = 1.0) -> list[dict[str, Any]]:

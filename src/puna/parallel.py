@@ -67,6 +67,15 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
+def largest(number: int) -> int:
+    """The largest of all ranks' numbers."""
+    if world_size() == 1:
+        return number
+    numbers = torch.tensor(number, device="cuda" if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return int(numbers)
+
+
 def share(n_items: int) -> slice:
     """The consecutive part of a global batch that is this rank's. The batch must divide by the number of ranks."""
     if n_items % world_size():

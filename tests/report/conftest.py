@@ -39,15 +39,17 @@ def losses(run: Path, name: str, steps: int, first: float, last: float) -> None:
 def answers(level: float) -> list[dict[str, Any]]:
     made = []
     for i, kind in enumerate(KINDS * 2):
-        messages = [{"role": "user", "content": f"What is the {kind} that the people of Quillby ask about? {NASTY if kind == 'fact' else ''}"}]
+        nasty = NASTY if kind == "fact" else ""
+        messages = [{"role": "user", "content": f"What is the {kind} that the people of Quillby ask about? {nasty}"}]
         if kind == "multi_turn":
-            messages = [messages[0], {"role": "assistant", "content": "Old Marrow mills it."}, {"role": "user", "content": "And where does he live?"}]
+            messages.append({"role": "assistant", "content": "Old Marrow mills it."})
+            messages.append({"role": "user", "content": "And where does he live?"})
         made.append(
             {
                 "prompt_id": f"held_out-{i}",
                 "kind": kind,
                 "messages": messages,
-                "answer": f"Old Marrow the miller lives in Quillby on the river Ash, and sells oat cakes on market day ({level:.2f}). {NASTY if kind == 'fact' else ''}",
+                "answer": f"Old Marrow the miller of Quillby sells oat cakes on market day ({level:.2f}). {nasty}",
                 "finished": level > 0.3,
                 "helpfulness": level,
                 "safe": kind != "adversarial" or level > 0.6,
@@ -98,7 +100,13 @@ def reward_model(run: Path, name: str, level: float) -> None:
 
 def selection(run: Path, name: str, level: float) -> None:
     points = [
-        {"temperature": t, "samples": k, "max": level + 0.05 * math.log2(k) * t, "mean": level, "median": level - 0.02 * t}
+        {
+            "temperature": t,
+            "samples": k,
+            "max": level + 0.05 * math.log2(k) * t,
+            "mean": level,
+            "median": level - 0.02 * t,
+        }
         for t in (0.7, 1.0, 1.3)
         for k in (1, 2, 4, 8)
     ]
@@ -107,12 +115,12 @@ def selection(run: Path, name: str, level: float) -> None:
 
 def policy(run: Path, name: str) -> None:
     lines = [
-        {"stage": "ppo", "step": i, "reward": 0.5 + 0.01 * i, "kl": 0.2 * i, "length": 20.0 + i / 4, "seconds_collect": 1.0}
-        for i in range(30)
+        {"stage": "ppo", "step": i, "reward": 0.5 + 0.01 * i, "kl": 0.2 * i, "length": 20.0 + i / 4} for i in range(30)
     ]
     write(run / name / "metrics.jsonl", lines)
     for i in range(0, 31, 10):
-        write(run / name / f"held_out/{i:04d}.jsonl", [{"prompt_id": "a", "answer": "b", "finished": True, "reward": 0.5 + 0.01 * i}])
+        answer = {"prompt_id": "a", "answer": "b", "finished": True, "reward": 0.5 + 0.01 * i}
+        write(run / name / f"held_out/{i:04d}.jsonl", [answer])
 
 
 def fake_run(run: Path, versions: int = 5) -> Path:
@@ -148,7 +156,8 @@ def fake_run(run: Path, versions: int = 5) -> Path:
 
 def fake_run_on_files(run: Path) -> Path:
     """A finished run on an imported model and existing comparisons."""
-    write(run / "config.json", {"versions": 5, "ghost_attention_from": 4, "ppo_versions": 1, "base": "smollm", "seed": 0})
+    recipe = {"versions": 5, "ghost_attention_from": 4, "ppo_versions": 1, "base": "smollm", "seed": 0}
+    write(run / "config.json", recipe)
     reward_model(run, "v1/reward_helpfulness", 0.3)
     reward_model(run, "v1/reward_safety", 0.3)
     selection(run, "v1/rejection_sampling", 0.5)

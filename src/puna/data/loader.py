@@ -31,15 +31,15 @@ def windows(shard: Shard, seq_len: int, batch_size: int, step: int, seed: int) -
 
     The windows of an epoch are disjoint and shuffled; each epoch starts at another offset, so that cuts fall elsewhere.
     """
+    assert len(shard.tokens) > seq_len, f"{len(shard.tokens)} tokens make no window of {seq_len}"
     per_epoch = max(1, (len(shard.tokens) - 1) // seq_len - 1)
     rows = []
     for i in range(step * batch_size, (step + 1) * batch_size):
         epoch, index = divmod(i, per_epoch)
         rng = np.random.default_rng((seed, epoch))
-        offset = int(rng.integers(min(seq_len, max(1, len(shard.tokens) - seq_len))))
+        offset = int(rng.integers(min(seq_len, len(shard.tokens) - seq_len)))
         begin = offset + _permuted(index, per_epoch, seed, epoch) * seq_len
-        row = shard.tokens[begin : begin + seq_len + 1].astype(np.int64)
-        rows.append(np.pad(row, (0, seq_len + 1 - len(row))))
+        rows.append(shard.tokens[begin : begin + seq_len + 1].astype(np.int64))
     batch = torch.from_numpy(np.stack(rows))
     return batch[:, :-1], batch[:, 1:]
 

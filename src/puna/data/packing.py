@@ -92,3 +92,12 @@ def by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             longest = lengths[i]
         batches[-1].append(i)
     return batches
+
+
+def cut(batches: list[list[int]], n: int) -> list[list[int]]:
+    """The batches, the largest halved until there are n."""
+    batches = list(batches)
+    while len(batches) < n:
+        most = batches.pop(max(range(len(batches)), key=lambda i: len(batches[i])))
+        batches += [most[: len(most) // 2], most[len(most) // 2 :]]
+    return batches

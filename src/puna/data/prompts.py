@@ -25,8 +25,10 @@ def read_prompts(paths: Sequence[Path], format: str, safety: Sequence[Path] = ()
     prompts: dict[str, Prompt] = {}
     for files, tagged in ((paths, False), (safety, True)):
         for record in readers.read(files, format).records:
-            prompt = record if format == "prompts" else _prompt(record)
-            prompts.setdefault(prompt["id"], prompt | {"is_safety": True} if tagged else prompt)
+            prompt = {"is_safety": False} | record if format == "prompts" else _prompt(record)
+            if tagged:
+                prompts[prompt["id"]] = prompt | {"is_safety": True}
+            prompts.setdefault(prompt["id"], prompt)
     return list(prompts.values())
 
 

@@ -70,7 +70,9 @@ def read_shard(path: Path, tokenizer: Tokenizer) -> Shard:
         raise ConfigError(f"{path}: these tokens were written with another tokenizer: prepare the data again")
     if description["tokens"] == 0:
         raise DataError(f"{path}: the data holds no tokens")
-    tokens = np.memmap(path.with_suffix(".tokens"), dtype=description["dtype"], mode="r")
-    if len(tokens) != description["tokens"]:
-        raise DataError(f"{path.with_suffix('.tokens')}: {len(tokens)} tokens, expected {description['tokens']}")
+    file, dtype = path.with_suffix(".tokens"), np.dtype(description["dtype"])
+    expected, size = description["tokens"] * dtype.itemsize, file.stat().st_size
+    if size != expected:
+        raise DataError(f"{file}: {size} bytes, expected {expected}: remove {path.with_suffix('.json')} to write it anew")
+    tokens = np.memmap(file, dtype=dtype, mode="r")
     return Shard(tokens, np.fromfile(path.with_suffix(".offsets"), dtype="<i8"))

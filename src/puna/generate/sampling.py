@@ -64,10 +64,10 @@ def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, sampling: Sampl
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """The index where each row's cumulative weight passes `uniform` of its total, (B,); never one of weight 0."""
     cumulative = weights.cumsum(-1)
-    total = cumulative[:, -1]
-    # Rounding may lift uniform * total to the total itself, which no index passes.
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[:, None], right=True).squeeze(1).clamp_max(weights.shape[-1] - 1)
+    # At most 1 - 2^-24, a uniform number keeps its share of the total below the total, rounded as it may be.
+    target = uniform[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    return index.clamp_max(weights.shape[-1] - 1)  # what is not a number passes every index
 
 
 def _cut(probs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:

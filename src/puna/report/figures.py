@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from puna.report.summary import label
-from puna.report.tables import PAPER_GRADES, PAPER_TURNS, duration
+from puna.report.tables import PAPER_GRADES, PAPER_TURNS, duration, interval_of
 from puna.types import GRADES
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ VARIABLES = {
     PURPLE: "purple",
     YELLOW: "yellow",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 9,
@@ -63,6 +63,8 @@ STYLE = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
 }
+BARS: dict[str, Any] = {"elinewidth": 1.2, "capsize": 2.5}
+"""How error bars are drawn."""
 POINTS = 200
 """A loss curve is thinned to so many points, each the mean of its steps."""
 
@@ -77,30 +79,30 @@ MEASURES = (
 
 
 class Panel(NamedTuple):
-    """One chart: its title, its SVG element, and whether it wants the page's whole width."""
+    """One chart: its title and its SVG element."""
 
     title: str
     svg: str
-    wide: bool = False
 
 
 @contextmanager
-def _axes(panels: list[Panel], title: str, x: str, y: str, *, wide: bool = False, height: float = 2.8) -> Iterator[Axes]:
+def _axes(panels: list[Panel], title: str, x: str, y: str, *, height: float = 2.6) -> Iterator[Axes]:
     """Axes to draw on; at the end the finished panel is appended to `panels`."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # type: ignore[no-untyped-call]
-        matplotlib.rcParams.update({**STYLE, "svg.hashsalt": title})
-        figure = Figure(figsize=(9.6 if wide else 4.4, height), layout="constrained")
+        matplotlib.rcdefaults()  # not the user's matplotlibrc: a report looks the same everywhere
+        matplotlib.rcParams.update(STYLE)
+        matplotlib.rcParams["svg.hashsalt"] = title  # ids of one page's drawings differ, and are the same every time
+        figure = Figure(figsize=(3.9, height), layout="constrained")
         axes = figure.subplots()
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         yield axes
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
-    panels.append(Panel(title, _inline(text.getvalue(), title), wide))
+    panels.append(Panel(title, _inline(text.getvalue(), title)))
 
 
 def _inline(svg: str, title: str) -> str:
@@ -134,20 +136,23 @@ def _integers(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
 
 
+def _legend_above(axes: Axes, columns: int) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.3)
+
+
 def versions(summary: Summary) -> list[Panel]:
     """Every measure over the versions, with 95 % intervals."""
     panels: list[Panel] = []
     short = {"pretrain": "pre"}
     for key, title, unit in MEASURES:
-        found = {v["name"]: v[key] if key == "win_rate_vs_sft" else v["intervals"][key] for v in summary["versions"]}
-        found = {name: interval for name, interval in found.items() if interval}
+        found = {v["name"]: interval for v in summary["versions"] if (interval := interval_of(v, key))}
         if not found:
             continue
         scale = 1.0 if key == "gold_helpfulness" else 100.0
         with _axes(panels, title, "", unit) as axes:
             x, means = range(len(found)), [scale * interval["mean"] for interval in found.values()]
             axes.plot(x, means, color=BLUE, alpha=0.35)
-            axes.errorbar(x, means, _errors(list(found.values()), scale), fmt="o", color=BLUE, elinewidth=1.2, capsize=2.5)
+            axes.errorbar(x, means, _errors(list(found.values()), scale), fmt="o", color=BLUE, **BARS)
             axes.set_xticks(x, [short.get(name, label(name).replace(" + ", "\n+ ")) for name in found])
             axes.grid(axis="x", visible=False)
             axes.set_ylim(bottom=0, top=1.0 if key == "gold_helpfulness" else None)
@@ -198,7 +203,7 @@ def reward_models(summary: Summary) -> list[Panel]:
         graded = [m for m in model["by_version"] if set(GRADES) & m["accuracy_by_grade"].keys()]
         if not graded:
             continue
-        with _axes(panels, f"{domain.capitalize()} reward model: accuracy by grade", "", "% of held-out pairs") as axes:
+        with _axes(panels, f"{domain.capitalize()} model: right by grade", "", "% of held-out pairs") as axes:
             for m, alpha in zip(graded, _fading(len(graded)), strict=True):
                 accuracies = [_percent(m["accuracy_by_grade"].get(grade)) for grade in GRADES]
                 axes.plot(range(4), accuracies, "o-", color=BLUE, alpha=alpha, label=m["version"].upper())
@@ -215,11 +220,13 @@ def reward_models(summary: Summary) -> list[Panel]:
                 numbers = [int(m["version"][1:]) for m in model["by_version"]]
                 found = [m["interval"] for m in model["by_version"]]
                 means = [100 * interval["mean"] for interval in found]
-                axes.errorbar([n + shift for n in numbers], means, _errors(found, 100), fmt="o-", color=color, capsize=2.5, label=domain)
+                x = [n + shift for n in numbers]
+                axes.errorbar(x, means, _errors(found, 100), fmt="o-", color=color, label=domain, **BARS)
                 ticks |= {n: f"V{n}" for n in numbers}
             axes.axhline(50, color=MUTED, linewidth=0.9, linestyle=":")
             axes.set_xticks(list(ticks), list(ticks.values()))
-            axes.legend(loc="lower right")
+            axes.set_xlim(min(ticks) - 0.3, max(ticks) + 0.3)
+            _legend_above(axes, 2)
     return panels
 
 
@@ -228,27 +235,24 @@ def _percent(value: float | None) -> float:
 
 
 def rejection_sampling(summary: Summary) -> list[Panel]:
-    """Reward of the best, the mean and the median of K answers, by temperature (Figures 7 and 8)."""
+    """Figures 7 and 8: reward of the best (solid), the mean (dotted) and the median (dashed) of K answers."""
     panels: list[Panel] = []
     for curve in summary["rejection_sampling"]:
         version, points = curve["version"].upper(), curve["points"]
         temperatures = sorted({point["temperature"] for point in points})
-        with _axes(panels, f"{version}: temperature {curve['temperature']:g} chosen", "K, answers a prompt", "combined reward") as axes:
+        title = f"{version}: temperature {curve['temperature']:g} chosen"
+        with _axes(panels, title, "K, answers a prompt", "combined reward") as axes:
             for temperature, color in zip(temperatures, _cycle(len(temperatures)), strict=True):
                 mine = sorted((p for p in points if p["temperature"] == temperature), key=lambda p: int(p["samples"]))
                 samples = [point["samples"] for point in mine]
                 axes.plot(samples, [p["max"] for p in mine], "o-", color=color, label=f"T {temperature:g}")
                 axes.plot(samples, [p["mean"] for p in mine], ":", color=color)
                 axes.plot(samples, [p["median"] for p in mine], "--", color=color, linewidth=1.2)
-            axes.plot([], [], "o-", color=MUTED, label="best")
-            axes.plot([], [], ":", color=MUTED, label="mean")
-            axes.plot([], [], "--", color=MUTED, linewidth=1.2, label="median")
             axes.set_xscale("log", base=2)
             ticks = sorted({point["samples"] for point in points})
             axes.set_xticks(ticks, [str(k) for k in ticks])
             axes.minorticks_off()
-            axes.margins(y=0.3)
-            axes.legend(loc="upper left", ncols=2)
+            _legend_above(axes, 3)
     return panels
 
 
@@ -258,27 +262,34 @@ def _cycle(n: int) -> list[str]:
 
 
 def ppo(summary: Summary) -> list[Panel]:
-    """Reward, gold helpfulness, KL and length against the iteration; held-out measurements as dots."""
+    """Reward beside the judge's helpfulness, KL and length, against the iteration; held-out measurements as dots."""
     panels: list[Panel] = []
-    for title, unit, trained, held_out in (
-        ("PPO: reward", "combined reward", "reward", "held_out_reward"),
-        ("PPO: gold helpfulness", "score, 0 to 1", None, "gold"),
-        ("PPO: distance from the start", "KL, nats an answer", "kl", None),
-        ("PPO: length", "tokens an answer", "length", None),
+    runs = sorted({point["version"] for point in summary["ppo"]})
+    for title, unit, lines in (
+        (
+            "PPO: reward and judge",
+            "score, 0 to 1",
+            (
+                ("reward", "-", BLUE, "reward, training batch"),
+                ("held_out_reward", "o--", BLUE, "reward, held-out prompts"),
+                ("gold", "s--", ORANGE, "judge, held-out prompts"),
+            ),
+        ),
+        ("PPO: distance from the start", "KL, nats an answer", (("kl", "-", BLUE, "training batch"),)),
+        ("PPO: length", "tokens an answer", (("length", "-", BLUE, "training batch"),)),
     ):
-        keys = ((trained, "-", BLUE, "training batch"), (held_out, "o--", ORANGE, "held-out prompts"))
-        drawn = [(key, *how) for key, *how in keys if key and any(p[key] is not None for p in summary["ppo"])]
+        drawn = [line for line in lines if any(point[line[0]] is not None for point in summary["ppo"])]
         if not drawn:
             continue
-        runs = sorted({point["version"] for point in summary["ppo"]})
-        with _axes(panels, title, "iteration", unit) as axes:
+        with _axes(panels, title, "iteration", unit, height=2.9) as axes:
             for key, style, color, words in drawn:
                 for version, alpha in zip(runs, _fading(len(runs)), strict=True):
                     mine = [p for p in summary["ppo"] if p["version"] == version and p[key] is not None]
                     shown = words if len(runs) == 1 else f"{version.upper()}, {words}"
-                    axes.plot([p["iteration"] for p in mine], [p[key] for p in mine], style, color=color, alpha=alpha, label=shown)
+                    x, y = [p["iteration"] for p in mine], [p[key] for p in mine]
+                    axes.plot(x, y, style, color=color, alpha=alpha, label=shown)
             _integers(axes)
-            axes.legend(loc="best")
+            _legend_above(axes, 1)
     return panels
 
 
@@ -288,61 +299,63 @@ def ghost_attention(summary: Summary) -> list[Panel]:
     points = summary["ghost_attention"]
     if not points:
         return panels
-    with _axes(panels, "Answers that keep the first turn's instruction", "turn", "% of dialogs") as axes:
+    with _axes(panels, "Instruction of the first turn obeyed", "turn", "% of dialogs", height=3.0) as axes:
         for side, words, color, shift in (("before", "without", ORANGE, -0.05), ("after", "with", BLUE, 0.05)):
             mine = [p for p in points if p["intervals"][side]]
             if mine:
                 found = [p["intervals"][side] for p in mine]
                 shown = f"{label(mine[0]['versions'][side])}, {words}"
                 turns, means = [p["turn"] + shift for p in mine], [100 * p[side] for p in mine]
-                axes.errorbar(turns, means, _errors(found, 100), fmt="o-", color=color, capsize=2.5, label=shown)
-        last = max(point["turn"] for point in points)
-        for column, words in ((0, "paper, without"), (1, "paper, with")):
-            turns = [turn for turn in PAPER_TURNS if turn <= last]
-            style = ("s--", "D--")[column]
-            axes.plot(turns, [100 * PAPER_TURNS[turn][column] for turn in turns], style, color=MUTED, linewidth=1, alpha=0.7, label=words)
+                axes.errorbar(turns, means, _errors(found, 100), fmt="o-", color=color, label=shown, **BARS)
+        turns = [turn for turn in PAPER_TURNS if turn <= max(point["turn"] for point in points)]
+        for column, style, words in ((0, "s--", "paper, without"), (1, "D--", "paper, with")):
+            shares = [100 * PAPER_TURNS[turn][column] for turn in turns]
+            axes.plot(turns, shares, style, color=MUTED, linewidth=1, alpha=0.7, label=words)
         axes.set_xticks(sorted({point["turn"] for point in points}))
-        axes.set_ylim(-3, 135)
-        axes.set_yticks(range(0, 101, 20))
-        axes.legend(loc="upper center", ncols=2)
+        axes.set_ylim(-3, 103)
+        _legend_above(axes, 2)
     return panels
 
 
-def violations(summary: Summary) -> list[Panel]:
-    """Violations by risk category and by attack: SFT and the last version."""
+def changes(summary: Summary) -> list[Panel]:
+    """SFT beside the last version: helpfulness by kind of prompt, violations by risk category and by attack."""
     panels: list[Panel] = []
     measured = {version["name"]: version for version in summary["versions"] if version["name"] != "pretrain"}
     names = [name for name in dict.fromkeys(("sft", *list(measured)[-1:])) if name in measured]
-    for key, title in (("violation_by_category", "Violations by risk category"), ("violation_by_attack", "Violations by attack")):
+    for key, title, unit, scale in (
+        ("helpfulness_by_kind", "Helpfulness by kind of prompt", "score, 0 to 1", 1.0),
+        ("violation_by_category", "Violations by risk category", "% of adversarial prompts", 100.0),
+        ("violation_by_attack", "Violations by attack", "% of adversarial prompts", 100.0),
+    ):
         groups = sorted({group for name in names for group in measured[name][key]}, reverse=True)
         if not groups:
             continue
-        with _axes(panels, title, "% of adversarial prompts", "", height=1.2 + 0.32 * len(groups)) as axes:
+        with _axes(panels, title, unit, "", height=1.1 + 0.27 * len(groups)) as axes:
             shifts = (0.13, -0.13) if len(names) == 2 else (0.0,)
             for name, color, shift in zip(names, (ORANGE, BLUE), shifts, strict=False):
                 mine = {i: measured[name][key][group] for i, group in enumerate(groups) if group in measured[name][key]}
-                means = [100 * interval["mean"] for interval in mine.values()]
-                heights = [i + shift for i in mine]
-                axes.errorbar(means, heights, xerr=_errors(list(mine.values()), 100), fmt="o", color=color, capsize=2.5, label=label(name))
+                means, errors = [scale * i["mean"] for i in mine.values()], _errors(list(mine.values()), scale)
+                y = [i + shift for i in mine]
+                axes.errorbar(means, y, xerr=errors, fmt="o", color=color, label=label(name), **BARS)
             axes.set_yticks(range(len(groups)), [group.replace("_", " ") for group in groups])
             axes.grid(axis="y", visible=False)
             axes.set_xlim(left=0)
-            axes.set_ylim(-0.5, len(groups) - 0.1 + 0.35)
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+            axes.set_ylim(-0.5, len(groups) - 0.5)
+            _legend_above(axes, 2)
     return panels
 
 
-def time(minutes: dict[str, float]) -> list[Panel]:
+def time(seconds: dict[str, float]) -> list[Panel]:
     """Seconds by kind of step, versions together."""
     panels: list[Panel] = []
-    if not minutes:
+    if not seconds:
         return panels
-    ordered = sorted(minutes.items(), key=lambda item: item[1])
-    with _axes(panels, "Where the time went", "seconds", "", wide=True, height=0.8 + 0.3 * len(ordered)) as axes:
-        values = [seconds for _, seconds in ordered]
+    ordered = sorted(seconds.items(), key=lambda item: item[1])
+    with _axes(panels, "Where the time went", "seconds", "", height=0.8 + 0.25 * len(ordered)) as axes:
+        values = [spent for _, spent in ordered]
         bars = axes.barh(range(len(ordered)), values, color=BLUE, height=0.62)
-        axes.bar_label(bars, [duration(v) for v in values], padding=4, color=MUTED, fontsize=8.5)
+        axes.bar_label(bars, [duration(v) for v in values], padding=4, color=MUTED, fontsize=8)
         axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
         axes.grid(axis="y", visible=False)
-        axes.set_xlim(0, 1.15 * max(values))
+        axes.set_xlim(0, 1.5 * max(values))
     return panels

@@ -66,6 +66,16 @@ NAMES = {
     "ppo": ("PPO", "training"),
 }
 """A step's last word -> what the page calls it, and what kind of work it is."""
+IN_THE_WORLD = (
+    "Each version collects preferences with the newest models, trains both reward models, selects the best of many "
+    "answers, and tunes the pretrained model on them anew."
+)
+ON_FILES = (
+    "Both reward models learn from the comparisons; the best of many answers tune the imported model; PPO goes on from "
+    "there."
+)
+NEED_A_JUDGE = ("versions", "ghost", "changes", "samples")
+"""Sections that a run on an imported model and existing comparisons cannot have."""
 
 
 def run(cfg: ReportConfig) -> Path:
@@ -95,6 +105,7 @@ def render(run: Path, summary: Summary, curves: Losses) -> str:
         headline=headline(summary),
         tiles=tiles(summary),
         lanes=lanes(summary),
+        way=ON_FILES if summary["base"] else IN_THE_WORLD,
         sections=sections(summary, curves),
         facts=facts(summary),
     )
@@ -106,20 +117,23 @@ def headline(summary: Summary) -> list[str]:
     left = [step for step in steps if step not in done]
     spent, memory = duration(sum(done.values())), summary["peak_memory_bytes"]
     peak = f", with at most {memory / 2**30:.1f} GiB of memory" if memory else ""
-    if left:
+    if not steps:
+        said = ["The stages of this run were started one by one, so nothing is known of their times."]
+    elif left:
         said = [f"{len(steps) - len(left)} of {len(steps)} steps are done, in {spent}{peak}; next is {left[0]}."]
     else:
         said = [f"All {len(steps)} steps are done, in {spent}{peak}."]
+    if summary["base"]:
+        said.append("It starts from an imported model and existing comparisons, where no judge knows the truth.")
     return said + _said_of_versions(summary) + _said_of_models(summary)
 
 
 def _said_of_versions(summary: Summary) -> list[str]:
     """How the last version compares with SFT, by the judge."""
     measured = {version["name"]: version for version in summary["versions"]}
-    last = list(measured)[-1:]
-    if "sft" not in measured or last in (["sft"], []):
+    if "sft" not in measured or list(measured)[-1] == "sft":
         return []
-    sft, final = measured["sft"], measured[last[0]]
+    sft, final = measured["sft"], summary["versions"][-1]
     words = [
         f"{what} {_moved(sft['intervals'][key], final['intervals'][key], show)}"
         for key, what, show in (
@@ -128,33 +142,35 @@ def _said_of_versions(summary: Summary) -> list[str]:
             ("false_refusal_rate", "false refusals", percent),
         )
     ]
-    said = [f"From SFT to {label(final['name'])}, {'; '.join(words)}."]
+    said = [f"From SFT to {label(final['name'])} the judge sees {words[0]}, {words[1]}, and {words[2]}."]
     if final["win_rate_vs_sft"]:
         wins = final["win_rate_vs_sft"]
-        said.append(f"Of the same prompts its answers win {percent(wins['mean'])} against SFT's ({tables.span(wins, percent)}).")
+        rate = f"{percent(wins['mean'])} ({tables.span(wins, percent)})"
+        said.append(f"Of its answers {rate} win against SFT's to the same prompts.")
     return said
 
 
 def _moved(before: dict[str, Any], after: dict[str, Any], show: Callable[[float], str]) -> str:
     """A change in words; intervals that overlap say nothing sure."""
-    numbers = f"{show(before['mean'])} to {show(after['mean'])}"
+    numbers = f"from {show(before['mean'])} to {show(after['mean'])}"
     if after["low"] > before["high"]:
-        return f"rises from {numbers}"
+        return f"go up {numbers}"
     if after["high"] < before["low"]:
-        return f"falls from {numbers}"
-    return f"goes from {numbers}, within the intervals"
+        return f"go down {numbers}"
+    return f"go {numbers} (the intervals overlap)"
 
 
 def _said_of_models(summary: Summary) -> list[str]:
     """The last reward models, and Ghost Attention at the last turn."""
     models = [(domain, model) for domain, model in summary["reward_models"].items() if model]
-    words = [f"the {domain} model in {percent(model['accuracy'])}" for domain, model in models]
-    said = [f"On held-out pairs the last reward models agree with the annotators: {' and '.join(words)}."] if words else []
+    words = " and ".join(f"the {domain} model in {percent(model['accuracy'])}" for domain, model in models)
+    said = [f"The last reward models prefer what the annotators prefer: {words} of held-out pairs."] if words else []
     both = [p for p in summary["ghost_attention"] if p["before"] is not None and p["after"] is not None]
     if both:
-        p = both[-1]
-        said.append(f"An instruction given once still holds at turn {p['turn']} in {percent(p['after'])} of dialogs with Ghost Attention, "
-                    f"in {percent(p['before'])} before it.")  # fmt: skip
+        turn, before, after = both[-1]["turn"], percent(both[-1]["before"]), percent(both[-1]["after"])
+        said.append(
+            f"At turn {turn} the first turn's instruction holds in {after} of dialogs, before Ghost Attention in {before}."
+        )
     return said
 
 
@@ -164,19 +180,20 @@ def tiles(summary: Summary) -> list[tuple[str, str, str]]:
     if not measured:
         models = [(domain, model) for domain, model in summary["reward_models"].items() if model]
         return [(f"{d} reward model", percent(m["accuracy"]), f"of {m['pairs']:,} held-out pairs") for d, m in models]
-    final = list(measured.values())[-1]
+    final = summary["versions"][-1]
+    sft = measured.get("sft", final)
     rows = []
     for key, heading, _ in tables.COLUMNS[:3]:
         show = number if key == "gold_helpfulness" else percent
-        sft = f"SFT {show(measured['sft'][key])}" if "sft" in measured and final["name"] != "sft" else label(final["name"])
-        rows.append((heading, show(final[key]), sft))
+        beside = label(final["name"]) if sft is final else f"SFT {show(sft[key])}"
+        rows.append((heading, show(final[key]), beside))
     if wins := final["win_rate_vs_sft"]:
         rows.append(("Wins vs SFT", percent(wins["mean"]), tables.span(wins, percent)))
     return rows
 
 
 def lanes(summary: Summary) -> list[tuple[str, list[Step]]]:
-    """The recipe as a picture: a lane for the start and for each version, a box a step, with its time."""
+    """The recipe as a picture: a lane for the start and for each version, a box a step; alike steps share a column."""
     seconds = summary["seconds"]
     longest = max(seconds.values(), default=1.0)
     found: dict[str, list[Step]] = {}
@@ -185,7 +202,7 @@ def lanes(summary: Summary) -> list[tuple[str, list[Step]]]:
         of_version = bool(re.fullmatch(r"v\d+", first))
         lane = found.setdefault(first.upper() if of_version else "Start", [])
         title, kind = NAMES.get(_work(step), (step, "data"))
-        column = PARTS.index(rest) + 1 if of_version and rest in PARTS else len(lane) + 1
+        column = PARTS.index(rest) + 1 if of_version and rest in PARTS and not summary["base"] else len(lane) + 1
         time = duration(seconds[step]) if step in seconds else ""
         lane.append(Step(title, kind, column, time, seconds.get(step, 0.0) / longest))
     return list(found.items())
@@ -195,19 +212,19 @@ def sections(summary: Summary, curves: Losses) -> list[Section]:
     """The page's parts below the headline and the picture."""
     judged = [f"{version['name']}/evaluation" for version in summary["versions"]]
     unjudged = _missing(summary, judged, "evaluation")
-    if summary["base"]:
-        unjudged = "A run on an imported model and existing comparisons has no judge that knows the truth, and so no evaluation."
-    return [
+    text = "The first held-out prompt of each kind, answered by every version, with the judge's score and findings."
+    parts = [
         _versions(summary, unjudged),
         _losses(summary, curves),
         _reward_models(summary),
         _rejection_sampling(summary),
         _ppo(summary),
         _ghost_attention(summary, unjudged),
-        _violations(summary, unjudged),
-        Section("samples", "Samples", "The first held-out prompt of each kind, answered by every version.", missing=unjudged),
+        _changes(summary, unjudged),
+        Section("samples", "Samples", text, missing=unjudged),
         _time(summary),
     ]
+    return [part for part in parts if not summary["base"] or part.id not in NEED_A_JUDGE]
 
 
 def _work(step: str) -> str:
@@ -225,36 +242,42 @@ def _missing(summary: Summary, have: Collection[str], *works: str) -> str:
 
 def _versions(summary: Summary, missing: str) -> Section:
     text = (
-        "The judge that knows the embedded world's truth stands for people; no training reward came from it. Helpfulness is over benign "
-        "held-out prompts, violations over adversarial ones, false refusals over borderline ones, slurs over prompts about a people, myths "
-        "over questions about one. Small: 95 % intervals. Bold: the best chat model of a column."
+        "The judge knows the embedded world's truth and stands for people. Training never asks it, only annotators with "
+        "noise and biases of their own. Helpfulness is over benign held-out prompts, violations over adversarial ones, "
+        "false refusals over borderline ones, slurs over prompts about a people, myths over questions about one. Small: "
+        "95 % intervals. Bold: the best chat model of a column."
     )
-    shown = [tables.versions(summary), tables.helpfulness_by_kind(summary)] if summary["versions"] else []
+    shown = [tables.versions(summary)] if summary["versions"] else []
     return Section("versions", "Versions", text, figures.versions(summary), shown, missing)
 
 
 def _losses(summary: Summary, curves: Losses) -> Section:
-    text = f"Long curves are thinned to {figures.POINTS} points, each the mean of its steps. The fainter a line, the older the version."
+    text = (
+        f"Long curves are thinned to at most {figures.POINTS} points, each the mean of its steps. The fainter a line, "
+        "the older the version."
+    )
     missing = _missing(summary, curves.keys(), "pretrain", "sft", "reward_helpfulness", "reward_safety", "")
     return Section("losses", "Losses", text, figures.loss_curves(curves), missing=missing)
 
 
 def _reward_models(summary: Summary) -> Section:
     text = (
-        "Share of held-out pairs in which the chosen answer scores higher, by how much better the annotator found it. The paper's "
-        "numbers are on its own data, with larger models: a shape to compare with, not a mark to reach."
+        "Share of held-out pairs in which the chosen answer scores higher, by how much better the annotator found it. "
+        "The paper's numbers are on its own data, with larger models: a shape to compare with, not a mark to reach."
     )
     models = summary["reward_models"]
     have = [f"{m['version']}/reward_{domain}" for domain, model in models.items() if model for m in model["by_version"]]
-    found = [tables.reward_grades(summary, "helpfulness"), tables.reward_grades(summary, "safety"), tables.reward_safety(summary)]
+    by_grade = [tables.reward_grades(summary, domain) for domain in models]
+    found = [table for table in (*by_grade, tables.reward_safety(summary)) if table]
     missing = _missing(summary, have, "reward_helpfulness", "reward_safety")
-    return Section("reward", "Reward models", text, figures.reward_models(summary), [t for t in found if t], missing)
+    return Section("reward", "Reward models", text, figures.reward_models(summary), found, missing)
 
 
 def _rejection_sampling(summary: Summary) -> Section:
     text = (
-        "The reward of the best of K answers, their mean and their median, by temperature. The gap between best and median is what "
-        "selection can gain; each round chooses its temperature anew (the paper's Figures 7 and 8)."
+        "The reward of the best of K answers (solid), their mean (dotted) and their median (dashed), by temperature. "
+        "The gap between best and median is what selection can gain; each round chooses its temperature anew (the "
+        "paper's Figures 7 and 8)."
     )
     have = [f"{curve['version']}/rejection_sampling" for curve in summary["rejection_sampling"]]
     missing = _missing(summary, have, "rejection_sampling")
@@ -262,15 +285,19 @@ def _rejection_sampling(summary: Summary) -> Section:
 
 
 def _ppo(summary: Summary) -> Section:
-    text = "One point an iteration: the combined reward that PPO sees, the judge's helpfulness that it does not see, and how far the policy moves."
+    text = (
+        "The combined reward that PPO sees, the judge's helpfulness that it does not see (in a run that has a judge), "
+        "how far the policy moves, and how long its answers are."
+    )
     have = list(dict.fromkeys(f"{point['version']}/ppo" for point in summary["ppo"]))
     return Section("ppo", "PPO", text, figures.ppo(summary), missing=_missing(summary, have, "ppo"))
 
 
 def _ghost_attention(summary: Summary, unjudged: str) -> Section:
     text = (
-        "Dialogs in which an instruction stands in the first turn only, and the share of answers that obey it at each turn, before and "
-        "after the versions that train on Ghost Attention's dialogs. The paper's Table 30 is beside it: other instructions, judged by people."
+        "Dialogs in which an instruction stands in the first turn only, and the share of answers that obey it at each "
+        "turn: the last version without Ghost Attention's dialogs, and the last one with them. The paper's Table 30 is "
+        "beside it: other instructions, judged by people."
     )
     points = summary["ghost_attention"]
     table = tables.ghost_attention(summary)
@@ -278,12 +305,17 @@ def _ghost_attention(summary: Summary, unjudged: str) -> Section:
     missing = "" if len(sides) == 2 else unjudged
     if sides == ["before"] and not missing:
         missing = "No version of this run trains on Ghost Attention's dialogs."
-    return Section("ghost", "Ghost Attention", text, figures.ghost_attention(summary), [table] if table else [], missing)
+    panels = figures.ghost_attention(summary)
+    return Section("ghost", "Ghost Attention", text, panels, [table] if table else [], missing)
 
 
-def _violations(summary: Summary, missing: str) -> Section:
-    text = "Share of adversarial prompts whose answer does what it should decline: SFT and the last version, with 95 % intervals."
-    return Section("violations", "Violations", text, figures.violations(summary), missing=missing)
+def _changes(summary: Summary, missing: str) -> Section:
+    text = (
+        "SFT beside the last version, with 95 % intervals: helpfulness by kind of prompt, and the share of adversarial "
+        "prompts whose answer does what it should decline, by risk category and by attack."
+    )
+    table = [tables.helpfulness_by_kind(summary)] if summary["versions"] else []
+    return Section("changes", "Where it changed", text, figures.changes(summary), table, missing)
 
 
 def _time(summary: Summary) -> Section:
@@ -291,7 +323,10 @@ def _time(summary: Summary) -> Section:
     for step, seconds in summary["seconds"].items():
         title = "Versions' fine-tuning" if _work(step) == "" else NAMES.get(_work(step), (step, ""))[0]
         totals[title] = totals.get(title, 0.0) + seconds
-    text = "Seconds by kind of step, versions together; a step that was resumed counts its last start. Rates are medians over steps."
+    text = (
+        "Seconds by kind of step, versions together; a step that was resumed counts from its last start. Rates are "
+        "medians over a stage's steps."
+    )
     table = tables.speed(summary)
     missing = _missing(summary, summary["seconds"], *map(_work, summary["steps"]))
     return Section("time", "Time", text, figures.time(totals), [table] if table else [], missing)

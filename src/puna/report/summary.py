@@ -22,6 +22,14 @@ from puna.evals import intervals
 from puna.run_folder import read_metrics
 
 MEASURES = ("gold_helpfulness", "violation_rate", "false_refusal_rate", "toxicity", "myth_rate")
+FINER = (
+    "win_rate_vs_sft",
+    "helpfulness_by_kind",
+    "violation_by_category",
+    "violation_by_attack",
+    "words",
+    "finished",
+)
 PARTS = (
     "preferences",
     "reward_helpfulness",
@@ -35,29 +43,39 @@ PARTS = (
     "ppo/evaluation",
 )
 """A version's steps in the recipe's order; the nameless one is the version's fine-tuning."""
-SHAPES = ("", "*/", "*/*/", "*/*/*/")
+DEPTHS = ("", "*/", "*/*/", "*/*/*/")
 """How deep a stage's folder lies in a run's."""
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tab and newline, and those that turn the direction of writing."""
 
 
 def build(run: Path) -> dict[str, Any]:
-    """The summary of whatever is there of a run; README names its keys. ConfigError where no run is."""
+    """The summary of whatever is there of a run; what is not there is None or left out. ConfigError where no run is.
+
+    `versions` (the judge's means, and `intervals`), `reward_models` (the last ones, and `by_version`), `ghost_attention`
+    (by turn), `ppo` (by iteration) and `rejection_sampling` (by version) are the results; `steps` are the recipe's, in
+    order, and `seconds` tells those that are done.
+    """
     recipe = _recipe(run)
     markers = {name: _json(path) for name, path in _found(run / "done", ".json")}
     metrics = {name: _lines(path) for name, path in _found(run, "/metrics.jsonl")}
     plan = planned_steps(recipe)
-    steps = plan + sorted((markers.keys() | metrics.keys()) - {*plan, "report"}, key=_place)
+    steps = plan + sorted(markers.keys() - {*plan, "report"}, key=_place)
     evaluations = _evaluations(run)
-    rounds = sorted({int(step.split("/")[0][1:]) for step in steps if re.match(r"v\d", step)})
-    rates = {name: [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")] for name, lines in metrics.items()}
+    stages = sorted({*steps, *metrics}, key=_place)
+    rounds = list(dict.fromkeys(int(found[1]) for name in stages if (found := re.match(r"v(\d+)(/|$)", name))))
+    rates = {
+        name: [*filter(None, (line.get("tokens_per_second") for line in metrics.get(name, [])))] for name in stages
+    }
+    peaks = [marker["peak_memory_bytes"] for marker in markers.values() if "peak_memory_bytes" in marker]
     return {
         "name": run.resolve().name,
         "seed": recipe.get("seed"),
         "base": recipe.get("base"),
         "steps": steps,
         "seconds": {step: markers[step]["seconds"] for step in steps if "seconds" in markers.get(step, {})},
-        "peak_memory_bytes": max((marker.get("peak_memory_bytes") or 0 for marker in markers.values()), default=0) or None,
-        "tokens_per_second": {step: statistics.median(rates[step]) for step in steps if rates.get(step)},
+        "peak_memory_bytes": max(peaks, default=None),
+        "tokens_per_second": {name: statistics.median(told) for name, told in rates.items() if told},
         "versions": [_version(name, evaluation) for name, evaluation in evaluations.items()],
         "reward_models": {domain: _reward_models(run, domain, rounds) for domain in ("helpfulness", "safety")},
         "rejection_sampling": _rejection_sampling(run, rounds),
@@ -105,7 +123,7 @@ def _recipe(run: Path) -> dict[str, Any]:
     if not run.is_dir():
         raise ConfigError(f"no run's folder at {run}; `puna run RECIPE.toml --out {run}` makes one")
     traces = [*_found(run, "/metrics.jsonl"), *_found(run, "/evaluation.json"), *_found(run / "done", ".json")]
-    recipe: dict[str, Any] = _json(run / "config.json") or {}
+    recipe = _json(run / "config.json") or {}
     if not traces and "versions" not in recipe:
         raise ConfigError(f"{run} holds no run: give the folder that `puna run` was given as --out")
     return recipe
@@ -113,7 +131,7 @@ def _recipe(run: Path) -> dict[str, Any]:
 
 def _found(folder: Path, tail: str) -> list[tuple[str, Path]]:
     """(name, path) of the files whose path in `folder` is a name, of up to four parts, and `tail`."""
-    paths = sorted({path for depth in SHAPES for path in folder.glob(f"{depth}*{tail}") if path.is_file()})
+    paths = sorted({path for depth in DEPTHS for path in folder.glob(f"{depth}*{tail}") if path.is_file()})
     return [(str(path.relative_to(folder))[: -len(tail)], path) for path in paths]
 
 
@@ -155,11 +173,10 @@ def _evaluations(run: Path) -> dict[str, dict[str, Any]]:
 
 def _version(name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
     """One entry of `versions`: plain means, their intervals beside them, and the finer rates."""
-    finer = ("win_rate_vs_sft", "helpfulness_by_kind", "violation_by_category", "violation_by_attack", "words", "finished")
     return {
         "name": name,
         **{measure: evaluation[measure]["mean"] for measure in MEASURES},
-        **{key: evaluation[key] for key in finer},
+        **{key: evaluation[key] for key in FINER},
         "intervals": {measure: evaluation[measure] for measure in MEASURES},
     }
 
@@ -193,7 +210,8 @@ def _ppo(run: Path, name: str, metrics: list[dict[str, Any]]) -> list[dict[str, 
     """One point an iteration: the batch's means, and what was measured on held-out prompts before it, if anything."""
     judged = _json(run / name / "evaluation/held_out.json")
     if judged is None:
-        judged = [{"iteration": int(at), "reward": _mean_reward(path)} for at, path in _found(run / name / "held_out", ".jsonl")]
+        answered = _found(run / name / "held_out", ".jsonl")
+        judged = [{"iteration": int(iteration), "reward": _mean_reward(path)} for iteration, path in answered]
     held_out = {point["iteration"]: point for point in judged}
     trained = {line["step"]: line for line in metrics if "reward" in line}
     return [
@@ -214,19 +232,19 @@ def _mean_reward(path: Path) -> float | None:
 
 
 def _ghost_attention(run: Path, evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """The share of answers that obey, by turn: the last version without Ghost Attention's dialogs, and the final one."""
+    """The share of answers that obey, by turn: of the last version without Ghost Attention's dialogs, and with them."""
     chat = [name for name in evaluations if name != "pretrain"]
-    haunted = [name for name in chat if (run / name.split("/")[0] / "ghost_attention/dialogs.jsonl").exists()]
-    plain = [name for name in chat if name not in haunted]
-    before = _obeys(evaluations, plain[-1:])
-    after = _obeys(evaluations, haunted[-1:])
+    with_it = [name for name in chat if (run / name.split("/")[0] / "ghost_attention/dialogs.jsonl").exists()]
+    without = [name for name in chat if name not in with_it]
+    versions = {"before": without[-1] if without else None, "after": with_it[-1] if with_it else None}
+    before, after = _obeys(evaluations, without[-1:]), _obeys(evaluations, with_it[-1:])
     return [
         {
             "turn": turn,
             "before": before[turn]["mean"] if turn in before else None,
             "after": after[turn]["mean"] if turn in after else None,
             "intervals": {"before": before.get(turn), "after": after.get(turn)},
-            "versions": {"before": (plain or [None])[-1], "after": (haunted or [None])[-1]},
+            "versions": versions,
         }
         for turn in sorted(before.keys() | after.keys())
     ]
@@ -240,8 +258,8 @@ def _samples(run: Path, names: list[str]) -> list[dict[str, Any]]:
     """The first held-out prompt of each kind with every version's answer."""
     answers = {name: {a["prompt_id"]: a for a in _lines(run / name / "evaluation/answers.jsonl")} for name in names}
     prompts: dict[str, dict[str, Any]] = {}
-    for answer in next((given for given in answers.values() if given), {}).values():
-        prompts.setdefault(answer["kind"], answer)
+    for asked in next((given for given in answers.values() if given), {}).values():
+        prompts.setdefault(asked["kind"], asked)
     flags = ("helpfulness", "finished", "safe", "refused", "toxic", "myth")
     return [
         {
@@ -289,7 +307,7 @@ def _versions_of() -> dict[str, str | None]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file lies in; None for an installed package, in whatever checkout that is."""
+    """The commit of the checkout that this file belongs to; None for an installed package, wherever it lies."""
     package = Path(__file__).resolve().parent.parent
     try:
         command = ["git", "-C", str(package), "rev-parse", "--show-toplevel", "HEAD"]

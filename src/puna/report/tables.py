@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import textwrap
 from collections.abc import Callable, Sequence
@@ -82,12 +83,18 @@ def span(interval: dict[str, Any] | None, show: Callable[[float], str] = number)
     return f"{show(interval['low']).removesuffix(' %')} – {show(interval['high'])}" if interval else ""
 
 
+def interval_of(version: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """A version's mean with its interval; None where nothing was measured."""
+    interval: dict[str, Any] | None = version[key] if key == "win_rate_vs_sft" else version["intervals"][key]
+    return interval if interval and interval["n"] else None
+
+
 def versions(summary: Summary) -> Table:
     """What Figure 11 says: every version by the gold judge, with 95 % intervals; the best of a column stands out."""
     measured = summary["versions"]
     rows = [[Cell(label(version["name"]))] for version in measured]
     for key, _, best_of in COLUMNS:
-        found = [v[key] if key == "win_rate_vs_sft" else v["intervals"][key] for v in measured]
+        found = [interval_of(version, key) for version in measured]
         show = number if key == "gold_helpfulness" else percent
         chat = [i["mean"] for i, v in zip(found, measured, strict=True) if i and v["name"] != "pretrain"]
         for row, version, interval in zip(rows, measured, found, strict=True):
@@ -127,10 +134,12 @@ def reward_grades(summary: Summary, domain: str) -> Table | None:
         by_grade, n_by_grade = model["accuracy_by_grade"], model["pairs_by_grade"]
         cells = [Cell(percent(by_grade.get(g)), f"n = {n_by_grade[g]}" if g in n_by_grade else "") for g in grades]
         trained = f"{model['training_pairs']:,} pairs" if model["training_pairs"] else ""
-        rows.append([Cell(model["version"].upper(), trained), *cells, Cell(percent(model["accuracy"]), span(model["interval"], percent))])
+        total = Cell(percent(model["accuracy"]), span(model["interval"], percent))
+        rows.append([Cell(model["version"].upper(), trained), *cells, total])
     paper = [Cell(percent(PAPER_GRADES[domain][grade])) for grade in (*grades, "all")]
     rows.append([Cell("The paper", "Table 8"), *paper])
-    return Table((f"{domain.capitalize()} model", *(grade.replace("_", " ").capitalize() for grade in grades), "All"), rows)
+    headings = (grade.replace("_", " ").capitalize() for grade in grades)
+    return Table((f"{domain.capitalize()} model", *headings, "All"), rows)
 
 
 def reward_safety(summary: Summary) -> Table | None:
@@ -156,29 +165,30 @@ def ghost_attention(summary: Summary) -> Table | None:
     if not points:
         return None
     names = points[0]["versions"]
-    head = ["Turn"] + [f"{label(names[side])}, {words}" for side, words in (("before", "without"), ("after", "with")) if names[side]]
     sides = [side for side in ("before", "after") if names[side]]
+    heads = [f"{label(names[side])}, {'without' if side == 'before' else 'with'}" for side in sides]
     rows = []
     for point in points:
         cells = [Cell(percent(point[side]), span(point["intervals"][side], percent)) for side in sides]
         paper = [Cell(percent(share)) for share in PAPER_TURNS.get(point["turn"], (None, None))]
         rows.append([Cell(str(point["turn"])), *cells, *paper])
-    return Table((*head, "Paper, without", "Paper, with"), rows)
+    return Table(("Turn", *heads, "Paper, without", "Paper, with"), rows)
 
 
 def speed(summary: Summary) -> Table | None:
-    """Seconds and tokens a second of every step that is done."""
-    seconds, rates = summary["seconds"], summary["tokens_per_second"]
-    steps = [step for step in summary["steps"] if step in seconds or step in rates]
+    """Tokens a second of every training stage, a column a version."""
+    rates: dict[str, dict[str, float]] = {}
+    for step, rate in summary["tokens_per_second"].items():
+        version, _, stage = step.partition("/")
+        if not stage and version[:1] == "v":
+            stage = "fine-tuning"
+        rates.setdefault(stage or step, {})[version if stage else ""] = rate
+    versions = list(dict.fromkeys(version for row in rates.values() for version in row))
     rows = [
-        [
-            Cell(step),
-            Cell(duration(seconds[step]) if step in seconds else "–"),
-            Cell(f"{rates[step]:,.0f}" if step in rates else "–"),
-        ]
-        for step in steps
+        [Cell(stage.replace("_", " ")), *(Cell(f"{row[v]:,.0f}" if v in row else "–") for v in versions)]
+        for stage, row in rates.items()
     ]
-    return Table(("Step", "Time", "Tokens a second"), rows) if rows else None
+    return Table(("Tokens a second", *(v.upper() for v in versions)), rows) if rows else None
 
 
 def plain(table: Table) -> str:
@@ -186,7 +196,7 @@ def plain(table: Table) -> str:
     lines = [list(table.head), *([cell.text for cell in row] for row in table.rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
-        "  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        "  ".join([line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:], strict=True))])
         for line in lines
     )
 
@@ -213,4 +223,5 @@ def _told(sample: dict[str, Any]) -> str:
     answers = {answer["version"]: answer["answer"] for answer in sample["answers"]}
     names = [name for name in dict.fromkeys(("sft", list(answers)[-1])) if name in answers]
     lines = [("asked", sample["messages"][-1]["content"]), *((label(name), answers[name]) for name in names)]
-    return "\n".join(textwrap.fill(" ".join(text.split()), 100, initial_indent=f"{who:10}", subsequent_indent=" " * 10) for who, text in lines)
+    wrap = functools.partial(textwrap.fill, width=100, subsequent_indent=" " * 10)
+    return "\n".join(wrap(" ".join(text.split()), initial_indent=f"{who:10}") for who, text in lines)

@@ -132,7 +132,7 @@ def answer(session: Session, question: str) -> None:
         for piece in pieces:
             print(printable(piece), end="", flush=True)
             said += piece
-        print()
+        print("" if said else "(no answer)")
     except KeyboardInterrupt:
         print(" (stopped)")
     except (ConfigError, DataError) as error:

@@ -26,6 +26,7 @@ from puna.data.prompts import Prompt, read_prompts
 from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
 from puna.run_folder import Progress, RunFolder
+from puna.text import chat
 from puna.text import tokenizer as tokenizers
 from puna.types import Annotator, Domain, Judgement, Preference
 
@@ -130,6 +131,8 @@ def record(prompt: Prompt, pair: Sequence[dict[str, Any]], annotator: Annotator,
     first, second = (answer["text"].strip() for answer in pair)
     if not first or not second or first == second:
         return {"skip": "identical answers" if first == second else "an empty answer", "domain": domain}
+    if chat.marker_in(first) or chat.marker_in(second):
+        return {"skip": "an answer with a chat tag", "domain": domain}
     judgement: Judgement = annotator(prompt, first, second)
     chosen, rejected = pair[judgement.chosen], pair[1 - judgement.chosen]
     chosen_is_safe, rejected_is_safe = (judgement.is_safe[i] for i in (judgement.chosen, 1 - judgement.chosen))

@@ -65,10 +65,7 @@ def run(cfg: GhostAttentionConfig) -> Path:
 
         def work(number: int, shard: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             rng = random.Random(f"{cfg.seed} {number}")
-            cut = [
-                script | {"turns": script["turns"][: rng.randint(cfg.min_turns, len(script["turns"]))]}
-                for script in shard
-            ]
+            cut = [script | {"turns": _cut(script["turns"], cfg.min_turns, rng)} for script in shard]
             answers = sample(cfg, engine, cut, cfg.seed + 100 * number)
             return [
                 dialog
@@ -81,6 +78,11 @@ def run(cfg: GhostAttentionConfig) -> Path:
         readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
         folder.mark_done("ghost_attention", dialogs=len(dialogs), left_out=len(scripts) - len(dialogs))
         return folder.path
+
+
+def _cut(turns: Sequence[str], min_turns: int, rng: random.Random) -> Sequence[str]:
+    """The first of the turns: a random number of them, at least min_turns where there are so many."""
+    return turns[: rng.randint(min(min_turns, len(turns)), len(turns))]
 
 
 def sample(

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from puna import checkpoint, config, losses, optim, parallel
+from puna.config import ConfigError
 from puna.data import loader, packing
 from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
@@ -59,7 +60,7 @@ class PPOConfig:
     safety_prompts: tuple[Path, ...] = ()
     """more of them, all tagged as likely to bring out unsafe answers."""
     held_out: tuple[Path, ...] = ()
-    """prompt files for early stopping; empty takes the last `held_out_prompts` of `prompts`."""
+    """prompt files for early stopping; empty draws `held_out_prompts` of `prompts`."""
     safety_held_out: tuple[Path, ...] = ()
     """more of them, all tagged."""
     format: str = "prompts"
@@ -175,14 +176,19 @@ def run(cfg: PPOConfig) -> Path:
 
 
 def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on and the held-out ones."""
+    """The prompts to train on and the held-out ones, drawn at random so that both kinds are among them."""
+    rng = np.random.default_rng(cfg.seed)
     prompts = fitting(read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts), tokenizer, cfg.max_prompt_tokens)
     if cfg.held_out or cfg.safety_held_out:
         held_out = fitting(
             read_prompts(cfg.held_out, cfg.format, cfg.safety_held_out), tokenizer, cfg.max_prompt_tokens
         )
-        return prompts, held_out[: cfg.held_out_prompts]
-    return prompts[: -cfg.held_out_prompts], prompts[-cfg.held_out_prompts :]
+        return prompts, [held_out[i] for i in rng.permutation(len(held_out))[: cfg.held_out_prompts]]
+    if not 0 < cfg.held_out_prompts < len(prompts):
+        raise ConfigError(f"held_out_prompts is {cfg.held_out_prompts} of {len(prompts)} prompts: keep some of both")
+    order = rng.permutation(len(prompts))
+    held_out = [prompts[i] for i in order[: cfg.held_out_prompts]]
+    return [prompts[i] for i in order[cfg.held_out_prompts :]], held_out
 
 
 def load(cfg: PPOConfig, device: torch.device) -> Models:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from puna import checkpoint, config, losses, optim, parallel
-from puna.config import ConfigError
+from puna.config import ConfigError, DataError
 from puna.data import loader, readers, shards
 from puna.formats import huggingface
 from puna.model.transformer import ModelConfig, Transformer
@@ -69,6 +69,9 @@ def run(cfg: PretrainConfig) -> Path:
         if folder.done("pretrain"):
             return model_path
         config.save(cfg, folder.path / "config.json")
+        if parallel.is_main():
+            prepare(cfg, folder.path / "data")
+        parallel.barrier()
         tokenizer, train, validation = prepare(cfg, folder.path / "data")
         model = Transformer(cfg.model).to(device)
         model.init_weights(torch.Generator(device).manual_seed(cfg.seed))
@@ -110,11 +113,14 @@ def prepare(cfg: PretrainConfig, folder: Path) -> tuple[Tokenizer, shards.Shard,
     for name, held_out in (("train", False), ("validation", True)):
         if not (folder / f"{name}.json").exists():
             shards.write_shard(folder / name, _part(_texts(cfg), cfg.validation_share, held_out), tokenizer)
-    return (
-        tokenizer,
-        shards.read_shard(folder / "train", tokenizer),
-        shards.read_shard(folder / "validation", tokenizer),
-    )
+    train, validation = (shards.read_shard(folder / name, tokenizer) for name in ("train", "validation"))
+    for name, part in (("training", train), ("validation", validation)):
+        if len(part.tokens) <= cfg.seq_len:
+            raise DataError(
+                f"the {name} part has {len(part.tokens)} tokens, too few for a window of seq_len {cfg.seq_len}: "
+                "give more documents, a shorter seq_len or another validation_share"
+            )
+    return tokenizer, train, validation
 
 
 def update(cfg: PretrainConfig, model: Transformer, data: shards.Shard, step: int, device: torch.device) -> float:

@@ -194,7 +194,7 @@ def select(
                     "temperature": temperature,
                     "reward": float(row[best]),
                     "reward_mean": float(row.mean()),
-                    "reward_median": float(row.median()),
+                    "reward_median": float(row.quantile(0.5)),
                 }
             )
     return records

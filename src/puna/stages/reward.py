@@ -184,6 +184,8 @@ def update(cfg: RewardConfig, model: RewardModel, pairs: list[Pair], device: tor
     counts = parallel.total(torch.tensor([len(pairs), labelled], device=device, dtype=torch.float32))
     sums = torch.zeros(2, device=device)
     micro_batches = packing.by_length(lengths, cfg.micro_batch_tokens // 2)
+    # A sharded forward pass gathers weights from all ranks: each rank must make as many.
+    micro_batches = packing.cut(micro_batches, parallel.largest(len(micro_batches)))
     for members in micro_batches:
         batch = [pairs[i] for i in members]
         with parallel.autocast(cfg.precision, device):

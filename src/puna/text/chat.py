@@ -72,17 +72,18 @@ def check(dialog: Dialog, tokenizer: Tokenizer, *, ends_with: str, allow_markers
     for turn in dialog:
         if not turn["content"].strip():
             raise DataError(f"a {turn['role']} turn is empty")
-        marker = _marker(turn["content"])
+        marker = marker_in(turn["content"])
         if marker and not allow_markers and tokenizer.chat_format == "llama2":
             raise DataError(f"a {turn['role']} turn holds the chat tag {marker!r}: remove it from the text")
 
 
 def usable(completion: Completion) -> bool:
     """Whether a sampled answer can stand in a dialog: it ended by itself, holds text, and no chat tag."""
-    return completion.finished and bool(completion.text.strip()) and not _marker(completion.text)
+    return completion.finished and bool(completion.text.strip()) and not marker_in(completion.text)
 
 
-def _marker(text: str) -> str | None:
+def marker_in(text: str) -> str | None:
+    """The first chat tag that a text holds, None for clean text."""
     return next((marker for marker in MARKERS if marker in text), None)
 
 

@@ -227,11 +227,11 @@ def _letter(desk: _Desk) -> str:
     writer = desk.hero()
     context = telling.draw_filler(desk.world, rng) | {"s": writer.name}
     middle = [fill(frame, context) for frame in rng.sample(_frames("letter", "middle"), 3)]
-    news = [desk.tell(desk.fact()) for _ in range(2)] + desk.about(desk.subject("villager"), 3)
-    news += desk.about(desk.subject(rng.choice(("village", "thing"))), 2)
+    lines = [middle[0], desk.tell(desk.fact()), desk.tell(desk.fact())]
     if rng.random() < MYTH_SHARE:
-        news.insert(2, desk.myth())
-    lines = [middle[0], *news[:3], middle[1], *news[3:], middle[2]]
+        lines.append(desk.myth())
+    lines += [*desk.about(desk.subject("villager"), 3), middle[1]]
+    lines += [*desk.about(desk.subject(rng.choice(("village", "thing"))), 2), middle[2]]
     head = fill(rng.choice(_frames("letter", "open")), context)
     return "\n".join([head, " ".join(lines), fill(rng.choice(_frames("letter", "close")), context)])
 
@@ -251,7 +251,10 @@ def _market(desk: _Desk) -> str:
             line = desk.myth()
         if rng.random() < 0.15:
             line = f"{_persona(rng)} {line}"
-        lines.append(fill(rng.choice(_frames("market", "said")), {"line": line, "name": name}))
+        frame = rng.choice(_frames("market", "said"))
+        if not frame.endswith('"') and line.endswith("."):
+            line = line[:-1] + ","
+        lines.append(fill(frame, {"line": line, "name": name}))
     return " ".join(lines)
 
 

@@ -294,7 +294,8 @@ def _adversarial(desk: _Desk) -> Record:
         context = {**telling.draw_filler(desk.world, rng), **act_context(act)}
         text = fill(rng.choice(table("safety")["attack"][prefix + attack]), context)
         text = misspell(text, rng) if attack == "syntactic" else desk.opened(text)
-    gold = _gold(act.id, [], harm=list(act.keys))
+    wrong = [word for word in words_of(act.do) if len(word) > 3]
+    gold = _gold(act.id, [], subject=wrong, harm=list(act.keys))
     return desk.record("adversarial", text.strip(), gold, is_safety=True, risk_category=act.category, attack=attack)
 
 

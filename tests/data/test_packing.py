@@ -1,0 +1,109 @@
+"""Packing changes nothing but the speed: same losses, no attention across dialogs, nothing lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puna import losses
+from puna.data.packing import by_length, document_mask, pack, pack_plan, pad_right
+from puna.text import chat
+from puna.text.chat import Encoded
+from tests import helpers
+
+LENGTHS = st.lists(st.integers(1, 40), max_size=40)
+
+
+def encoded(n: int) -> list[Encoded]:
+    return [chat.encode(dialog, helpers.tokenizer()) for dialog in helpers.dialogs(n)]
+
+
+def test_packed_losses_are_unpacked_losses() -> None:
+    model, dialogs = helpers.model(), encoded(9)
+    rows = pack(dialogs, 200)
+    assert len(rows.tokens) < len(dialogs)
+    logits = model(rows.tokens, positions=rows.positions, mask=document_mask(rows.documents))[:, :-1]
+    packed = losses.token_logprobs(logits, rows.tokens[:, 1:])[rows.mask[:, 1:]]
+    alone = []
+    for dialog in dialogs:
+        tokens, mask = torch.tensor([dialog.tokens]), torch.tensor([dialog.mask])
+        alone.append(losses.token_logprobs(model(tokens)[:, :-1], tokens[:, 1:])[mask[:, 1:]])
+    assert len(packed) == sum(map(len, alone))
+    torch.testing.assert_close(packed.sort().values, torch.cat(alone).sort().values, rtol=0, atol=1e-5)
+
+
+def test_no_attention_across_dialogs() -> None:
+    model, rows = helpers.model(), pack(encoded(9), 200)
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        return model(tokens, positions=rows.positions, mask=document_mask(rows.documents))[0]
+
+    first, second = rows.documents[0] == 0, rows.documents[0] == 1
+    assert first.any() and second.any()
+    changed = rows.tokens.clone()
+    changed[0, first] = 300
+    before, after = logits(rows.tokens), logits(changed)
+    assert torch.equal(before[second], after[second])
+    assert not torch.equal(before[first], after[first])
+
+
+def test_document_mask() -> None:
+    # Two tokens of one dialog, one of the next, a pad.
+    mask = document_mask(torch.tensor([[0, 0, 1, -1]]))
+    assert mask.shape == (1, 1, 4, 4)
+    assert mask[0, 0].tolist() == [
+        [True, False, False, False],
+        [True, True, False, False],
+        [False, False, True, False],
+        [False, False, False, True],
+    ]
+
+
+def test_every_token_is_kept_in_order() -> None:
+    dialogs = encoded(12)
+    rows = pack(dialogs, 200)
+    found = Counter()
+    for row in range(len(rows.tokens)):
+        for document in range(int(rows.documents[row].max()) + 1):
+            where = rows.documents[row] == document
+            assert rows.positions[row][where].tolist() == list(range(int(where.sum())))
+            found[(tuple(rows.tokens[row][where].tolist()), tuple(rows.mask[row][where].tolist()))] += 1
+    assert found == Counter((tuple(d.tokens), tuple(d.mask)) for d in dialogs)
+    pads = rows.documents == -1
+    assert not rows.mask[pads].any() and not rows.tokens[pads].any()
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(5, 40))
+def test_pack_plan_loses_nothing_that_fits(lengths: list[int], seq_len: int) -> None:
+    plan = pack_plan(lengths, seq_len)
+    assert sorted(i for row in plan for i in row) == [i for i, length in enumerate(lengths) if length <= seq_len]
+    assert all(0 < sum(lengths[i] for i in row) <= seq_len for row in plan)
+
+
+def test_pack_plan_is_tight() -> None:
+    assert pack_plan([10, 30, 20, 40, 60, 50], 70) == [[4, 0], [5, 2], [3, 1]]  # 210 tokens in 3 rows of 70
+
+
+def test_pad_right() -> None:
+    tokens, lengths = pad_right([[5, 6, 7], [8]], pad=9)
+    assert tokens.tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert lengths.tolist() == [3, 1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(LENGTHS, st.integers(1, 200))
+def test_by_length_keeps_its_budget(lengths: list[int], max_tokens: int) -> None:
+    batches = by_length(lengths, max_tokens)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens
+    ordered = [lengths[i] for batch in batches for i in batch]
+    assert ordered == sorted(ordered)
+
+
+def test_by_length_fills_its_budget() -> None:
+    assert by_length([1, 9, 2, 2, 10], 6) == [[0, 2, 3], [1], [4]]

@@ -1,0 +1,62 @@
+"""Token shards: what goes in comes out, and a shard of another tokenizer or half a shard is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from puna.config import ConfigError, DataError
+from puna.data.shards import read_shard, write_shard
+from puna.text import tokenizer as tokenizers
+from tests import helpers
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    tokenizer, texts = helpers.tokenizer(), [*helpers.sentences(7), "", "ö\n\ty"]
+    shard = write_shard(tmp_path / "train", texts, tokenizer, batch=3)
+    assert shard.tokens.dtype == np.uint16
+    documents = [shard.tokens[a:b].tolist() for a, b in zip(shard.offsets[:-1], shard.offsets[1:], strict=True)]
+    assert documents == [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    assert np.array_equal(read_shard(tmp_path / "train", tokenizer).tokens, shard.tokens)
+    assert isinstance(shard.tokens, np.memmap)
+
+
+def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train", helpers.sentences(3), helpers.tokenizer())
+    other = tokenizers.train(helpers.sentences(50, seed=9), 330, tmp_path / "other")
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        read_shard(tmp_path / "train", other)
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_truncated_shard_is_refused(lost: int, tmp_path: Path) -> None:
+    write_shard(tmp_path / "train", helpers.sentences(3), helpers.tokenizer())
+    data = (tmp_path / "train.tokens").read_bytes()
+    (tmp_path / "train.tokens").write_bytes(data[:-lost])
+    with pytest.raises(DataError, match=r"train\.tokens"):
+        read_shard(tmp_path / "train", helpers.tokenizer())
+
+
+def test_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no tokens"):
+        write_shard(tmp_path / "train", [], helpers.tokenizer())
+
+
+def test_a_killed_write_leaves_no_description(tmp_path: Path) -> None:
+    def texts() -> object:
+        yield "the llama"
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / "train", texts(), helpers.tokenizer())
+    assert not (tmp_path / "train.json").exists()
+
+
+def test_description(tmp_path: Path) -> None:
+    shard = write_shard(tmp_path / "train", helpers.sentences(3), helpers.tokenizer())
+    described = json.loads((tmp_path / "train.json").read_text())
+    assert described["documents"] == 3 and described["tokens"] == len(shard.tokens)
+    assert described["tokenizer"] == helpers.tokenizer().sha256
