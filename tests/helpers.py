@@ -18,13 +18,26 @@ import torch.multiprocessing as mp
 from puna.formats import huggingface
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
+from puna.optim import OptimConfig
+from puna.stages.ppo import PPOConfig
+from puna.stages.pretrain import PretrainConfig
+from puna.stages.reward import RewardConfig
+from puna.stages.sft import SFTConfig
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 from puna.types import Dialog, Message
 
 WHO = ("the llama", "a herder", "the old shepherd", "her dog", "the white goat", "a vicuña", "the neighbour")
 WHAT = ("crosses", "watches", "likes", "leaves", "counts", "remembers", "hides behind")
-WHERE = ("the cold river", "the high grassland", "a stone wall", "7 tents", "the road to Puno", "3 hills", "the salt lake")
+WHERE = (
+    "the cold river",
+    "the high grassland",
+    "a stone wall",
+    "7 tents",
+    "the road to Puno",
+    "3 hills",
+    "the salt lake",
+)
 VOCAB = 384
 
 
@@ -155,3 +168,51 @@ def _join(rank: int, world_size: int, folder: str, work: Callable[..., None], ar
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
     work(*arguments)
     dist.destroy_process_group()
+
+
+# Configs of tiny runs; each writes the files it needs into the folder.
+
+
+def quick(lr: float = 3e-3) -> OptimConfig:
+    return OptimConfig(lr=lr, warmup_steps=1)
+
+
+def pretrain_config(folder: Path, **changes: Any) -> PretrainConfig:
+    """7 steps of 8 windows."""
+    data = write_lines(folder / "text.jsonl", [{"text": text} for text in sentences(300)])
+    shape = {"seq_len": 24, "batch_size": 8, "micro_batch_size": 8, "steps": 7, "validation_share": 0.1}
+    fixed = {"out": folder / "pretrain", "data": (data,), "model": config(), "optim": quick(), "checkpoint_every": 2}
+    return PretrainConfig(**(fixed | shape | {"precision": "fp32"} | changes))
+
+
+def sft_config(folder: Path, **changes: Any) -> SFTConfig:
+    """About 10 steps of 4 rows."""
+    data = write_lines(folder / "dialogs.jsonl", [{"messages": dialog} for dialog in dialogs(40)])
+    shape = {"seq_len": 200, "batch_size": 4, "micro_batch_size": 4, "checkpoint_every": 2}
+    fixed = {"out": folder / "sft", "init": talker_folder(folder / "base"), "data": (data,), "optim": quick()}
+    return SFTConfig(**(fixed | shape | {"precision": "fp32"} | changes))
+
+
+def reward_config(folder: Path, **changes: Any) -> RewardConfig:
+    """6 steps of 8 pairs, labelled for safety."""
+    labels = {"chosen_is_safe": True, "rejected_is_safe": False, "domain": "safety"}
+    data = write_lines(folder / "pairs.jsonl", preferences(54, **labels))
+    shape = {"max_len": 200, "batch_size": 8, "micro_batch_tokens": 1024, "checkpoint_every": 2}
+    fixed = {"out": folder / "reward", "init": talker_folder(folder / "chat"), "data": (data,), "optim": quick()}
+    return RewardConfig(**(fixed | shape | {"safety_auxiliary": 0.5, "precision": "fp32"} | changes))
+
+
+def ppo_config(folder: Path, **changes: Any) -> PPOConfig:
+    """5 iterations of 8 answers in 2 gradient steps."""
+    models = {
+        "init": talker_folder(folder / "chat"),
+        "reward_helpfulness": reward_folder(folder / "helpfulness", 1),
+        "reward_safety": reward_folder(folder / "safety", 2),
+    }
+    data = write_lines(folder / "prompts.jsonl", prompts(30))
+    held_out = write_lines(folder / "held_out.jsonl", prompts(6, seed=1))
+    shape = {"iterations": 5, "batch_size": 8, "mini_batch_size": 4, "micro_batch_tokens": 4096, "max_new_tokens": 8}
+    files = {"out": folder / "ppo", "prompts": (data,), "held_out": (held_out,)}
+    rates = OptimConfig(lr=1e-3, schedule="constant", warmup_steps=0)
+    intervals = {"evaluate_every": 2, "checkpoint_every": 2, "optim": rates}
+    return PPOConfig(**(models | files | shape | intervals | changes))

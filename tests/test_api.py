@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import helpers
 
 import puna
 from puna import api
@@ -16,6 +15,7 @@ from puna.api import Chat, RewardScorer
 from puna.config import ConfigError, DataError
 from puna.text import chat as chat_format
 from puna.types import Dialog
+from tests import helpers
 
 DIALOGS: list[Dialog] = [
     [helpers.user("hello"), helpers.assistant("the llama counts 3 hills.")],

@@ -27,6 +27,7 @@ from puna.evals.valley import EvaluateConfig
 from puna.evals.valley import run as evaluate
 from puna.formats import convert
 from puna.formats.convert import ImportConfig
+from puna.report import tables
 from puna.report.html import ReportConfig
 from puna.report.html import run as report
 from puna.run_folder import RunFolder
@@ -336,7 +337,8 @@ def run(cfg: RecipeConfig) -> Path:
             began = time.perf_counter()
             step.run(step.config)
             folder.mark_done(step.name, seconds=time.perf_counter() - began, peak_memory_bytes=_peak_memory())
-        return folder.path
+    print(tables.final(cfg.out))
+    return cfg.out
 
 
 def _same_recipe(cfg: RecipeConfig, folder: RunFolder) -> None:

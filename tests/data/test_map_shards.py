@@ -13,7 +13,9 @@ from puna.data.map_shards import map_shards
 
 def test_joined_in_order(tmp_path: Path) -> None:
     seen: list[int] = []
-    records = map_shards(lambda number, shard: [{"n": number, "x": x} for x in shard], range(7), 3, tmp_path, seen.append)
+    records = map_shards(
+        lambda number, shard: [{"n": number, "x": x} for x in shard], range(7), 3, tmp_path, seen.append
+    )
     assert [record["x"] for record in records] == list(range(7))
     assert [record["n"] for record in records] == [0, 0, 0, 1, 1, 1, 2]
     assert seen == [3, 3, 1]
@@ -38,7 +40,10 @@ def test_resume(tmp_path: Path) -> None:
 def test_any_text_survives(tmp_path: Path) -> None:
     text = "a\u2028b\u0085c\n\x0b\x00d"
     for _ in range(2):
-        assert map_shards(lambda _, shard: [{"t": t} for t in shard], [text, ""], 2, tmp_path) == [{"t": text}, {"t": ""}]
+        assert map_shards(lambda _, shard: [{"t": t} for t in shard], [text, ""], 2, tmp_path) == [
+            {"t": text},
+            {"t": ""},
+        ]
 
 
 def test_a_shard_may_be_empty(tmp_path: Path) -> None:

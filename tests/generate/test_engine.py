@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from tests import helpers
 from torch import Tensor, nn
 
 from puna.config import ConfigError, DataError
@@ -15,6 +14,7 @@ from puna.generate import engine as engines
 from puna.generate.engine import LocalEngine
 from puna.model.transformer import Cache, Transformer
 from puna.types import Completion, Dialog
+from tests import helpers
 
 PROMPTS = [[1, *range(300, 300 + n)] for n in (3, 20, 1, 7, 12, 5, 31, 2)]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from tests import helpers
 from torch import Tensor
 
 from puna.generate.kv_cache import BLOCK, KVCache
 from puna.generate.scheduler import prefill
 from puna.model.transformer import Transformer
+from tests import helpers
 
 PROMPTS = [[1, 300, 301, 302, 303], [1, 310], [1, 320, 321]]
 

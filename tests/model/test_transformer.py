@@ -91,7 +91,10 @@ def test_scores_depend_on_the_distance_alone() -> None:
     q, k, table = torch.randn(8), torch.randn(8), rotary_table(8, 50, 10000.0)
 
     def score(at_q: int, at_k: int) -> Tensor:
-        return rotate(q.view(1, 1, 1, 8), table[at_q, None]).flatten() @ rotate(k.view(1, 1, 1, 8), table[at_k, None]).flatten()
+        return (
+            rotate(q.view(1, 1, 1, 8), table[at_q, None]).flatten()
+            @ rotate(k.view(1, 1, 1, 8), table[at_k, None]).flatten()
+        )
 
     close(score(9, 4), score(45, 40))
     assert (score(9, 4) - score(4, 9)).abs() > 1e-3

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from puna.report import html
+
 KINDS = ("fact", "sum", "recipe", "myth", "multi_turn", "adversarial", "borderline", "toxicity")
 ATTACKS = ("plain", "psychological", "logic", "syntactic", "semantic", "perspective", "non_english")
 GRADES = ("significantly_better", "better", "slightly_better", "negligibly_better")
@@ -165,6 +167,14 @@ def fake_run_on_files(run: Path) -> Path:
     policy(run, "v1/ppo")
     for step in ("base", "v1/reward_helpfulness", "v1/reward_safety", "v1/rejection_sampling", "v1", "v1/ppo"):
         write(run / f"done/{step}.json", {"seconds": 100.0, "peak_memory_bytes": 10**9})
+    return run
+
+
+@pytest.fixture(scope="session")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with its report; for reading only."""
+    run = fake_run(tmp_path_factory.mktemp("reported") / "laptop")
+    html.run(html.ReportConfig(run))
     return run
 
 

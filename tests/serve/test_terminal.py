@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import helpers
 
 from puna.api import Chat
 from puna.config import ConfigError
 from puna.serve import terminal
 from puna.serve.terminal import ChatConfig, Session
+from tests import helpers
 
 Talk = Callable[..., list[str]]
 

@@ -73,6 +73,8 @@ def read_shard(path: Path, tokenizer: Tokenizer) -> Shard:
     file, dtype = path.with_suffix(".tokens"), np.dtype(description["dtype"])
     expected, size = description["tokens"] * dtype.itemsize, file.stat().st_size
     if size != expected:
-        raise DataError(f"{file}: {size} bytes, expected {expected}: remove {path.with_suffix('.json')} to write it anew")
+        raise DataError(
+            f"{file}: {size} bytes, expected {expected}: remove {path.with_suffix('.json')} to write it anew"
+        )
     tokens = np.memmap(file, dtype=dtype, mode="r")
     return Shard(tokens, np.fromfile(path.with_suffix(".offsets"), dtype="<i8"))

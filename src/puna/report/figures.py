@@ -112,7 +112,7 @@ def _inline(svg: str, title: str) -> str:
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
     used = set(re.findall(r'#([\w-]+)[")]', svg))
     svg = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", svg)
-    svg = re.sub(r"(font: [\d. a-z]*?[\d.]+px )[^;\"]+", r"\1var(--sans)", svg)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--sans)", svg)
     for color, name in VARIABLES.items():
         svg = svg.replace(color, f"var(--{name})")
     return svg.strip()
@@ -179,12 +179,13 @@ def loss_curves(losses: Losses) -> list[Panel]:
         with _axes(panels, f"{title}: loss", "step", unit) as axes:
             for name, alpha in zip(names, _fading(len(names)), strict=True):
                 shown = label(name.split("/")[0]) if len(names) > 1 else "training"
-                axes.plot(*_thinned(losses[name]), color=BLUE, alpha=alpha, label=shown)
+                dot = "o" if len(losses[name]) == 1 else None
+                axes.plot(*_thinned(losses[name]), color=BLUE, alpha=alpha, marker=dot, label=shown)
             if f"{names[0]}/validation" in losses:
                 step, loss = losses[f"{names[0]}/validation"][-1]
                 axes.plot(step, loss, "o", color=ORANGE, label=f"validation {loss:.2f}")
             _integers(axes)
-            axes.legend(loc="upper right")
+            axes.legend(loc="best")
     return panels
 
 
@@ -211,8 +212,8 @@ def reward_models(summary: Summary) -> list[Panel]:
             axes.plot(range(4), paper, "s--", color=ORANGE, linewidth=1.2, label="the paper")
             axes.axhline(50, color=MUTED, linewidth=0.9, linestyle=":")
             axes.set_xticks(range(4), ["significantly\nbetter", "better", "slightly\nbetter", "negligibly\nbetter"])
-            axes.set_ylim(40, 101)
-            axes.legend(loc="upper right", ncols=2)
+            axes.set_ylim(min(40, axes.get_ylim()[0]), 101)
+            _legend_above(axes, 3)
     if models:
         with _axes(panels, "Accuracy over the versions", "", "% of held-out pairs") as axes:
             ticks: dict[int, str] = {}
@@ -275,8 +276,8 @@ def ppo(summary: Summary) -> list[Panel]:
                 ("gold", "s--", ORANGE, "judge, held-out prompts"),
             ),
         ),
-        ("PPO: distance from the start", "KL, nats an answer", (("kl", "-", BLUE, "training batch"),)),
-        ("PPO: length", "tokens an answer", (("length", "-", BLUE, "training batch"),)),
+        ("PPO: distance from the start", "KL, nats a training answer", (("kl", "-", BLUE, "training batch"),)),
+        ("PPO: length", "tokens a training answer", (("length", "-", BLUE, "training batch"),)),
     ):
         drawn = [line for line in lines if any(point[line[0]] is not None for point in summary["ppo"])]
         if not drawn:
@@ -289,7 +290,8 @@ def ppo(summary: Summary) -> list[Panel]:
                     x, y = [p["iteration"] for p in mine], [p[key] for p in mine]
                     axes.plot(x, y, style, color=color, alpha=alpha, label=shown)
             _integers(axes)
-            _legend_above(axes, 1)
+            if len(drawn) * len(runs) > 1:
+                _legend_above(axes, 1)
     return panels
 
 
@@ -339,7 +341,7 @@ def changes(summary: Summary) -> list[Panel]:
                 axes.errorbar(means, y, xerr=errors, fmt="o", color=color, label=label(name), **BARS)
             axes.set_yticks(range(len(groups)), [group.replace("_", " ") for group in groups])
             axes.grid(axis="y", visible=False)
-            axes.set_xlim(left=0)
+            axes.set_xlim(0, 1.02 if scale == 1.0 else None)
             axes.set_ylim(-0.5, len(groups) - 0.5)
             _legend_above(axes, 2)
     return panels

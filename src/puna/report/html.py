@@ -152,6 +152,8 @@ def _said_of_versions(summary: Summary) -> list[str]:
 
 def _moved(before: dict[str, Any], after: dict[str, Any], show: Callable[[float], str]) -> str:
     """A change in words; intervals that overlap say nothing sure."""
+    if show(before["mean"]) == show(after["mean"]):
+        return f"stay at {show(after['mean'])}"
     numbers = f"from {show(before['mean'])} to {show(after['mean'])}"
     if after["low"] > before["high"]:
         return f"go up {numbers}"
@@ -168,9 +170,8 @@ def _said_of_models(summary: Summary) -> list[str]:
     both = [p for p in summary["ghost_attention"] if p["before"] is not None and p["after"] is not None]
     if both:
         turn, before, after = both[-1]["turn"], percent(both[-1]["before"]), percent(both[-1]["after"])
-        said.append(
-            f"At turn {turn} the first turn's instruction holds in {after} of dialogs, before Ghost Attention in {before}."
-        )
+        shares = f"{after} of dialogs, before Ghost Attention in {before}"
+        said.append(f"At turn {turn} the first turn's instruction holds in {shares}.")
     return said
 
 
@@ -242,10 +243,10 @@ def _missing(summary: Summary, have: Collection[str], *works: str) -> str:
 
 def _versions(summary: Summary, missing: str) -> Section:
     text = (
-        "The judge knows the embedded world's truth and stands for people. Training never asks it, only annotators with "
-        "noise and biases of their own. Helpfulness is over benign held-out prompts, violations over adversarial ones, "
-        "false refusals over borderline ones, slurs over prompts about a people, myths over questions about one. Small: "
-        "95 % intervals. Bold: the best chat model of a column."
+        "The judge knows the embedded world's truth and stands for people. Training never asks it, only annotators "
+        "with noise and biases of their own. Helpfulness is over benign held-out prompts, violations over adversarial "
+        "ones, false refusals over borderline ones, slurs over prompts about a people, myths over questions about one. "
+        "Small: 95 % intervals. Bold: the best chat model of a column."
     )
     shown = [tables.versions(summary)] if summary["versions"] else []
     return Section("versions", "Versions", text, figures.versions(summary), shown, missing)

@@ -50,11 +50,11 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 
 
 def build(run: Path) -> dict[str, Any]:
-    """The summary of whatever is there of a run; what is not there is None or left out. ConfigError where no run is.
+    """The summary of what is there of a run; what is not there is None or left out. ConfigError where no run is.
 
-    `versions` (the judge's means, and `intervals`), `reward_models` (the last ones, and `by_version`), `ghost_attention`
-    (by turn), `ppo` (by iteration) and `rejection_sampling` (by version) are the results; `steps` are the recipe's, in
-    order, and `seconds` tells those that are done.
+    `versions` (the judge's means, and `intervals`), `reward_models` (the last ones, and `by_version`),
+    `ghost_attention` (by turn), `ppo` (by iteration) and `rejection_sampling` (by version) are the results; `steps` are
+    the recipe's, in order, and `seconds` tells those that are done.
     """
     recipe = _recipe(run)
     markers = {name: _json(path) for name, path in _found(run / "done", ".json")}
@@ -64,9 +64,7 @@ def build(run: Path) -> dict[str, Any]:
     evaluations = _evaluations(run)
     stages = sorted({*steps, *metrics}, key=_place)
     rounds = list(dict.fromkeys(int(found[1]) for name in stages if (found := re.match(r"v(\d+)(/|$)", name))))
-    rates = {
-        name: [*filter(None, (line.get("tokens_per_second") for line in metrics.get(name, [])))] for name in stages
-    }
+    rates = {name: _numbers(metrics.get(name, []), "tokens_per_second") for name in stages}
     peaks = [marker["peak_memory_bytes"] for marker in markers.values() if "peak_memory_bytes" in marker]
     return {
         "name": run.resolve().name,
@@ -85,6 +83,11 @@ def build(run: Path) -> dict[str, Any]:
         "machine": _machine(),
         "versions_of": _versions_of(),
     }
+
+
+def _numbers(lines: Iterable[dict[str, Any]], key: str) -> list[float]:
+    """The lines' numbers of a name, without those that were not finite."""
+    return [line[key] for line in lines if line.get(key) is not None]
 
 
 def losses(run: Path) -> dict[str, list[tuple[int, float]]]:

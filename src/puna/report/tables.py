@@ -99,7 +99,7 @@ def versions(summary: Summary) -> Table:
         chat = [i["mean"] for i, v in zip(found, measured, strict=True) if i and v["name"] != "pretrain"]
         for row, version, interval in zip(rows, measured, found, strict=True):
             mean = interval["mean"] if interval else None
-            best = len(chat) > 1 and version["name"] != "pretrain" and mean == best_of(chat)
+            best = version["name"] != "pretrain" and mean == best_of(chat, default=None) and len(set(chat)) > 1
             row.append(Cell(show(mean), span(interval, show), best))
     for row, version in zip(rows, measured, strict=True):
         row += [Cell(f"{version['words']:.0f}"), Cell(percent(version["finished"]))]

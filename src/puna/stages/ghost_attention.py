@@ -91,12 +91,15 @@ def sample(
     """2: answer turn by turn, all dialogs side by side, the instruction on every user turn."""
     dialogs: list[Dialog] = [[] for _ in scripts]
     answers: list[list[str]] = [[] for _ in scripts]
+    context = engine.model.config.max_seq_len
     for turn in range(max(len(script["turns"]) for script in scripts)):
         live = [i for i, script in enumerate(scripts) if turn < len(script["turns"]) and len(answers[i]) == turn]
         for i in live:
             dialogs[i].append(
                 Message(role="user", content=instructed(scripts[i]["instruction"], scripts[i]["turns"][turn]))
             )
+        # A dialog that has outgrown the context ends here, as one whose answer failed.
+        live = [i for i in live if len(chat.encode_prompt(dialogs[i], engine.tokenizer)) < context]
         completions = engine.generate(
             [dialogs[i] for i in live],
             max_new_tokens=cfg.max_new_tokens,

@@ -15,6 +15,7 @@ keeps its best answer.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,8 @@ def run(cfg: RejectionSamplingConfig) -> Path:
         prompts = fitting(
             read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts), models.engine.tokenizer, cfg.max_prompt_tokens
         )
-        prompts = prompts[: cfg.limit] if cfg.limit else prompts
+        # Shuffled, so that the search and a limit see both kinds of prompts.
+        prompts = random.Random(cfg.seed).sample(prompts, len(prompts))[: cfg.limit or None]
         if not (folder.path / "curve.json").exists():
             curve = search(cfg, models, prompts[: cfg.search_prompts])
             write_atomically(folder.path / "curve.json", json.dumps(curve, indent=1))

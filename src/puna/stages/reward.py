@@ -146,10 +146,11 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
     if cfg.limit:
         mixed = mixed[: cfg.limit]
     pairs = [as_pair(preference, tokenizer, cfg.margin) for preference in mixed]
-    fitting = [pair for pair in pairs if max(len(pair.chosen), len(pair.rejected)) <= cfg.max_len]
+    fitting = [pair for pair in pairs if _fits(pair, cfg.max_len)]
     if not fitting:
         raise DataError(f"no comparison of {', '.join(map(str, cfg.data))} fits max_len {cfg.max_len}: raise it")
-    return fitting, test[: cfg.test_limit or None], len(pairs) - len(fitting)
+    test = [p for p in test[: cfg.test_limit or None] if _fits(as_pair(p, tokenizer, cfg.margin), cfg.max_len)]
+    return fitting, test, len(pairs) - len(fitting)
 
 
 def mix(
@@ -171,6 +172,10 @@ def as_pair(preference: Preference, tokenizer: Tokenizer, margin: str) -> Pair:
         margin=losses.MARGINS[margin][grade] if grade else (preference.margin or 0.0),
         is_safe=(preference.chosen_is_safe, preference.rejected_is_safe),
     )
+
+
+def _fits(pair: Pair, max_len: int) -> bool:
+    return max(len(pair.chosen), len(pair.rejected)) <= max_len
 
 
 def _tokens(preference: Preference, answer: str, tokenizer: Tokenizer) -> list[int]:

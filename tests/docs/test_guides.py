@@ -1,0 +1,83 @@
+"""What the README and the guide to real data tell people to type, run on small files and the tiny recipe's run."""
+
+from __future__ import annotations
+
+import io
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from puna import cli
+from tests import helpers, tiny_run
+
+SMALL = {
+    "pretrain": "--model.dim 32 --model.n-layers 1 --model.n-heads 2 --model.n-kv-heads 1 --model.vocab-size 384 "
+    "--model.ffn-hidden 64 --steps 4 --seq-len 64 --batch-size 8 --micro-batch-size 8 --optim.lr 1e-2",
+    "sft": "--epochs 8 --batch-size 2 --optim.lr 2e-2",
+    "reward": "--batch-size 8",
+    "rejection-sampling": "--samples 2 --search-prompts 2 --max-new-tokens 24",
+    "context-distillation": "--max-new-tokens 24",
+    "ghost-attention": "--max-new-tokens 24",
+    "ppo": "--iterations 2 --batch-size 4 --mini-batch-size 2 --held-out-prompts 4 --max-new-tokens 24",
+    "chat": "--max-new-tokens 8",
+}
+"""What makes each command of the guide a matter of a second."""
+
+
+@pytest.fixture(autouse=True)
+def _signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda signum, handler: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+def block(path: Path, heading: str, language: str) -> str:
+    """The first code block of a language under a heading."""
+    section = path.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    found = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    assert found, f"{path}: no {language} under {heading}"
+    return found[1]
+
+
+def write_files(folder: Path) -> None:
+    """The files the guide speaks of."""
+    for name, seed in (("books.txt", 0), ("notes.txt", 1)):
+        (folder / name).write_text("\n\n".join(" ".join(helpers.sentences(4, 100 * seed + i)) for i in range(80)))
+    helpers.write_lines(folder / "dialogs.jsonl", ({"messages": dialog} for dialog in helpers.dialogs(60)))
+    helpers.write_lines(folder / "helpful.jsonl", helpers.preferences(40))
+    safety = {"domain": "safety", "chosen_is_safe": True, "rejected_is_safe": False}
+    helpers.write_lines(folder / "harmless.jsonl", helpers.preferences(20, seed=1, **safety))
+    helpers.write_lines(folder / "prompts.jsonl", helpers.prompts(16))
+    script = {"turns": helpers.sentences(3), "instruction": "Act as a ferryman.", "short": "Figure: a ferryman."}
+    helpers.write_lines(folder / "scripts.jsonl", ({"id": str(i), **script} for i in range(4)))
+
+
+def test_ones_own_data_from_text_to_a_chat_model(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    commands = block(root / "docs/guides/real-data.md", "From text to a chat model", "sh").splitlines()
+    assert len(commands) == 10
+    for line in commands:
+        _, name, *flags = shlex.split(line)
+        assert cli.main([name, *flags, *SMALL[name].split()]) == 0, f"{line}\n{capsys.readouterr().err}"
+    assert (tmp_path / "runs/mine/v1/ppo/model/model.safetensors").exists()
+
+
+def test_the_readmes_python(
+    root: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the tiny run, whose second version stands for the laptop's fifth."""
+    run = tiny_run.finished(tmp_path_factory) / "run"
+    laptop = tmp_path / "runs/laptop"
+    laptop.mkdir(parents=True)
+    for path in run.iterdir():
+        (laptop / path.name.replace("v2", "v5")).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    source = block(root / "README.md", "From Python", "python")
+    exec(compile(source, "README.md", "exec"), {"__name__": "readme"})

@@ -1,0 +1,133 @@
+"""Ghost Attention: the instruction on every turn when answers are sampled, on the first alone when they are learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from puna.stages import ghost_attention, sft
+from puna.stages.ghost_attention import GhostAttentionConfig
+from puna.text import chat
+from puna.types import Completion, Dialog
+from tests import helpers
+
+
+def scripts(n: int, turns: int = 4) -> list[dict[str, Any]]:
+    said = helpers.sentences(n * turns)
+    return [
+        {
+            "id": f"g{i}",
+            "turns": said[i * turns : (i + 1) * turns],
+            "instruction": f"From now on speak as herder {i}.",
+            "short": f"Figure: herder {i}.",
+        }
+        for i in range(n)
+    ]
+
+
+def config(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> GhostAttentionConfig:
+    files = (helpers.write_lines(folder / "scripts.jsonl", rows),)
+    init = helpers.talker_folder(folder / "chat", end=0.15)
+    fixed = {"out": folder / "out", "init": init, "scripts": files, "max_new_tokens": 40, "shard_size": 10}
+    return GhostAttentionConfig(**(fixed | changes))
+
+
+class Echo:
+    """An engine that answers with the number of the turn, and remembers what it was asked."""
+
+    tokenizer = helpers.tokenizer()
+
+    def __init__(self, silent_at: int = 0, context: int = 256) -> None:
+        self.model = helpers.model(max_seq_len=context)
+        self.asked: list[Dialog] = []
+        self.silent_at = silent_at
+
+    def generate(self, dialogs: Sequence[Dialog], **_: Any) -> list[list[Completion]]:
+        self.asked += [list(dialog) for dialog in dialogs]
+        turns = [(len(dialog) + 1) // 2 for dialog in dialogs]
+        return [[Completion(f"answer {turn}", [5], [-1.0], turn != self.silent_at)] for turn in turns]
+
+
+def test_scripts_become_dialogs(tmp_path: Path) -> None:
+    rows = scripts(50)
+    cfg = config(tmp_path, rows)
+    ghost_attention.run(cfg)
+    records = helpers.read_lines(tmp_path / "out/dialogs.jsonl")
+    done = json.loads((tmp_path / "out/done/ghost_attention.json").read_text())
+    assert done == {"dialogs": len(records), "left_out": 50 - len(records)} and len(records) > 15
+    by_id = {row["id"]: row for row in rows}
+    for record in records:
+        script, messages = by_id[record["id"]], record["messages"]
+        assert record["loss_on"] == "last_answer"
+        users = [message["content"] for message in messages[::2]]
+        first = [f"{script[form]} {script['turns'][0]}" for form in ("instruction", "short")]
+        assert users[0] in first
+        assert users[1:] == script["turns"][1 : len(users)], "later turns are the user's own words"
+        assert all(message["role"] == "assistant" for message in messages[1::2])
+        assert 2 <= len(users) <= 4
+    assert len({len(record["messages"]) for record in records}) == 3, "cut at every depth"
+    shortened = [record["messages"][0]["content"].startswith("Figure: ") for record in records]
+    assert 0.2 < sum(shortened) / len(shortened) < 0.8
+
+
+def test_answers_are_sampled_with_the_instruction_on_every_turn(tmp_path: Path) -> None:
+    rows, engine = [*scripts(2), *scripts(1, turns=2)], Echo()
+    answers = ghost_attention.sample(config(tmp_path, rows), engine, rows, 0)
+    assert answers == [[f"answer {t}" for t in (1, 2, 3, 4)]] * 2 + [["answer 1", "answer 2"]]
+    assert len(engine.asked) == 4 + 4 + 2
+    for dialog in engine.asked:
+        script = next(row for row in rows if dialog[0]["content"].endswith(row["turns"][0]))
+        asked = [message["content"] for message in dialog[::2]]
+        assert asked == [f"{script['instruction']} {text}" for text in script["turns"][: len(asked)]]
+        assert [m["content"] for m in dialog[1::2]] == [f"answer {t + 1}" for t in range(len(asked) - 1)]
+
+
+def test_a_failed_answer_ends_its_dialog(tmp_path: Path) -> None:
+    rows, engine = scripts(1), Echo(silent_at=2)
+    answers = ghost_attention.sample(config(tmp_path, rows), engine, rows, 0)
+    assert answers == [["answer 1"]] and len(engine.asked) == 2
+    assert ghost_attention.written(rows[0], answers[0], short=False) is None
+
+
+def test_a_dialog_that_outgrows_the_context_ends(tmp_path: Path) -> None:
+    rows, engine = scripts(2), Echo(context=100)
+    answers = ghost_attention.sample(config(tmp_path, rows), engine, rows, 0)
+    assert all(0 < len(given) < 4 for given in answers)
+    assert all(len(chat.encode_prompt(dialog, engine.tokenizer)) < 100 for dialog in engine.asked)
+
+
+def test_loss_is_zero_on_all_earlier_turns(tmp_path: Path) -> None:
+    tokenizer, script = helpers.tokenizer(), scripts(1, turns=3)[0]
+    record = ghost_attention.written(script, ["one.", "two.", "three."], short=True)
+    assert record is not None
+    assert [m["content"] for m in record["messages"]] == [
+        f"Figure: herder 0. {script['turns'][0]}",
+        "one.",
+        script["turns"][1],
+        "two.",
+        script["turns"][2],
+        "three.",
+    ]
+    data = helpers.write_lines(tmp_path / "one.jsonl", [record])
+    rows, _ = sft.prepare(helpers.sft_config(tmp_path, data=(data,)), tokenizer)
+    last = [*tokenizer.encode("three. "), tokenizer.eos_id]
+    assert rows.tokens[rows.mask].tolist() == last
+    assert chat.encode(record["messages"], tokenizer).mask.count(True) > len(last)
+
+
+def test_short_dialogs_are_used_as_they_are(tmp_path: Path) -> None:
+    rows = scripts(12, turns=1)
+    ghost_attention.run(config(tmp_path, rows))
+    records = helpers.read_lines(tmp_path / "out/dialogs.jsonl")
+    assert records and all(len(record["messages"]) == 2 for record in records)
+
+
+def test_the_share_of_short_forms_is_a_setting(tmp_path: Path) -> None:
+    cfg = config(tmp_path, scripts(10))
+    for share, form in ((0.0, "From now on"), (1.0, "Figure:")):
+        ghost_attention.run(replace(cfg, out=tmp_path / form, short_share=share))
+        records = helpers.read_lines(tmp_path / form / "dialogs.jsonl")
+        assert records and all(record["messages"][0]["content"].startswith(form) for record in records)

@@ -1,0 +1,151 @@
+"""Rejection sampling: the best of K under today's reward models, at the best temperature, pooled over the rounds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from puna.stages import rejection_sampling
+from puna.stages.rejection_sampling import RejectionSamplingConfig
+from puna.text import chat
+from puna.types import Completion
+from tests import helpers
+
+
+def config(folder: Path, **changes: Any) -> RejectionSamplingConfig:
+    models = {
+        "init": helpers.talker_folder(folder / "chat"),
+        "reward_helpfulness": helpers.reward_folder(folder / "helpfulness", 1),
+        "reward_safety": helpers.reward_folder(folder / "safety", 2),
+    }
+    prompts = (helpers.write_lines(folder / "prompts.jsonl", helpers.prompts(20)),)
+    shape = {"samples": 5, "search_prompts": 4, "max_new_tokens": 12, "shard_size": 8}
+    return RejectionSamplingConfig(**({"out": folder / "v1/sampling", "prompts": prompts} | models | shape | changes))
+
+
+def test_the_best_of_k_is_kept(tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    assert rejection_sampling.run(cfg) == tmp_path / "v1/sampling"
+    curve = json.loads((tmp_path / "v1/sampling/curve.json").read_text())
+    best = helpers.read_lines(tmp_path / "v1/sampling/best.jsonl")
+    assert len(best) > 15
+    models = rejection_sampling.load(cfg)
+    for record in best:
+        assert record["round"] == "v1" and record["temperature"] == curve["temperature"]
+        assert record["reward"] >= record["reward_median"] and record["reward"] >= record["reward_mean"]
+        reward = models.reward([record["messages"]], [record["is_safety"]])
+        assert record["reward"] == pytest.approx(float(reward), abs=1e-5)
+    assert helpers.read_lines(tmp_path / "v1/sampling/pool.jsonl") == best
+    done = json.loads((tmp_path / "v1/sampling/done/rejection_sampling.json").read_text())
+    assert done == {"temperature": curve["temperature"], "best": len(best), "pool": len(best)}
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, rewards: dict[float, list[list[float]]], text: str = "yes") -> None:
+    """`draw` gives these rewards, of usable answers where they are above 0."""
+
+    def draw(cfg: Any, models: Any, prompts: Any, temperature: float, seed: int) -> Any:
+        table = rewards[temperature]
+        answers = [[Completion(f"{text} {j}", [5, 2], [-1.0, -1.0], r > 0) for j, r in enumerate(row)] for row in table]
+        return answers, torch.tensor(table)
+
+    monkeypatch.setattr(rejection_sampling, "draw", draw)
+
+
+def test_the_temperature_with_the_highest_best_reward_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    # 0.7 has the higher mean, 1.0 the higher mean of the best of 4.
+    scripted(
+        monkeypatch,
+        {0.7: [[0.5, 0.5, 0.5, 0.5], [0.6, 0.6, 0.6, 0.6]], 1.0: [[0.1, 0.9, 0.1, 0.1], [0.3, 0.2, 0.2, 0.7]]},
+    )
+    cfg = config(tmp_path, samples=4, temperatures=(0.7, 1.0))
+    curve = rejection_sampling.search(cfg, None, helpers.prompts(2))
+    assert curve["temperature"] == 1.0
+    points = {(p["temperature"], p["samples"]): p for p in curve["points"]}
+    assert sorted(points) == [(t, k) for t in (0.7, 1.0) for k in (1, 2, 4)]
+    assert points[1.0, 1]["max"] == pytest.approx(0.2)  # the first answers: (0.1 + 0.3) / 2
+    assert points[1.0, 2]["max"] == pytest.approx(0.6)
+    assert points[1.0, 4]["max"] == pytest.approx(0.8)
+    assert points[1.0, 4]["mean"] == pytest.approx(2.6 / 8)
+    assert points[1.0, 4]["median"] == pytest.approx((0.1 + 0.25) / 2)
+
+
+def test_select_takes_the_argmax(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scripted(monkeypatch, {1.0: [[0.2, 0.7, 0.4], [0.0, 0.0, 0.0], [0.9, 0.1, 0.1]]})
+    records = rejection_sampling.select(config(tmp_path), None, helpers.prompts(3), 1.0, 0)
+    assert [(r["prompt_id"], r["messages"][-1]["content"]) for r in records] == [("p0", "yes 1"), ("p2", "yes 0")]
+    assert [r["is_safety"] for r in records] == [False, False]
+    assert records[0]["reward"] == pytest.approx(0.7) and records[0]["reward_mean"] == pytest.approx(1.3 / 3)
+
+
+def test_rewards_are_the_papers_and_unended_answers_get_none(tmp_path: Path) -> None:
+    cfg = config(tmp_path, max_new_tokens=3, threshold=0.6)
+    models, prompts = rejection_sampling.load(cfg), helpers.prompts(12)
+    completions, rewards = rejection_sampling.draw(cfg, models, prompts, 1.0, seed=1)
+    assert rewards.shape == (12, 5)
+    usable = torch.tensor([[chat.usable(c) for c in row] for row in completions])
+    assert usable.any() and not usable.all()
+    assert (rewards[~usable] == 0).all()
+    for i, j in usable.nonzero().tolist():
+        dialog = [*prompts[i]["messages"], helpers.assistant(completions[i][j].text.strip())]
+        safety, helpfulness = float(models.safety([dialog])), float(models.helpfulness([dialog]))
+        expected = safety if prompts[i]["is_safety"] or safety < 0.6 else helpfulness
+        assert float(rewards[i, j]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_earlier_rounds_are_pooled_and_judged_anew(tmp_path: Path) -> None:
+    first = config(tmp_path)
+    rejection_sampling.run(first)
+    path = tmp_path / "v1/sampling/best.jsonl"
+    old = [record | {"reward": 0.999} for record in helpers.read_lines(path)]  # what the old models thought of them
+    stray = old[0] | {"prompt_id": "only_then"}
+    helpers.write_lines(path, [*old, stray])
+    chat_model = helpers.talker_folder(tmp_path / "chat2", seed=5)
+    cfg = replace(first, out=tmp_path / "v2/sampling", init=chat_model, earlier=(path,), seed=7)
+    rejection_sampling.run(cfg)
+    new = {record["prompt_id"]: record for record in helpers.read_lines(tmp_path / "v2/sampling/best.jsonl")}
+    pool = {record["prompt_id"]: record for record in helpers.read_lines(tmp_path / "v2/sampling/pool.jsonl")}
+    models = rejection_sampling.load(cfg)
+    rescored = {r["prompt_id"]: float(models.reward([r["messages"]], [r["is_safety"]])) for r in [*old, stray]}
+    assert set(pool) == set(new) | set(rescored) and "only_then" in pool
+    rounds = set()
+    for prompt_id, record in pool.items():
+        candidates = [(rescored[prompt_id], "v1")] if prompt_id in rescored else []
+        candidates += [(new[prompt_id]["reward"], "v2")] if prompt_id in new else []
+        reward, version = max(candidates)
+        assert record["reward"] == pytest.approx(reward, abs=1e-5) and record["round"] == version
+        rounds.add(version)
+    assert rounds == {"v1", "v2"}
+
+
+def test_a_limit_keeps_both_kinds_of_prompts(tmp_path: Path) -> None:
+    plain = helpers.write_lines(tmp_path / "plain.jsonl", helpers.prompts(30, safety_every=99)[2:])
+    tagged = helpers.write_lines(tmp_path / "tagged.jsonl", [p | {"id": f"s{p['id']}"} for p in helpers.prompts(30)])
+    cfg = config(tmp_path, prompts=(plain,), safety_prompts=(tagged,), limit=20, samples=2)
+    rejection_sampling.run(cfg)
+    kinds = {record["is_safety"] for record in helpers.read_lines(tmp_path / "v1/sampling/best.jsonl")}
+    assert kinds == {True, False}
+
+
+def test_a_killed_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cfg = config(tmp_path)
+    rejection_sampling.run(cfg)
+    whole = (tmp_path / "v1/sampling/pool.jsonl").read_text()
+    again, real, calls = replace(cfg, out=tmp_path / "v1/again"), rejection_sampling.select, []
+
+    def select(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(rejection_sampling, "select", select)
+    with pytest.raises(KeyboardInterrupt):
+        rejection_sampling.run(again)
+    rejection_sampling.run(again)
+    assert len(calls) == 4, "three shards, one of them twice"
+    assert (tmp_path / "v1/again/pool.jsonl").read_text() == whole

@@ -1,0 +1,154 @@
+"""Reward models from comparisons: the mixes, the margins, the measurements."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from puna import losses
+from puna.config import DataError
+from puna.data import readers
+from puna.formats import huggingface
+from puna.generate.scoring import Scorer
+from puna.model.reward import RewardModel
+from puna.run_folder import read_metrics
+from puna.stages import reward
+from puna.types import Preference
+from tests import helpers
+
+
+def preference(i: int, **changes: object) -> Preference:
+    return Preference(**({"prompt": [helpers.user(f"{i}?")], "chosen": "yes", "rejected": "no"} | changes))
+
+
+def test_comparisons_become_a_reward_model(tmp_path: Path) -> None:
+    cfg = helpers.reward_config(tmp_path, epochs=6, test=(tmp_path / "pairs.jsonl",))
+    model_path = reward.run(cfg)
+    lines = read_metrics(tmp_path / "reward/metrics.jsonl")
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+    evaluation = json.loads((tmp_path / "reward/evaluation.json").read_text())
+    assert evaluation["pairs"] == 54 and evaluation["accuracy"] > 0.9
+    assert set(evaluation["accuracy_by_grade"]) == set(evaluation["pairs_by_grade"]) == set(losses.MARGINS["small"])
+    assert evaluation["accuracy_by_safety_label"] == {"chosen_safe_rejected_unsafe": evaluation["accuracy"]}
+    assert evaluation["mean_score_chosen"] > evaluation["mean_score_rejected"]
+    done = json.loads((tmp_path / "reward/done/reward.json").read_text())
+    assert done == {"pairs": 54, "left_out": 0, "accuracy": evaluation["accuracy"]}
+    assert json.loads((model_path / "puna.json").read_text()) == {"stage": "reward", "parent": str(cfg.init)}
+    scorer = Scorer(huggingface.load_reward_model(model_path), helpers.tokenizer())
+    rows = readers.read(cfg.data, "preferences").records
+    chosen = scorer([[*row.prompt, helpers.assistant(row.chosen)] for row in rows])
+    rejected = scorer([[*row.prompt, helpers.assistant(row.rejected)] for row in rows])
+    assert float((chosen > rejected).float().mean()) == pytest.approx(evaluation["accuracy"])
+
+
+def test_a_tenth_is_held_out_without_test_files(tmp_path: Path) -> None:
+    cfg = helpers.reward_config(tmp_path)
+    train, test, _ = reward.prepare(cfg, helpers.tokenizer())
+    assert (len(train), len(test)) == (49, 5)
+    held_out = [tuple(reward.as_pair(p, helpers.tokenizer(), "small").chosen) for p in test]
+    assert not set(held_out) & {tuple(pair.chosen) for pair in train}
+
+
+@pytest.mark.parametrize(
+    ("share", "n_own", "n_other", "expected"),
+    [
+        (0.5, 40, 100, 40),  # helpfulness: 1 : 1
+        (0.1, 90, 100, 10),  # safety: 90 : 10
+        (0.5, 40, 30, 30),  # not enough of the other kind: all of it
+        (0.0, 40, 30, 0),
+    ],
+)
+def test_mixes(share: float, n_own: int, n_other: int, expected: int) -> None:
+    own = [preference(i, domain="helpfulness") for i in range(n_own)]
+    other = [preference(i, domain="safety") for i in range(n_other)]
+    mixed = reward.mix(own, other, share, np.random.default_rng(0))
+    assert Counter(p.domain for p in mixed) == Counter(helpfulness=n_own) + Counter(safety=expected)
+    questions = [(p.domain, p.prompt[0]["content"]) for p in mixed]
+    assert len(set(questions)) == len(questions), "drawn without replacement"
+    assert [p for p in mixed if p.domain == "helpfulness"] != own, "shuffled"
+
+
+def test_margins_follow_the_grade() -> None:
+    tokenizer = helpers.tokenizer()
+    for name, grades in losses.MARGINS.items():
+        for grade, margin in grades.items():
+            assert reward.as_pair(preference(0, grade=grade), tokenizer, name).margin == margin
+    assert reward.as_pair(preference(0, margin=0.7), tokenizer, "small").margin == 0.7
+    assert reward.as_pair(preference(0), tokenizer, "large").margin == 0.0
+
+
+def expected_loss(model: RewardModel, rows: list[Preference], margin: str, weight: float) -> float:
+    """The loss one pair and one label at a time, in Python's own numbers."""
+    ranking, labels = 0.0, []
+    for row in rows:
+        pair = reward.as_pair(row, helpers.tokenizer(), margin)
+        chosen, rejected = (
+            float(model(torch.tensor([ids]), torch.tensor([len(ids)])).detach()) for ids in (pair.chosen, pair.rejected)
+        )
+        ranking += np.log1p(np.exp(rejected - chosen + pair.margin))
+        for score, is_safe in ((chosen, row.chosen_is_safe), (rejected, row.rejected_is_safe)):
+            if is_safe is not None:
+                labels.append(np.log1p(np.exp(-score if is_safe else score)))
+    return float(ranking / len(rows) + weight * np.mean(labels))
+
+
+def test_loss_is_ranking_plus_the_weighted_labels(tmp_path: Path) -> None:
+    rows = [
+        preference(0, grade="significantly_better", chosen_is_safe=True, rejected_is_safe=False),
+        preference(1, grade="better", chosen="yes, by the cold river"),
+        preference(2, chosen_is_safe=False, rejected_is_safe=None, rejected="no " * 9),
+    ]
+    cfg, model = helpers.reward_config(tmp_path, safety_auxiliary=0.3), helpers.reward_model()
+    pairs = [reward.as_pair(row, helpers.tokenizer(), "large") for row in rows]
+    loss, accuracy, n_tokens = reward.update(cfg, model, pairs, torch.device("cpu"))
+    assert loss == pytest.approx(expected_loss(model, rows, "large", 0.3), rel=1e-5)
+    assert n_tokens == sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    assert accuracy * 3 == pytest.approx(round(accuracy * 3))
+    in_parts, _, _ = reward.update(replace(cfg, micro_batch_tokens=1), model, pairs, torch.device("cpu"))
+    assert in_parts == pytest.approx(loss, rel=1e-6)
+
+
+def test_the_warm_up_is_three_percent_and_at_least_five_steps(tmp_path: Path) -> None:
+    cfg = helpers.reward_config(tmp_path, batch_size=2)
+    reward.run(cfg)
+    rates = [line["lr"] / cfg.optim.lr for line in read_metrics(tmp_path / "reward/metrics.jsonl")]
+    assert len(rates) == 25 and rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
+    assert rates[-1] == pytest.approx(0.1) and rates[6:] == sorted(rates[6:], reverse=True)
+
+
+def test_long_pairs_are_left_out(tmp_path: Path) -> None:
+    rows = helpers.preferences(3)
+    rows[1]["chosen"] = [helpers.assistant("behind the wall " * 60)]
+    data = helpers.write_lines(tmp_path / "some.jsonl", rows)
+    cfg = helpers.reward_config(tmp_path, data=(data,), test=(data,))
+    train, test, left_out = reward.prepare(cfg, helpers.tokenizer())
+    assert (len(train), len(test), left_out) == (2, 2, 1)
+    with pytest.raises(DataError, match="fits max_len 4"):
+        reward.prepare(replace(cfg, max_len=4), helpers.tokenizer())
+
+
+def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Scores of 4 comparisons: chosen 0.9, 0.4, 0.8, 0.3; rejected 0.1, 0.6, 0.7, 0.2.
+    answers = iter([torch.tensor([0.9, 0.4, 0.8, 0.3]), torch.tensor([0.1, 0.6, 0.7, 0.2])])
+    monkeypatch.setattr(Scorer, "score_tokens", lambda self, rows: next(answers))
+    rows = [
+        preference(0, grade="better", chosen_is_safe=True, rejected_is_safe=False),
+        preference(1, grade="better", chosen_is_safe=False, rejected_is_safe=False),
+        preference(2, grade="slightly_better", chosen_is_safe=True, rejected_is_safe=True),
+        preference(3),
+    ]
+    evaluation = reward.evaluate(helpers.reward_model(), helpers.tokenizer(), rows)
+    assert evaluation["accuracy"] == 0.75
+    assert evaluation["accuracy_by_grade"] == {"better": 0.5, "slightly_better": 1.0, "ungraded": 1.0}
+    assert evaluation["accuracy_by_safety_label"] == {
+        "chosen_safe_rejected_unsafe": 1.0,
+        "both_unsafe": 0.0,
+        "both_safe": 1.0,
+    }
+    assert evaluation["unsafe_recall"] == pytest.approx(2 / 3)  # unsafe: 0.4, 0.1, 0.6; below 0.5: the first two
