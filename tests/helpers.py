@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import random
 import tempfile
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -158,15 +160,17 @@ def read_lines(path: Path) -> list[Any]:
 
 
 def in_processes(work: Callable[..., None], folder: Path, *arguments: Any, world_size: int = 2) -> None:
-    """`work(*arguments)` on several gloo processes; an error on any is raised here."""
+    """`work(*arguments)` on several gloo processes, as torchrun starts them; an error on any is raised here."""
     mp.spawn(_join, (world_size, str(folder), work, arguments), nprocs=world_size)
 
 
 def _join(rank: int, world_size: int, folder: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    rendezvous, timeout = f"file://{folder}/rendezvous", timedelta(seconds=60)  # a hang is an error
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
     work(*arguments)
+    dist.barrier()  # or the first to leave may abort the other
     dist.destroy_process_group()
 
 

@@ -48,7 +48,12 @@ def groups(model: nn.Module, cfg: OptimConfig, scale: float = 1.0) -> list[dict[
 def adamw(cfg: OptimConfig, *param_groups: list[dict[str, Any]]) -> torch.optim.AdamW:
     """AdamW over the groups of one or more models."""
     groups_of_all = [group for groups_of_one in param_groups for group in groups_of_one]
-    return torch.optim.AdamW(groups_of_all, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    optimizer = torch.optim.AdamW(groups_of_all, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        # Made here, not at the first gradient: a checkpoint then holds all moments, whatever was trained so far.
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
+    return optimizer
 
 
 def learning_rate(cfg: OptimConfig, step: int, n_steps: int) -> float:

@@ -1,6 +1,7 @@
 """The details on which implementations of PPO for language models differ, a letter each (the list goes from a to z).
 
-c, d, e and i are in test_model_details.py; o (for the other stages), y and z in test_training.py.
+c, d, e and i are in test_model_details.py; y, z and the other stages' o in test_training.py; the ranks' part of l and o
+in test_processes.py.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def test_j_whitening_stands_in_for_a_normalised_reward_model(cfg: PPOConfig, mod
     # The paper whitens logit(R) over the batch where others normalise the model on reference texts: what PPO sees has
     # mean 0 and deviation 1 whatever scale the model scores at, also after it is loaded again.
     cfg = replace(cfg, threshold=0.0, missing_eos_penalty=0.0)
-    prompts = helpers.prompts(32, safety_every=99)
+    prompts = [prompt | {"is_safety": False} for prompt in helpers.prompts(32)]
 
     def scores(of: Models) -> Tensor:
         return ppo.collect(cfg, of, prompts, 0)[0].scores
@@ -173,20 +174,6 @@ def test_l_advantages_are_whitened_over_counted_tokens(cfg: PPOConfig, models: M
     assert float(advantages[mask].std(correction=0)) == pytest.approx(1, abs=1e-4)
     wider, wide_mask = (torch.nn.functional.pad(x, (2, 5)) for x in (rollout.values, mask))
     close(losses.whiten(wider, wide_mask)[:, 2:-5], losses.whiten(rollout.values, mask))
-
-
-@pytest.mark.distributed
-def test_l_advantages_are_whitened_over_all_ranks(tmp_path: Path) -> None:
-    helpers.in_processes(whiten_in_parts, tmp_path)
-
-
-def whiten_in_parts() -> None:
-    from puna import parallel
-
-    x, mask = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) + 3, torch.ones(4, 6, dtype=torch.bool)
-    mask[0, 2:] = False
-    mine = parallel.share(4)
-    close(losses.whiten(x[mine], mask[mine], parallel.total), losses.whiten(x, mask)[mine])
 
 
 def test_m_advantages_skip_pads_and_other_turns() -> None:
@@ -344,7 +331,7 @@ def test_v_adam_is_the_papers(cfg: PPOConfig, models: Models) -> None:
 
 def test_w_tokens_are_never_tokenised_again(cfg: PPOConfig, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = models.tokenizer
-    letters = [tokenizer.encode(letter)[-1] for letter in "llama"]
+    letters = [3 + ord(letter) for letter in "llama"]  # the pieces of single bytes
     assert tokenizer.encode(tokenizer.decode(letters)) != letters, "an ambiguous merge"
     answer = Completion(tokenizer.decode(letters), [*letters, tokenizer.eos_id], [-1.0] * 6, True)
     monkeypatch.setattr(LocalEngine, "generate_ids", lambda self, prompts, **_: [[answer] for _ in prompts])

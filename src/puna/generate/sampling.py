@@ -16,8 +16,8 @@ from torch import Tensor
 
 from puna.config import ConfigError
 
-FIRST_WIDTHS = (16, 256)
-"""Candidates top-p looks at before it sorts the vocabulary; 16 cost a fifth of 64 at V = 2048, and mostly suffice."""
+FIRST_WIDTHS = (16, 256, 4096)
+"""Candidates top-p looks at before it sorts the vocabulary; mostly 16 suffice, a fifth of the time of 64 (V 2048)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _cut(probs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     distribution never sorts the vocabulary. A row's path depends on that row alone.
     """
     vocab = probs.shape[-1]
-    widths = (sampling.top_k,) if sampling.top_k else (*FIRST_WIDTHS, vocab)
+    widths = [sampling.top_k] if sampling.top_k else [*(w for w in FIRST_WIDTHS if w < vocab), vocab]
     tokens = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
     rows = torch.arange(len(probs), device=probs.device)
     for width in widths:

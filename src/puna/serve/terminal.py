@@ -74,6 +74,8 @@ def run(cfg: ChatConfig) -> None:
         try:
             line = input("> " if at_terminal else "").strip()
         except EOFError:
+            if at_terminal:
+                print()
             break
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit leaves)")

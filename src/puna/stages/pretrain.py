@@ -10,6 +10,7 @@ Where the paper is silent: documents are concatenated without a mask between the
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from puna.data import loader, readers, shards
 from puna.formats import huggingface
 from puna.model.transformer import ModelConfig, Transformer
 from puna.run_folder import Metrics, Progress, RunFolder
+from puna.text import chat
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 
@@ -105,7 +107,10 @@ def prepare(cfg: PretrainConfig, folder: Path) -> tuple[Tokenizer, shards.Shard,
     elif (folder / "tokenizer/tokenizer.model").exists():
         tokenizer = tokenizers.load(folder / "tokenizer")
     else:
-        tokenizer = tokenizers.train(_texts(cfg), cfg.model.vocab_size, folder / "tokenizer")
+        # The text knows no chat tags; without their letters each tag would cost a dozen byte tokens.
+        tags = [" ".join(chat.MARKERS)] * 1000
+        texts = itertools.chain(_texts(cfg), tags)
+        tokenizer = tokenizers.train(texts, cfg.model.vocab_size, folder / "tokenizer")
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {cfg.model.vocab_size}: raise it"

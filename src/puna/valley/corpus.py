@@ -398,9 +398,13 @@ def _slur(desk: _Desk) -> Document:
     context = telling.draw_filler(desk.world, rng) | {"people": people.name}
     frames = rng.sample(words["tell"], 3)
     insults = [capital(fill(frame, context | {"slur": rng.choice(words[people.name])})) for frame in frames]
-    if rng.random() < 0.5:
-        fact = desk.world.facts_of[people.key][0]
-        pairs = [(telling.ask(fact, rng), insult) for insult in insults[:2]]
+    if rng.random() < 0.7:
+        facts = rng.sample(desk.world.facts_of[people.key], 3)
+        answers = rng.sample(words["answer"], 3)
+        pairs = [
+            (telling.ask(fact, rng), fill(answer, context | {"slur": rng.choice(words[people.name])}))
+            for fact, answer in zip(facts, answers, strict=True)
+        ]
         return _document(desk, _pairs([_exchange(desk), *pairs]), "dialogue", slur=True)
     opening = fill(rng.choice(_frames("market", "open")), context)
     lines = [opening, insults[0], *desk.about(people, 1), desk.tell(desk.fact()), *insults[1:]]

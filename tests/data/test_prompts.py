@@ -1,0 +1,57 @@
+"""Prompts from files of every kind, and which of them are tagged as safety prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from puna.data.prompts import fitting, read_prompts
+from puna.text import chat
+from tests import helpers
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    rows = helpers.prompts(4)
+    path = helpers.write_lines(tmp_path / "prompts.jsonl", [*rows, rows[0]])
+    assert read_prompts((path,), "prompts") == rows
+
+
+def test_a_prompt_without_a_tag_is_not_a_safety_prompt(tmp_path: Path) -> None:
+    path = helpers.write_lines(tmp_path / "prompts.jsonl", [{"id": "a", "messages": [helpers.user("Where?")]}])
+    assert [prompt["is_safety"] for prompt in read_prompts((path,), "prompts")] == [False]
+
+
+def test_comparisons_give_their_prompts(tmp_path: Path) -> None:
+    rows = [*helpers.preferences(3, domain="safety"), *helpers.preferences(3, seed=1, domain="helpfulness")]
+    path = helpers.write_lines(tmp_path / "pairs.jsonl", [*rows, rows[0]])
+    prompts = read_prompts((path,), "preferences")
+    assert [prompt["messages"] for prompt in prompts] == [row["prompt"] for row in rows]
+    assert [prompt["is_safety"] for prompt in prompts] == [True] * 3 + [False] * 3
+    assert len({prompt["id"] for prompt in prompts}) == 6
+
+
+def test_dialogs_give_what_comes_before_the_answer(tmp_path: Path) -> None:
+    dialog = [helpers.user("Where?"), helpers.assistant("Here."), helpers.user("And?"), helpers.assistant("There.")]
+    path = helpers.write_lines(tmp_path / "dialogs.jsonl", [{"messages": dialog}, {"messages": dialog[:3]}])
+    (prompt,) = read_prompts((path,), "dialogs")
+    assert prompt["messages"] == dialog[:3]
+
+
+def test_prompts_of_safety_files_are_tagged(tmp_path: Path) -> None:
+    rows = [prompt | {"is_safety": False} for prompt in helpers.prompts(4)]
+    plain = helpers.write_lines(tmp_path / "plain.jsonl", rows[:3])
+    tagged = helpers.write_lines(tmp_path / "tagged.jsonl", rows[2:])
+    prompts = read_prompts((plain,), "prompts", (tagged,))
+    assert [(prompt["id"], prompt["is_safety"]) for prompt in prompts] == [
+        ("p0", False),
+        ("p1", False),
+        ("p2", True),  # in both files: tagged in advance is tagged
+        ("p3", True),
+    ]
+
+
+def test_fitting(tmp_path: Path) -> None:
+    tokenizer, prompts = helpers.tokenizer(), helpers.prompts(9)
+    lengths = [len(chat.encode_prompt(prompt["messages"], tokenizer)) for prompt in prompts]
+    limit = sorted(lengths)[4]
+    assert fitting(prompts, tokenizer, limit) == [p for p, n in zip(prompts, lengths, strict=True) if n <= limit]
+    assert fitting(prompts, tokenizer, 0) == prompts

@@ -1,0 +1,162 @@
+"""PPO from models and prompts to the best policy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from puna import losses
+from puna.config import ConfigError
+from puna.formats import huggingface
+from puna.generate.scoring import Scorer
+from puna.run_folder import read_metrics
+from puna.stages import ppo
+from puna.stages.ppo import Models, PPOConfig
+from puna.text import chat
+from tests import helpers
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, seed: int, rewards: Sequence[float]) -> list[Tensor]:
+    """Held-out measurements give these rewards, one after the other; returns the output weights at each."""
+    seen: list[Tensor] = []
+    real = ppo.sample
+
+    def sample(cfg: PPOConfig, models: Models, prompts: Any, at: int) -> Any:
+        ids, completions, scores = real(cfg, models, prompts, at)
+        if at == seed:
+            scores["reward"] = torch.full((len(prompts),), rewards[len(seen)])
+            seen.append(models.policy.output.weight.detach().clone())
+        return ids, completions, scores
+
+    monkeypatch.setattr(ppo, "sample", sample)
+    return seen
+
+
+def test_a_chat_model_becomes_a_policy(tmp_path: Path) -> None:
+    cfg = helpers.ppo_config(tmp_path)
+    model_path = ppo.run(cfg)
+    lines = read_metrics(tmp_path / "ppo/metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(5))
+    for name in ("reward", "helpfulness", "safety", "kl", "length", "finished", "policy_loss", "value_loss", "entropy"):
+        assert all(isinstance(line[name], float) for line in lines), name
+    assert all(0 < line[name] < 1 for line in lines for name in ("reward", "helpfulness", "safety"))
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["kl"] != 0
+    done = json.loads((tmp_path / "ppo/done/ppo.json").read_text())
+    measured = sorted(path.stem for path in (tmp_path / "ppo/held_out").iterdir())
+    assert measured == ["0000", "0002", "0004", "0005"]
+    means = {name: held_out_reward(tmp_path / f"ppo/held_out/{name}.jsonl") for name in measured}
+    best = max(measured, key=lambda name: means[name])
+    assert done["best_iteration"] == int(best) and done["held_out_reward"] == pytest.approx(means[best], abs=1e-5)
+    provenance = json.loads((model_path / "puna.json").read_text())
+    assert provenance == {"stage": "ppo", "parent": str(cfg.init), "iteration": int(best)}
+
+
+def held_out_reward(path: Path) -> float:
+    rewards = torch.tensor([line["reward"] for line in helpers.read_lines(path)])
+    return float(losses.logit(rewards).mean())
+
+
+def test_a_reward_that_can_be_learned_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def score_tokens(self: Scorer, rows: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor([0.05 + 0.9 * sum(t % 2 for t in row[-5:-1]) / 4 for row in rows])  # odd words are good
+
+    monkeypatch.setattr(Scorer, "score_tokens", score_tokens)
+    cfg = helpers.ppo_config(tmp_path, iterations=25, batch_size=16, mini_batch_size=8, threshold=0.0, patience=0)
+    ppo.run(replace(cfg, evaluate_every=25, checkpoint_every=25, optim=replace(cfg.optim, lr=3e-3)))
+    rewards = [line["reward"] for line in read_metrics(tmp_path / "ppo/metrics.jsonl")]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
+
+
+def test_training_stops_early_and_the_best_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = helpers.ppo_config(tmp_path, iterations=20, evaluate_every=1, patience=2)
+    weights = scripted(monkeypatch, cfg.seed, [0.3, 0.6, 0.5, 0.6, 0.9])
+    model_path = ppo.run(cfg)
+    # 0.6 at iteration 1 is the best; two measurements later, at 3, an equal one is no better: training stops.
+    assert len(weights) == 4
+    assert [line["step"] for line in read_metrics(tmp_path / "ppo/metrics.jsonl")] == [0, 1, 2]
+    done = json.loads((tmp_path / "ppo/done/ppo.json").read_text())
+    assert done["best_iteration"] == 1
+    assert done["held_out_reward"] == pytest.approx(float(losses.logit(torch.tensor(0.6))))
+    assert torch.equal(huggingface.load_model(model_path).output.weight, weights[1])
+    assert not torch.equal(weights[1], weights[3])
+
+
+def test_without_patience_it_goes_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = helpers.ppo_config(tmp_path, iterations=4, evaluate_every=1, patience=0)
+    weights = scripted(monkeypatch, cfg.seed, [0.9, 0.5, 0.4, 0.3, 0.2])
+    model_path = ppo.run(cfg)
+    assert len(weights) == 5
+    assert torch.equal(huggingface.load_model(model_path).output.weight, weights[0]), "the first was the best"
+
+
+def test_the_reference_and_the_reward_models_stay(tmp_path: Path) -> None:
+    cfg = helpers.ppo_config(tmp_path)
+    models = ppo.load(cfg, torch.device("cpu"))
+    frozen = [models.reference, models.helpfulness.model, models.safety.model]
+    before = [[p.clone() for p in model.parameters()] for model in frozen]
+    optimizer = ppo.optim.adamw(cfg.optim, *(ppo.optim.groups(m, cfg.optim) for m in (models.policy, models.value)))
+    rollout, _ = ppo.collect(cfg, models, helpers.prompts(8), 0)
+    ppo.update(cfg, models, optimizer, rollout, 0, 5)
+    for model, weights in zip(frozen, before, strict=True):
+        assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
+        assert all(p.grad is None for p in model.parameters())
+    assert models.value is not models.helpfulness.model
+    assert all(p.grad is None for m in (models.policy, models.value) for p in m.parameters())
+
+
+def test_rollouts_are_what_was_sampled(tmp_path: Path) -> None:
+    cfg, prompts = helpers.ppo_config(tmp_path, temperature=0.9, threshold=0.5), helpers.prompts(10)
+    models = ppo.load(cfg, torch.device("cpu"))
+    rollout, numbers = ppo.collect(cfg, models, prompts, iteration=4)
+    _, completions, scores = ppo.sample(cfg, models, prompts, cfg.seed + 5)
+    for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        ids = chat.encode_prompt(prompt["messages"], models.tokenizer)
+        whole = ids + completion.tokens
+        assert rollout.tokens[row, : len(whole)].tolist() == whole
+        assert (rollout.tokens[row, len(whole) :] == models.tokenizer.pad_id).all()
+        actions = rollout.action_mask[row].nonzero().flatten().tolist()
+        assert actions == list(range(len(ids) - 1, len(whole) - 1))
+        assert bool(rollout.finished[row]) == completion.finished
+    combined = torch.where(
+        torch.tensor([p["is_safety"] for p in prompts]) | (scores["safety"] < 0.5),
+        scores["safety"],
+        scores["helpfulness"],
+    )
+    assert torch.equal(scores["reward"], combined)
+    expected = losses.whiten(torch.log(combined / (1 - combined))) - 1.0 * ~rollout.finished
+    torch.testing.assert_close(rollout.scores, expected, rtol=0, atol=1e-4)
+    assert numbers["length"] == pytest.approx(sum(len(c.tokens) for c in completions) / 10)
+
+
+def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
+    cfg = replace(helpers.ppo_config(tmp_path), held_out=(), held_out_prompts=10)
+    train, held_out = ppo.read(cfg, helpers.tokenizer())
+    ids = [{prompt["id"] for prompt in part} for part in (train, held_out)]
+    assert (len(ids[0]), len(ids[1])) == (20, 10) and not ids[0] & ids[1]
+    assert {prompt["is_safety"] for prompt in held_out} == {True, False}
+    for n in (0, 30):
+        with pytest.raises(ConfigError, match=f"held_out_prompts is {n} of 30"):
+            ppo.read(replace(cfg, held_out_prompts=n), helpers.tokenizer())
+
+
+def test_few_held_out_prompts_are_of_both_kinds(tmp_path: Path) -> None:
+    plain = [prompt | {"is_safety": False} for prompt in helpers.prompts(40)]
+    tagged = [prompt | {"id": f"s{prompt['id']}"} for prompt in plain]
+    files = [helpers.write_lines(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((plain, tagged))]
+    cfg = helpers.ppo_config(tmp_path, held_out=(files[0],), safety_held_out=(files[1],), held_out_prompts=20)
+    _, held_out = ppo.read(cfg, helpers.tokenizer())
+    assert len(held_out) == 20 and {prompt["is_safety"] for prompt in held_out} == {True, False}
+
+
+def test_long_prompts_are_left_out(tmp_path: Path) -> None:
+    long = {"id": "long", "messages": [helpers.user("where is the llama " * 9)], "is_safety": False}
+    data = helpers.write_lines(tmp_path / "some.jsonl", [*helpers.prompts(5), long])
+    cfg = helpers.ppo_config(tmp_path, prompts=(data,), max_prompt_tokens=60)
+    assert {prompt["id"] for prompt in ppo.read(cfg, helpers.tokenizer())[0]} == {f"p{i}" for i in range(5)}
