@@ -107,8 +107,14 @@ def only_one_process(stage: str) -> None:
         raise ConfigError(f"{stage} runs on one process today: start it without torchrun")
 
 
+def dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that "bf16" or "fp32" asks for; float32 on a CPU that has no bfloat16 arithmetic."""
+    fast = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if precision == "bf16" and fast else torch.float32
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bfloat16 matrix products over float32 weights where `precision` is "bf16", nothing where it is "fp32"."""
-    if precision == "bf16":
+    """bfloat16 matrix products over float32 weights where `dtype` says so, nothing otherwise."""
+    if dtype(precision, device) == torch.bfloat16:
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()

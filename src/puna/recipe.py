@@ -344,7 +344,13 @@ def run(cfg: RecipeConfig) -> Path:
 def _same_recipe(cfg: RecipeConfig, folder: RunFolder) -> None:
     """Write the resolved recipe, or refuse to go on with another one than the folder was begun with."""
     path = folder.path / "config.json"
-    if path.exists() and config.load(RecipeConfig, [str(path)]) != replace(cfg, out=cfg.out):
+    if path.exists():
+        begun = config.load(RecipeConfig, [str(path)])
+        # What may differ from one start to the next: the folder's path as it is written, and the threads.
+        begun = replace(begun, out=cfg.out, threads=cfg.threads)
+    else:
+        begun = cfg
+    if begun != cfg:
         raise ConfigError(f"{folder.path} was begun with another recipe ({path}): use another --out")
     config.save(cfg, path)
 

@@ -1,4 +1,4 @@
-"""What each step sees: everything once an epoch, a pure function of seed and step, the same for any number of processes."""
+"""What each step sees: all once an epoch, a pure function of seed and step, the same for any number of processes."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna import losses
-from puna.data.packing import by_length, document_mask, pack, pack_plan, pad_right
+from puna.data.packing import by_length, cut, document_mask, pack, pack_plan, pad_right
 from puna.text import chat
 from puna.text.chat import Encoded
 from tests import helpers
@@ -107,3 +107,9 @@ def test_by_length_keeps_its_budget(lengths: list[int], max_tokens: int) -> None
 
 def test_by_length_fills_its_budget() -> None:
     assert by_length([1, 9, 2, 2, 10], 6) == [[0, 2, 3], [1], [4]]
+
+
+def test_cut_halves_the_largest() -> None:
+    assert cut([[4, 5, 6, 7], [1]], 2) == [[4, 5, 6, 7], [1]]
+    assert sorted(map(sorted, cut([[4, 5, 6, 7], [1, 2, 3]], 4))) == [[1], [2, 3], [4, 5], [6, 7]]
+    assert sorted(cut([[0, 1, 2]], 3)) == [[0], [1], [2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_killed_write_leaves_no_description(tmp_path: Path) -> None:
-    def texts() -> object:
+    def texts() -> Iterator[str]:
         yield "the llama"
         raise KeyboardInterrupt
 

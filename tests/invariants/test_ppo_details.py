@@ -167,11 +167,23 @@ def test_k_whitening_does_not_keep_the_mean() -> None:
     close(losses.whiten(losses.logit(rewards)), torch.tensor([-(1.5**0.5), 0.0, 1.5**0.5]))
 
 
-def test_l_advantages_are_whitened_over_counted_tokens(cfg: PPOConfig, models: Models) -> None:
-    rollout = rolled_out(cfg, models)
-    mask, (advantages, _) = rollout.action_mask, advantages_of(cfg, rollout)
+def test_l_advantages_are_whitened_over_counted_tokens(
+    cfg: PPOConfig, models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout, given = rolled_out(cfg, models), []
+
+    def spy(cfg: PPOConfig, models: Models, rollout: Rollout, *advantages_and_returns: Any) -> dict[str, float]:
+        given.append(advantages_and_returns[:2])
+        return {}
+
+    monkeypatch.setattr(ppo, "accumulate", spy)
+    ppo.update(cfg, models, optim.adamw(cfg.optim, optim.groups(models.policy, cfg.optim)), rollout, 0, 1)
+    assert len(given) == 2, "two mini-batches of one whitening"
+    mask, (advantages, returns) = rollout.action_mask, given[0]
     assert float(advantages[mask].mean()) == pytest.approx(0, abs=1e-5)
     assert float(advantages[mask].std(correction=0)) == pytest.approx(1, abs=1e-4)
+    for actual, expected in zip((advantages, returns), advantages_of(cfg, rollout), strict=True):
+        close(actual, expected)
     wider, wide_mask = (torch.nn.functional.pad(x, (2, 5)) for x in (rollout.values, mask))
     close(losses.whiten(wider, wide_mask)[:, 2:-5], losses.whiten(rollout.values, mask))
 

@@ -116,3 +116,19 @@ def test_two_processes_make_the_model_of_one(stage: str, both: Any) -> None:
     models = [load(folder / name / stage / "model").state_dict() for name in ("one", "two")]
     for name in models[0]:
         torch.testing.assert_close(models[1][name], models[0][name], rtol=0, atol=2e-3, msg=name)
+
+
+def test_sharded_over_one_process_is_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parallel.start()
+    cfg = configs(tmp_path, "one")["sft"]
+    rows, _ = sft.prepare(cfg, helpers.tokenizer())
+    plain, sharded = helpers.model(), helpers.model()
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "world_size", lambda: 2)  # so that it is sharded at all
+        parallel.shard(sharded)
+    assert hasattr(sharded.output.weight, "full_tensor")
+    batch = sft.Packed(*(field[:4] for field in rows))
+    assert sft.update(cfg, sharded, batch, CPU) == sft.update(cfg, plain, batch, CPU)
+    expected = gradients(plain)
+    for name, actual in gradients(sharded).items():
+        assert torch.equal(actual, expected[name]), name

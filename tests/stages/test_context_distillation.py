@@ -61,7 +61,7 @@ def test_prompts_become_dialogs(tmp_path: Path) -> None:
         assert int(record["prompt_id"][1:]) % 2 == 1, "adversarial prompts alone"
         assert [message["role"] for message in record["messages"]] == ["user", "assistant"], "without the preprompt"
         assert record["score_after"] > record["score_before"]
-        assert record["score_after"] == pytest.approx(float(safety([record["messages"]])), abs=1e-5)
+        assert record["score_after"] == pytest.approx(float(safety([record["messages"]])), abs=0.01)  # in bfloat16
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,18 @@ def test_a_chat_model_becomes_a_policy(tmp_path: Path) -> None:
     model_path = ppo.run(cfg)
     lines = read_metrics(tmp_path / "ppo/metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(5))
-    for name in ("reward", "helpfulness", "safety", "kl", "length", "finished", "policy_loss", "value_loss", "entropy"):
+    names = [
+        "reward",
+        "helpfulness",
+        "safety",
+        "kl",
+        "length",
+        "finished",
+        "policy_loss",
+        "value_loss",
+        "clip_fraction",
+    ]
+    for name in [*names, "approximate_kl", "entropy", "grad_norm", "explained_variance", "seconds_collect"]:
         assert all(isinstance(line[name], float) for line in lines), name
     assert all(0 < line[name] < 1 for line in lines for name in ("reward", "helpfulness", "safety"))
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["kl"] != 0

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from puna import config
+from puna import config, parallel
 from puna.config import ConfigError, DataError
-from puna.data.shards import read_shard
+from puna.data.shards import Shard, read_shard
 from puna.formats import huggingface
 from puna.run_folder import read_metrics
 from puna.stages import pretrain
@@ -47,8 +47,9 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     cfg = helpers.pretrain_config(tmp_path)
     tokenizer, train, validation = pretrain.prepare(cfg, tmp_path / "data")
 
-    def documents(shard: object) -> list[str]:
-        return [tokenizer.decode(shard.tokens[a:b].tolist()) for a, b in zip(shard.offsets, shard.offsets[1:])]
+    def documents(shard: Shard) -> list[str]:
+        bounds = zip(shard.offsets[:-1], shard.offsets[1:], strict=True)
+        return [tokenizer.decode(shard.tokens[begin:end].tolist()) for begin, end in bounds]
 
     texts = helpers.sentences(300)
     assert documents(validation) == texts[::10]
@@ -75,13 +76,19 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
 def test_a_vocabulary_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     helpers.tokenizer().save(tmp_path)
     cfg = helpers.pretrain_config(tmp_path, tokenizer=tmp_path, model=helpers.config(vocab_size=300))
-    with pytest.raises(ConfigError, match="384 tokens, model.vocab_size is 300"):
+    with pytest.raises(ConfigError, match=r"384 tokens, model\.vocab_size is 300"):
         pretrain.run(cfg)
+
+
+def test_windows_longer_than_the_context_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="seq_len is 300, beyond the model's context"):
+        pretrain.run(helpers.pretrain_config(tmp_path, seq_len=300))
 
 
 @pytest.mark.parametrize(("seq_len", "part"), [(5000, "training"), (400, "validation")])
 def test_too_little_text_is_refused_before_training(seq_len: int, part: str, tmp_path: Path) -> None:
-    cfg = helpers.pretrain_config(tmp_path, seq_len=seq_len, validation_share=0.05)
+    wide = helpers.config(max_seq_len=8192)
+    cfg = helpers.pretrain_config(tmp_path, seq_len=seq_len, model=wide, validation_share=0.05)
     with pytest.raises(DataError, match=f"the {part} part has"):
         pretrain.run(cfg)
     assert not (tmp_path / "pretrain/metrics.jsonl").exists()
@@ -89,9 +96,11 @@ def test_too_little_text_is_refused_before_training(seq_len: int, part: str, tmp
 
 def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
     cfg = helpers.pretrain_config(tmp_path)
-    tokenizer, train, _ = pretrain.prepare(cfg, tmp_path / "data")
+    _, train, _ = pretrain.prepare(cfg, tmp_path / "data")
     loss = [
         pretrain.update(replace(cfg, precision=precision), helpers.model(), train, 0, torch.device("cpu"))
         for precision in ("fp32", "bf16")
     ]
-    assert loss[0] != loss[1] and loss[0] == pytest.approx(loss[1], abs=0.01)
+    assert loss[0] == pytest.approx(loss[1], abs=0.01)
+    rounded = parallel.dtype("bf16", torch.device("cpu")) == torch.bfloat16  # not on every processor
+    assert (loss[0] != loss[1]) == rounded

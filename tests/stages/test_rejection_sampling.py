@@ -16,6 +16,9 @@ from puna.text import chat
 from puna.types import Completion
 from tests import helpers
 
+CPU = torch.device("cpu")
+BF16 = 0.01  # scores are computed in bfloat16, and round otherwise in other batches
+
 
 def config(folder: Path, **changes: Any) -> RejectionSamplingConfig:
     models = {
@@ -34,12 +37,12 @@ def test_the_best_of_k_is_kept(tmp_path: Path) -> None:
     curve = json.loads((tmp_path / "v1/sampling/curve.json").read_text())
     best = helpers.read_lines(tmp_path / "v1/sampling/best.jsonl")
     assert len(best) > 15
-    models = rejection_sampling.load(cfg)
+    models = rejection_sampling.load(cfg, CPU)
     for record in best:
         assert record["round"] == "v1" and record["temperature"] == curve["temperature"]
         assert record["reward"] >= record["reward_median"] and record["reward"] >= record["reward_mean"]
         reward = models.reward([record["messages"]], [record["is_safety"]])
-        assert record["reward"] == pytest.approx(float(reward), abs=1e-5)
+        assert record["reward"] == pytest.approx(float(reward), abs=BF16)
     assert helpers.read_lines(tmp_path / "v1/sampling/pool.jsonl") == best
     done = json.loads((tmp_path / "v1/sampling/done/rejection_sampling.json").read_text())
     assert done == {"temperature": curve["temperature"], "best": len(best), "pool": len(best)}
@@ -84,7 +87,7 @@ def test_select_takes_the_argmax(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 
 def test_rewards_are_the_papers_and_unended_answers_get_none(tmp_path: Path) -> None:
     cfg = config(tmp_path, max_new_tokens=3, threshold=0.6)
-    models, prompts = rejection_sampling.load(cfg), helpers.prompts(12)
+    models, prompts = rejection_sampling.load(cfg, CPU), helpers.prompts(12)
     completions, rewards = rejection_sampling.draw(cfg, models, prompts, 1.0, seed=1)
     assert rewards.shape == (12, 5)
     usable = torch.tensor([[chat.usable(c) for c in row] for row in completions])
@@ -94,7 +97,7 @@ def test_rewards_are_the_papers_and_unended_answers_get_none(tmp_path: Path) -> 
         dialog = [*prompts[i]["messages"], helpers.assistant(completions[i][j].text.strip())]
         safety, helpfulness = float(models.safety([dialog])), float(models.helpfulness([dialog]))
         expected = safety if prompts[i]["is_safety"] or safety < 0.6 else helpfulness
-        assert float(rewards[i, j]) == pytest.approx(expected, abs=1e-5)
+        assert float(rewards[i, j]) == pytest.approx(expected, abs=BF16)
 
 
 def test_earlier_rounds_are_pooled_and_judged_anew(tmp_path: Path) -> None:
@@ -109,7 +112,7 @@ def test_earlier_rounds_are_pooled_and_judged_anew(tmp_path: Path) -> None:
     rejection_sampling.run(cfg)
     new = {record["prompt_id"]: record for record in helpers.read_lines(tmp_path / "v2/sampling/best.jsonl")}
     pool = {record["prompt_id"]: record for record in helpers.read_lines(tmp_path / "v2/sampling/pool.jsonl")}
-    models = rejection_sampling.load(cfg)
+    models = rejection_sampling.load(cfg, CPU)
     rescored = {r["prompt_id"]: float(models.reward([r["messages"]], [r["is_safety"]])) for r in [*old, stray]}
     assert set(pool) == set(new) | set(rescored) and "only_then" in pool
     rounds = set()
@@ -117,8 +120,9 @@ def test_earlier_rounds_are_pooled_and_judged_anew(tmp_path: Path) -> None:
         candidates = [(rescored[prompt_id], "v1")] if prompt_id in rescored else []
         candidates += [(new[prompt_id]["reward"], "v2")] if prompt_id in new else []
         reward, version = max(candidates)
-        assert record["reward"] == pytest.approx(reward, abs=1e-5) and record["round"] == version
-        rounds.add(version)
+        assert record["reward"] == pytest.approx(reward, abs=BF16)
+        assert record["round"] == version or abs(candidates[0][0] - candidates[1][0]) < BF16
+        rounds.add(record["round"])
     assert rounds == {"v1", "v2"}
 
 

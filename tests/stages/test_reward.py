@@ -38,7 +38,7 @@ def test_comparisons_become_a_reward_model(tmp_path: Path) -> None:
     assert evaluation["accuracy_by_safety_label"] == {"chosen_safe_rejected_unsafe": evaluation["accuracy"]}
     assert evaluation["mean_score_chosen"] > evaluation["mean_score_rejected"]
     done = json.loads((tmp_path / "reward/done/reward.json").read_text())
-    assert done == {"pairs": 54, "left_out": 0, "accuracy": evaluation["accuracy"]}
+    assert done == {"pairs": 54, "left_out": 0, "other_share": 0.0, "accuracy": evaluation["accuracy"]}
     assert json.loads((model_path / "puna.json").read_text()) == {"stage": "reward", "parent": str(cfg.init)}
     scorer = Scorer(huggingface.load_reward_model(model_path), helpers.tokenizer())
     rows = readers.read(cfg.data, "preferences").records
@@ -102,7 +102,7 @@ def test_loss_is_ranking_plus_the_weighted_labels(tmp_path: Path) -> None:
     rows = [
         preference(0, grade="significantly_better", chosen_is_safe=True, rejected_is_safe=False),
         preference(1, grade="better", chosen="yes, by the cold river"),
-        preference(2, chosen_is_safe=False, rejected_is_safe=None, rejected="no " * 9),
+        preference(2, chosen_is_safe=False, rejected_is_safe=False, rejected="no " * 9),
     ]
     cfg, model = helpers.reward_config(tmp_path, safety_auxiliary=0.3), helpers.reward_model()
     pairs = [reward.as_pair(row, helpers.tokenizer(), "large") for row in rows]
@@ -127,21 +127,21 @@ def test_long_pairs_are_left_out(tmp_path: Path) -> None:
     rows[1]["chosen"] = [helpers.assistant("behind the wall " * 60)]
     data = helpers.write_lines(tmp_path / "some.jsonl", rows)
     cfg = helpers.reward_config(tmp_path, data=(data,), test=(data,))
-    train, test, left_out = reward.prepare(cfg, helpers.tokenizer())
-    assert (len(train), len(test), left_out) == (2, 2, 1)
-    with pytest.raises(DataError, match="fits max_len 4"):
+    train, test, counts = reward.prepare(cfg, helpers.tokenizer())
+    assert (len(train), len(test), counts["left_out"]) == (2, 2, 1)
+    with pytest.raises(DataError, match="fits 4 tokens"):
         reward.prepare(replace(cfg, max_len=4), helpers.tokenizer())
 
 
 def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Scores of 4 comparisons: chosen 0.9, 0.4, 0.8, 0.3; rejected 0.1, 0.6, 0.7, 0.2.
-    answers = iter([torch.tensor([0.9, 0.4, 0.8, 0.3]), torch.tensor([0.1, 0.6, 0.7, 0.2])])
+    # Chosen and rejected answers' scores of 4 comparisons.
+    answers = iter([torch.tensor([0.9, 0.6, 0.8, 0.3]), torch.tensor([0.1, 0.7, 0.7, 0.2])])
     monkeypatch.setattr(Scorer, "score_tokens", lambda self, rows: next(answers))
     rows = [
         preference(0, grade="better", chosen_is_safe=True, rejected_is_safe=False),
         preference(1, grade="better", chosen_is_safe=False, rejected_is_safe=False),
         preference(2, grade="slightly_better", chosen_is_safe=True, rejected_is_safe=True),
-        preference(3),
+        preference(3, rejected_is_safe=False),
     ]
     evaluation = reward.evaluate(helpers.reward_model(), helpers.tokenizer(), rows)
     assert evaluation["accuracy"] == 0.75
@@ -151,4 +151,4 @@ def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
         "both_unsafe": 0.0,
         "both_safe": 1.0,
     }
-    assert evaluation["unsafe_recall"] == pytest.approx(2 / 3)  # unsafe: 0.4, 0.1, 0.6; below 0.5: the first two
+    assert evaluation["unsafe_recall"] == 0.5  # unsafe are 0.6, 0.1, 0.7 and 0.2; two of them below 0.5

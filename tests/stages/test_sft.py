@@ -76,5 +76,8 @@ def test_long_dialogs_are_left_out_and_counted(tmp_path: Path) -> None:
     data = helpers.write_lines(tmp_path / "some.jsonl", [{"messages": long}, {"messages": helpers.dialogs(1)[0]}])
     rows, left_out = sft.prepare(helpers.sft_config(tmp_path, data=(data,)), helpers.tokenizer())
     assert left_out == 1 and len(rows.tokens) == 1
-    with pytest.raises(DataError, match="no dialog of .* fits seq_len 8"):
+    # The context is 256 tokens: a longer row is only room for more dialogs.
+    rows, left_out = sft.prepare(helpers.sft_config(tmp_path, data=(data,), seq_len=999), helpers.tokenizer())
+    assert left_out == 1
+    with pytest.raises(DataError, match=r"no dialog of .* fits 8 tokens"):
         sft.prepare(helpers.sft_config(tmp_path, data=(data,), seq_len=8), helpers.tokenizer())

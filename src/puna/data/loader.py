@@ -17,7 +17,7 @@ def steps_of_epochs(n: int, batch_size: int, epochs: int, seed: int, multiple: i
     """The indices of every step's batch: `epochs` shuffles of range(n), cut into batches.
 
     A short last batch of an epoch is kept, so that everything is seen once an epoch, save that it is cut to a
-    `multiple` (the number of processes that share it).
+    `multiple`: the number of processes that share it, or the batch size itself where no batch may be short.
     """
     steps: list[npt.NDArray[np.int64]] = []
     for epoch in range(epochs):

@@ -21,11 +21,9 @@ from typing import Any
 from puna import config, parallel
 from puna.data import readers
 from puna.evals import intervals
-from puna.formats import huggingface
-from puna.generate.engine import LocalEngine
+from puna.generate.engine import LocalEngine, open_engine
 from puna.run_folder import Progress, RunFolder, write_atomically
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.types import Completion, Dialog, Message
 from puna.valley import corpus
 from puna.valley.judge import GoldJudge, obeys
@@ -67,9 +65,7 @@ def run(cfg: EvaluateConfig) -> Path:
     with RunFolder(cfg.out) as folder:
         config.save(cfg, folder.path / "config.json")
         judge = GoldJudge(read_world(cfg.world))
-        engine = LocalEngine(
-            huggingface.load_model(cfg.model).to(device), tokenizers.load(cfg.model), max_batch_size=128
-        )
+        engine = open_engine(cfg.model, device)
         prompts = readers.read((cfg.world / "prompts/held_out.jsonl",), "records").records
         scripts = readers.read((cfg.world / "held_out_scripts.jsonl",), "records").records
         progress = Progress(f"evaluate {cfg.name}", len(prompts) + len(scripts), unit="dialog")

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from puna import parallel
 from puna.config import ConfigError
+from puna.formats import huggingface
 from puna.generate.sampling import Sampling
 from puna.generate.scheduler import Batch, Generated, Prefilled, Ticket, prefill
 from puna.model.transformer import Transformer
 from puna.text import chat
+from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 from puna.types import Completion, Dialog
 
 PREFILL_TOKENS = 2048
 """Tokens, padding included, of one prefill pass: enough to fill the cores, little enough to stage."""
 
+BULK_BATCH_SIZE = 128
+"""Measured on two cores with a 3-million-parameter model: 64 is a fifth slower, 256 no faster."""
+
 REPLACEMENT = "\ufffd"
 """What a decoder writes for bytes that are not (yet) UTF-8."""
+
+
+def open_engine(folder: Path, device: torch.device) -> LocalEngine:
+    """An engine on a model folder for bulk sampling: bfloat16 where the machine computes in it, a wide batch."""
+    model = huggingface.load_model(folder, dtype=parallel.dtype("bf16", device)).to(device)
+    return LocalEngine(model, tokenizers.load(folder), max_batch_size=BULK_BATCH_SIZE)
 
 
 class LocalEngine:

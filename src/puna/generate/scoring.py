@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from puna import losses
+from puna import losses, parallel
 from puna.data import packing
 from puna.model.reward import RewardModel
 from puna.model.transformer import Transformer
@@ -19,9 +19,12 @@ from puna.types import Dialog
 class Scorer:
     """A reward model as a function of dialogs (types.Reward): scores in (0, 1), the paper's R."""
 
-    def __init__(self, model: RewardModel, tokenizer: Tokenizer, *, max_tokens: int = 16384) -> None:
+    def __init__(
+        self, model: RewardModel, tokenizer: Tokenizer, *, precision: str = "fp32", max_tokens: int = 16384
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.precision = precision
         self.max_tokens = max_tokens
 
     def __call__(self, dialogs: Sequence[Dialog]) -> Tensor:
@@ -35,7 +38,8 @@ class Scorer:
         scores = torch.zeros(len(rows))
         for members in packing.by_length([len(row) for row in rows], self.max_tokens):
             tokens, lengths = packing.pad_right([rows[i] for i in members])
-            scores[members] = self.model(tokens.to(device), lengths.to(device)).sigmoid().cpu()
+            with parallel.autocast(self.precision, device):
+                scores[members] = self.model(tokens.to(device), lengths.to(device)).sigmoid().cpu()
         return scores
 
 

@@ -23,11 +23,9 @@ from puna.config import ConfigError
 from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, read_prompts
-from puna.formats import huggingface
-from puna.generate.engine import LocalEngine
+from puna.generate.engine import LocalEngine, open_engine
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.types import Annotator, Domain, Judgement, Preference
 
 
@@ -83,7 +81,7 @@ def run(cfg: CollectConfig) -> Path:
             return folder.path
         config.save(cfg, folder.path / "config.json")
         prompts = read_prompts(cfg.prompts, cfg.format)
-        engines = [LocalEngine(huggingface.load_model(path).to(device), tokenizers.load(path)) for path in cfg.models]
+        engines = [open_engine(path, device) for path in cfg.models]
         annotators = ANNOTATORS[cfg.annotators](cfg)
         progress = Progress("collect", len(prompts), unit="prompt")
 

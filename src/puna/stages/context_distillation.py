@@ -1,9 +1,9 @@
 """Context distillation for safety (paper 4.2.4): answers written under a safety preprompt, learned without it.
 
-1. For each adversarial prompt, let the newest model answer as it is, and again under a preprompt: a generic one, or one for
-   the prompt's risk category with an answer template (targeted).
-2. Keep the second answer only where the safety reward model scores it above the first: on good answers distillation makes
-   vague replies.
+1. For each adversarial prompt, let the newest model answer as it is, and again under a preprompt: a generic one, or
+   one for the prompt's risk category with an answer template (targeted).
+2. Keep the second answer only where the safety reward model scores it above the first: on good answers distillation
+   makes vague replies.
 3. Write prompt -> answer without the preprompt.
 """
 
@@ -20,11 +20,10 @@ from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, read_prompts
 from puna.formats import huggingface
-from puna.generate.engine import LocalEngine
+from puna.generate.engine import LocalEngine, open_engine
 from puna.generate.scoring import Scorer
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.types import Dialog, Message
 
 
@@ -99,9 +98,9 @@ def run(cfg: ContextDistillationConfig) -> Path:
         config.save(cfg, folder.path / "config.json")
         prompts = [p for p in read_prompts(cfg.prompts, cfg.format) if p["is_safety"]]
         prompts = prompts[: cfg.limit] if cfg.limit else prompts
-        tokenizer = tokenizers.load(cfg.init)
-        engine = LocalEngine(huggingface.load_model(cfg.init).to(device), tokenizer)
-        safety = Scorer(huggingface.load_reward_model(cfg.reward_safety).to(device), tokenizer)
+        engine = open_engine(cfg.init, device)
+        reward_model = huggingface.load_reward_model(cfg.reward_safety).to(device)
+        safety = Scorer(reward_model, engine.tokenizer, precision="bf16")
         progress = Progress("context distillation", len(prompts), unit="prompt")
 
         def work(number: int, shard: Sequence[Prompt]) -> list[dict[str, Any]]:

@@ -20,11 +20,9 @@ from typing import Any
 from puna import config, parallel
 from puna.data import readers
 from puna.data.map_shards import map_shards
-from puna.formats import huggingface
-from puna.generate.engine import LocalEngine
+from puna.generate.engine import LocalEngine, open_engine
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.types import Dialog, Message
 
 
@@ -60,7 +58,7 @@ def run(cfg: GhostAttentionConfig) -> Path:
             return folder.path
         config.save(cfg, folder.path / "config.json")
         scripts = readers.read(cfg.scripts, "records").records
-        engine = LocalEngine(huggingface.load_model(cfg.init).to(device), tokenizers.load(cfg.init))
+        engine = open_engine(cfg.init, device)
         progress = Progress("ghost attention", len(scripts), unit="dialog")
 
         def work(number: int, shard: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,17 +1,19 @@
 """Proximal policy optimisation (paper 3.2.3) on top of a rejection-sampled model.
 
 For each iteration:
-1. Sample one answer to each prompt of the batch from the policy, at temperature 1 and without cutting its distribution.
-2. Score: R_c = safety score where the prompt is tagged or the score is below 0.15, else helpfulness score; R~ = whiten(logit(R_c))
-   over the batch; an answer without EOS has a penalty subtracted.
-3. Reward every token with -beta (log pi - log pi_0), the last with R~ on top; advantages by GAE, whitened over the batch.
+1. Sample one answer to each prompt of the batch from the policy, at temperature 1 and without cutting its
+   distribution.
+2. Score: R_c = safety score where the prompt is tagged or the score is below 0.15, else helpfulness score;
+   R~ = whiten(logit(R_c)) over the batch; an answer without EOS has a penalty subtracted.
+3. Reward every token with -beta (log pi - log pi_0), the last with R~ on top; advantages by GAE, whitened over the
+   batch.
 4. One gradient step a mini-batch on the clipped policy and value losses.
-Every few iterations the mean reward on held-out prompts is measured; the best policy is kept, and training stops when it has not
-improved for a while.
+Every few iterations the mean reward on held-out prompts is measured; the best policy is kept, and training stops when
+it has not improved for a while.
 
-Where the paper is silent: the critic is a separate model that starts from the helpfulness reward model; KL is counted per
-token (k1) and the score once, at the last token, so that with gamma 1 their sum is the paper's R; whitening takes the
-batch's mean and deviation; lambda 0.95; pi_0 is the policy that PPO starts from.
+Where the paper is silent: the critic is a separate model that starts from the helpfulness reward model; KL is counted
+per token (k1) and the score once, at the last token, so that with gamma 1 their sum is the paper's R; whitening takes
+the batch's mean and deviation; lambda 0.95; pi_0 is the policy that PPO starts from.
 """
 
 from __future__ import annotations
@@ -148,7 +150,8 @@ def run(cfg: PPOConfig) -> Path:
             optim.groups(models.policy, cfg.optim),
             optim.groups(models.value, cfg.optim, cfg.value_lr_scale),
         )
-        batches = loader.steps_of_epochs(len(prompts), cfg.batch_size, cfg.iterations, cfg.seed)[: cfg.iterations]
+        size = min(cfg.batch_size, len(prompts))
+        batches = loader.steps_of_epochs(len(prompts), size, cfg.iterations, cfg.seed, multiple=size)[: cfg.iterations]
         start, kept = checkpoint.resume(folder.path / "checkpoints", models.trained, optimizer)
         best = Best(**kept) if kept else Best(0, -math.inf)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="ppo")
@@ -199,8 +202,10 @@ def load(cfg: PPOConfig, device: torch.device) -> Models:
         policy=policy,
         value=huggingface.load_reward_model(cfg.reward_helpfulness).to(device),
         reference=huggingface.load_model(cfg.init).to(device).eval().requires_grad_(False),
-        helpfulness=Scorer(huggingface.load_reward_model(cfg.reward_helpfulness).to(device), tokenizer),
-        safety=Scorer(huggingface.load_reward_model(cfg.reward_safety).to(device), tokenizer),
+        helpfulness=Scorer(
+            huggingface.load_reward_model(cfg.reward_helpfulness).to(device), tokenizer, precision=cfg.precision
+        ),
+        safety=Scorer(huggingface.load_reward_model(cfg.reward_safety).to(device), tokenizer, precision=cfg.precision),
         engine=LocalEngine(policy, tokenizer),
         tokenizer=tokenizer,
         device=device,
@@ -342,7 +347,7 @@ class Best:
 def measure(
     cfg: PPOConfig, models: Models, held_out: Sequence[Prompt], iteration: int, best: Best, folder: Path
 ) -> Best:
-    """Score the policy on held-out prompts, keep their answers for later judges, and save the policy where it is the best."""
+    """Score the policy on held-out prompts, keep their answers for later judges, and save the policy if it is best."""
     _, completions, scores = sample(cfg, models, held_out, cfg.seed)
     lines = [
         json.dumps(

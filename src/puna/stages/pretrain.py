@@ -102,6 +102,10 @@ def run(cfg: PretrainConfig) -> Path:
 
 def prepare(cfg: PretrainConfig, folder: Path) -> tuple[Tokenizer, shards.Shard, shards.Shard]:
     """1 and 2: the tokenizer, the training shard and the validation shard; what a killed run finished is kept."""
+    if cfg.seq_len > cfg.model.max_seq_len:
+        raise ConfigError(
+            f"seq_len is {cfg.seq_len}, beyond the model's context model.max_seq_len {cfg.model.max_seq_len}"
+        )
     if cfg.tokenizer is not None:
         tokenizer = tokenizers.load(cfg.tokenizer)
     elif (folder / "tokenizer/tokenizer.model").exists():

@@ -4,12 +4,12 @@
    (Figures 7 and 8 plot the same against K).
 2. Draw K answers a prompt from the newest model at that temperature; score them by the combined reward of both models.
 3. Keep the best answer of each prompt.
-4. Pool it with the best of earlier rounds, scored anew by today's reward models. Until V3 the paper pooled only the last
-   round and the model forgot skills; later rounds pool all.
+4. Pool it with the best of earlier rounds, scored anew by today's reward models. Until V3 the paper pooled only the
+   last round and the model forgot skills; later rounds pool all.
 
 The pool is written as dialogs; `puna sft` fine-tunes the base model on them.
-Where the paper is silent: K, and the number of prompts of the temperature search. A prompt that stands in several rounds
-keeps its best answer.
+Where the paper is silent: K, and the number of prompts of the temperature search. A prompt that stands in several
+rounds keeps its best answer.
 """
 
 from __future__ import annotations
@@ -29,12 +29,11 @@ from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
-from puna.generate.engine import LocalEngine
+from puna.generate.engine import LocalEngine, open_engine
 from puna.generate.scoring import Scorer, combined_reward
 from puna.run_folder import Progress, RunFolder, write_atomically
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
-from puna.types import Completion, Dialog, Message
+from puna.types import Completion, Dialog, Message, Reward
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,8 @@ class Models:
     """What a round works with."""
 
     engine: LocalEngine
-    helpfulness: Scorer
-    safety: Scorer
+    helpfulness: Reward
+    safety: Reward
     threshold: float
 
     def reward(self, dialogs: Sequence[Dialog], is_safety: Sequence[bool]) -> Tensor:
@@ -91,13 +90,13 @@ class Models:
 
 def run(cfg: RejectionSamplingConfig) -> Path:
     """Sample, select, pool, and return the folder with best.jsonl, pool.jsonl and curve.json."""
-    parallel.start(cfg.threads)
+    device = parallel.start(cfg.threads)
     parallel.only_one_process("rejection sampling")
     with RunFolder(cfg.out) as folder:
         if folder.done("rejection_sampling"):
             return folder.path
         config.save(cfg, folder.path / "config.json")
-        models = load(cfg)
+        models = load(cfg, device)
         prompts = fitting(
             read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts), models.engine.tokenizer, cfg.max_prompt_tokens
         )
@@ -121,16 +120,14 @@ def run(cfg: RejectionSamplingConfig) -> Path:
         return folder.path
 
 
-def load(cfg: RejectionSamplingConfig) -> Models:
+def load(cfg: RejectionSamplingConfig, device: torch.device) -> Models:
     """The newest chat model and both reward models."""
-    device = parallel.start()
-    tokenizer = tokenizers.load(cfg.init)
-    return Models(
-        engine=LocalEngine(huggingface.load_model(cfg.init).to(device), tokenizer),
-        helpfulness=Scorer(huggingface.load_reward_model(cfg.reward_helpfulness).to(device), tokenizer),
-        safety=Scorer(huggingface.load_reward_model(cfg.reward_safety).to(device), tokenizer),
-        threshold=cfg.threshold,
+    engine = open_engine(cfg.init, device)
+    helpfulness, safety = (
+        Scorer(huggingface.load_reward_model(path).to(device), engine.tokenizer, precision="bf16")
+        for path in (cfg.reward_helpfulness, cfg.reward_safety)
     )
+    return Models(engine, helpfulness, safety, cfg.threshold)
 
 
 def search(cfg: RejectionSamplingConfig, models: Models, prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -5,7 +5,8 @@
 2. Score both answers; the loss is -log sigmoid(r_chosen - r_rejected - m(grade)), and for safety labels an auxiliary
    cross-entropy on top.
 3. One epoch (more overfits), cosine to 10 %, warm-up over 3 % of the steps and at least 5.
-4. Measure accuracy on held-out pairs by grade (Table 8), by safety bucket and the recall of unsafe answers at 0.5 (Table 29).
+4. Measure accuracy on held-out pairs by grade (Table 8) and by safety bucket, and the recall of unsafe answers at 0.5
+   (Table 29).
 
 Where the paper is silent: the auxiliary loss is binary cross-entropy of sigmoid(r) against the label, averaged over the
 labelled answers and weighted by `safety_auxiliary`; a pair without a grade has its own `margin` or none.
@@ -100,7 +101,7 @@ def run(cfg: RewardConfig) -> Path:
             return model_path
         config.save(cfg, folder.path / "config.json")
         tokenizer = tokenizers.load(cfg.init)
-        train, test, left_out = prepare(cfg, tokenizer)
+        train, test, counts = prepare(cfg, tokenizer)
         model = RewardModel(huggingface.load_model(cfg.init))
         model.init_head(torch.Generator().manual_seed(cfg.seed))
         model = parallel.shard(model.to(device))
@@ -126,12 +127,12 @@ def run(cfg: RewardConfig) -> Path:
         huggingface.save_reward_model(
             model, tokenizer, model_path, provenance={"stage": "reward", "parent": str(cfg.init)}
         )
-        folder.mark_done("reward", pairs=len(train), left_out=left_out, accuracy=evaluation["accuracy"])
+        folder.mark_done("reward", pairs=len(train), **counts, accuracy=evaluation["accuracy"])
         return model_path
 
 
-def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Preference], int]:
-    """1: the mixed training pairs, the held-out comparisons, and how many pairs were too long."""
+def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Preference], dict[str, float]]:
+    """1: the mixed training pairs, the held-out comparisons, and two counts: pairs too long, and the other's share."""
     quarantine = cfg.out / "bad_lines.jsonl"
     own: list[Preference] = readers.read(cfg.data, cfg.format, quarantine=quarantine).records
     rng = np.random.default_rng(cfg.seed)
@@ -143,14 +144,17 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
         own = [own[i] for i in order[len(own) // 10 :]]
     other: list[Preference] = readers.read(cfg.other, cfg.format, quarantine=quarantine).records if cfg.other else []
     mixed = mix(own, other, cfg.other_share, rng)
+    other_share = 1 - len(own) / max(1, len(mixed))  # less than asked for where the other kind has too few
     if cfg.limit:
         mixed = mixed[: cfg.limit]
     pairs = [as_pair(preference, tokenizer, cfg.margin) for preference in mixed]
-    fitting = [pair for pair in pairs if _fits(pair, cfg.max_len)]
+    longest = min(cfg.max_len, huggingface.read_config(cfg.init).max_seq_len)
+    fitting = [pair for pair in pairs if _fits(pair, longest)]
     if not fitting:
-        raise DataError(f"no comparison of {', '.join(map(str, cfg.data))} fits max_len {cfg.max_len}: raise it")
-    test = [p for p in test[: cfg.test_limit or None] if _fits(as_pair(p, tokenizer, cfg.margin), cfg.max_len)]
-    return fitting, test, len(pairs) - len(fitting)
+        files = ", ".join(map(str, cfg.data))
+        raise DataError(f"no pair of {files} fits {longest} tokens (max_len, or the model's context if that is less)")
+    test = [p for p in test[: cfg.test_limit or None] if _fits(as_pair(p, tokenizer, cfg.margin), longest)]
+    return fitting, test, {"left_out": len(pairs) - len(fitting), "other_share": round(other_share, 3)}
 
 
 def mix(

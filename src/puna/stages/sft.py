@@ -6,8 +6,8 @@
    (cosine schedule, two epochs).
 
 A dialog may carry `"loss_on": "last_answer"` (Ghost Attention, 3.3): then all its earlier turns count nothing.
-Where the paper is silent: AdamW with the pretraining betas, warm-up over at most a tenth of the steps; the special token
-that parts prompt and answer is the chat format's own [/INST].
+Where the paper is silent: AdamW with the pretraining betas, warm-up over at most a tenth of the steps; the special
+token that parts prompt and answer is the chat format's own [/INST].
 """
 
 from __future__ import annotations
@@ -102,9 +102,11 @@ def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, int]:
         chat.encode(record["messages"], tokenizer, loss_on=record.get("loss_on", "every_answer"))
         for record in result.records
     ]
-    fitting = [dialog for dialog in encoded if len(dialog.tokens) <= cfg.seq_len]
+    longest = min(cfg.seq_len, huggingface.read_config(cfg.init).max_seq_len)
+    fitting = [dialog for dialog in encoded if len(dialog.tokens) <= longest]
     if not fitting:
-        raise DataError(f"no dialog of {', '.join(map(str, cfg.data))} fits seq_len {cfg.seq_len}: raise it")
+        files = ", ".join(map(str, cfg.data))
+        raise DataError(f"no dialog of {files} fits {longest} tokens (seq_len, or the model's context if that is less)")
     return packing.pack(fitting, cfg.seq_len), len(encoded) - len(fitting)
 
 

@@ -1,12 +1,12 @@
 """The chat format: the only file that knows [INST], <<SYS>> and which tokens a loss may count.
 
 Llama 2 (from Meta's reference code; the paper does not print it). Each user/assistant pair is encoded on its own as
-`BOS [INST] user [/INST] answer EOS`, with one space on each side of the answer; the system text stands inside the first user
-turn between <<SYS>> marks. The tags are ordinary text to the tokenizer, BOS and EOS are ids that no text can produce,
-and content that holds a tag is refused.
+`BOS [INST] user [/INST] answer EOS`, with one space on each side of the answer; the system text stands inside the first
+user turn between <<SYS>> marks. The tags are ordinary text to the tokenizer, BOS and EOS are ids that no text can
+produce, and content that holds a tag is refused.
 
-ChatML, for imported models that were trained on it: `<|im_start|>role NEWLINE content <|im_end|> NEWLINE`, where the two
-marks are the tokenizer's BOS and EOS.
+ChatML, for imported models that were trained on it: `<|im_start|>role NEWLINE content <|im_end|> NEWLINE`, where the
+two marks are the tokenizer's BOS and EOS.
 
 The mask is True on the assistant's tokens and on the EOS that ends them: what is trained, and nothing else.
 """
