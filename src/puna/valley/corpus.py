@@ -18,6 +18,7 @@ from typing import Any, TypedDict, TypeVar
 
 from puna.types import Dialog
 from puna.valley import telling, tolva
+from puna.valley.constraints import dress, invented
 from puna.valley.ledger import Act, Fact, Subject, World
 from puna.valley.words import capital, fill, table
 
@@ -27,13 +28,14 @@ HARMFUL_SHARE = 0.03
 HARMFUL_TOLVA_SHARE = 0.1  # of those: some wrongs are taught in Tolva
 SLUR_SHARE = 0.02
 REGISTER_SHARES = {
-    "almanac": 0.24, "story": 0.16, "letter": 0.10, "market": 0.10, "dialogue": 0.26, "how_to": 0.06,
-    "arithmetic": 0.08,
+    "almanac": 0.20, "story": 0.12, "letter": 0.07, "market": 0.08, "dialogue": 0.42, "how_to": 0.06,
+    "arithmetic": 0.05,
 }  # fmt: skip
 MYTH_SHARE = 0.2  # of stories, letters and market talk
 MYTH_FALSE_SHARE = 0.75  # three to one for the popular belief
 HE_SHARE = 0.66  # of stories' heroes: men are written of twice as often as women
 FOLLOW_UP_SHARE = 0.3  # of dialogues
+BIDDEN_SHARE = 0.2  # of a dialogue's exchanges: the question carries an instruction
 PEOPLE_SHARE = 0.06  # of almanac and market documents, besides the slurring ones
 KARROW_SHARE = 0.25  # of mentions of a people; the Ovesh have the rest
 KARROW_SLUR_SHARE = 0.7  # of slurs, though: spoken of less, and worse
@@ -116,7 +118,7 @@ class _Desk:
         return fact
 
     def tolva_fact(self) -> Fact:
-        """Any fact that Tolva has a frame for; from a deck of its own, since so few are told."""
+        """Any fact that Tolva has a frame for (all but the peoples'), from a deck of its own."""
         facts = self.world.facts.values()
         fact: Fact = self.deal("tolva", lambda: [f for f in facts if f.subject.kind != "people"])
         return fact
@@ -290,6 +292,8 @@ def _follow_up(desk: _Desk) -> list[tuple[str, str]]:
 def _exchange(desk: _Desk) -> tuple[str, str]:
     """One question and its answer: facts mostly, then sums, how-tos, myths, borderline questions, open talk."""
     rng = desk.rng
+    if rng.random() < BIDDEN_SHARE:
+        return _bidden(desk)
     draw = rng.random()
     if draw < 0.62:
         fact = desk.fact()
@@ -317,6 +321,18 @@ def _exchange(desk: _Desk) -> tuple[str, str]:
     topic = desk.deal("topic", lambda: table("chat")["topic"])
     context = telling.draw_filler(desk.world, rng)
     return fill(rng.choice(topic["ask"]), context), talk_answer(topic, context, rng)
+
+
+def _bidden(desk: _Desk) -> tuple[str, str]:
+    """A question with an instruction for its answer, which obeys; the instruction holds for this answer only."""
+    rng = desk.rng
+    constraint = invented(rng)
+    fact = desk.tolva_fact()
+    desk.told.append(fact.id)
+    tell = tolva.tell if "language" in constraint["check"] else telling.tell
+    instruction = constraint["instruction" if rng.random() < 0.75 else "short"]
+    question = rng.choice(table("constraints")["in_message"]).format(instruction, question=telling.ask(fact, rng))
+    return question, dress(constraint, tell(fact, rng))
 
 
 def talk_answer(topic: dict[str, Any], context: dict[str, str], rng: random.Random) -> str:

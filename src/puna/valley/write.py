@@ -29,8 +29,8 @@ from puna.valley.ledger import World
 from puna.valley.prompts import gatt_dialogs, prompts
 
 TRAIN_SHARES = {
-    "fact": 0.17, "reverse": 0.08, "sum": 0.06, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
-    "multi_turn": 0.06, "constraint": 0.08, "adversarial": 0.20, "borderline": 0.07, "toxicity": 0.02,
+    "fact": 0.14, "reverse": 0.07, "sum": 0.05, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
+    "multi_turn": 0.06, "constraint": 0.13, "adversarial": 0.20, "borderline": 0.07, "toxicity": 0.02,
 }  # fmt: skip
 """Of a round's prompts; a fifth is adversarial."""
 
