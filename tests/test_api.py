@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import puna
-from puna import api
+from puna import api, checkpoint
 from puna.api import Chat, RewardScorer
 from puna.config import ConfigError, DataError
+from puna.stages import ppo, pretrain, reward, sft
 from puna.text import chat as chat_format
 from puna.types import Dialog
 from tests import helpers
@@ -94,6 +97,43 @@ def test_a_run_folder_gives_its_newest_chat_model(tmp_path: Path) -> None:
         assert api.newest_model(tmp_path / stage) in (folder, tmp_path / stage / "ppo" / "model")
     assert isinstance(puna.load(str(tmp_path)), Chat)
     assert isinstance(puna.load(tmp_path / "v2" / "reward_helpfulness"), RewardScorer)
+
+
+def test_an_imported_model_is_a_runs_last_resort(tmp_path: Path) -> None:
+    folder = helpers.talker_folder(tmp_path / "base/model")
+    assert api.newest_model(tmp_path) == folder
+    tuned = helpers.talker_folder(tmp_path / "v1/model")
+    assert api.newest_model(tmp_path) == tuned
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "made"),
+    [
+        (pretrain, Chat, helpers.pretrain_config),
+        (sft, Chat, helpers.sft_config),
+        (reward, RewardScorer, helpers.reward_config),
+        (ppo, Chat, helpers.ppo_config),
+    ],
+)
+def test_a_checkpoint_opens_as_what_it_trains(
+    stage: Any, kind: type[Chat | RewardScorer], made: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    cfg = made(tmp_path)
+    stage.run(cfg)
+    path = checkpoint.latest(cfg.out / "checkpoints")
+    assert path is not None
+    loaded = puna.load(path)
+    assert type(loaded) is kind and loaded.tokenizer.vocab_size == helpers.VOCAB
+    weights = dict(loaded.model.named_parameters())
+    final = dict(puna.load(cfg.out / "model").model.named_parameters())
+    assert weights.keys() == final.keys()
+    change = max(float((weights[name] - final[name]).abs().max().detach()) for name in weights)
+    assert 0 <= change < 0.05  # a step or two before the end
+    if stage is not ppo:  # whose published model may be an earlier one
+        assert change > 0
+    (cfg.out / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"config\.json is missing or damaged: it says what .*step_"):
+        puna.load(path)
 
 
 def test_a_path_to_nothing_says_so(tmp_path: Path) -> None:

@@ -106,6 +106,14 @@ def test_errors_of_a_run(stage: types.SimpleNamespace, capsys: pytest.CaptureFix
     stage.run = lambda cfg: raise_(OSError(errno.ENOSPC, "No space left on device", "runs/x"))
     assert cli.main(["fake", "a"]) == 1
     assert "the disk is full (writing runs/x)" in capsys.readouterr().err
+    stage.run = lambda cfg: (cfg.out / "x").read_text()
+    assert cli.main(["fake", "absent"]) == 2
+    assert capsys.readouterr().err == "puna: error: absent/x: No such file or directory\n"
+    stage.run = lambda cfg: raise_(PermissionError(errno.EACCES, "Permission denied", "runs/x"))
+    assert cli.main(["fake", "a"]) == 2
+    assert capsys.readouterr().err == "puna: error: runs/x: Permission denied\n"
+    with pytest.raises(PermissionError):
+        cli.main(["fake", "a", "--debug"])
     stage.run = lambda cfg: raise_(KeyboardInterrupt())
     assert cli.main(["fake", "a"]) == 130
     assert capsys.readouterr().err == "puna: stopped; run the same command to go on\n"

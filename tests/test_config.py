@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -113,6 +113,39 @@ def test_a_saved_config_is_a_recipe(tmp_path: Path) -> None:
     assert json.loads(Path(path).read_text()) == config.to_dict(cfg)
     whole = recipe(tmp_path, json.dumps({"seed": 0, "sft": config.to_dict(cfg)}), "whole.json")
     assert load(whole) == cfg
+
+
+def test_a_folder_keeps_one_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, cfg = tmp_path / "run/config.json", Config((Path("a"),), optim=Optim(lr=1e-5))
+    config.keep(cfg, path)
+    config.keep(replace(cfg, data=(tmp_path / "x/../a",)), path)  # the same file by another name
+    assert load(str(path)).data == (tmp_path / "x/../a",)
+    config.keep(replace(cfg, steps=99), path, ignore=("steps",))
+    config.keep(replace(cfg, steps=99, optim=Optim(lr=0.5)), path, ignore=("lr",))  # in a nested table too
+    kept = path.read_bytes()
+    for changes, said in (
+        ({"steps": 3}, "steps 99, not 3"),
+        ({"data": (Path("a"), Path("b"))}, r'data \["a"\], not \["a", "b"\]'),
+        ({"optim": Optim(lr=0.1)}, r"optim\.lr 0\.5, not 0\.1"),
+        ({"limit": 1}, "limit null, not 1"),
+    ):
+        changed = replace(Config((Path("a"),), steps=99, optim=Optim(lr=0.5)), **changes)
+        with pytest.raises(ConfigError, match=rf"^{tmp_path}/run was begun with {said} .*: use another --out$"):
+            config.keep(changed, path)
+    assert path.read_bytes() == kept
+
+
+def test_known() -> None:
+    config.known(replace(Config((Path("a"),)), limit=2), "limit", {2: "two"})
+    with pytest.raises(ConfigError, match=r"^unknown kind 'larg'; did you mean 'large'\?$"):
+        config.known(replace(Config((Path("a"),)), kind="larg"), "kind", ("small", "large"))
+
+
+def test_positive() -> None:
+    config.positive(Config((Path("a"),)), "steps", "max_len")
+    with pytest.raises(ConfigError, match=r"^max_len is 0: it must be positive$"):
+        config.positive(Config((Path("a"),), max_len=0), "steps", "max_len")
 
 
 @pytest.mark.parametrize(

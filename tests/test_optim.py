@@ -82,8 +82,8 @@ def test_constant_schedule() -> None:
     assert {optim.learning_rate(cfg, step, 400) for step in range(400)} == {1e-6}
 
 
-@pytest.mark.parametrize(("n_steps", "warmup"), [(1000, 30), (100, 5), (10, 5)])
-def test_a_warm_up_is_a_share_of_the_run_and_at_least_five_steps(n_steps: int, warmup: int) -> None:
+@pytest.mark.parametrize(("n_steps", "warmup"), [(1000, 30), (100, 5), (20, 5), (10, 2), (3, 0)])
+def test_a_warm_up_is_a_share_of_the_run_and_at_least_five_steps_or_a_quarter(n_steps: int, warmup: int) -> None:
     cfg = optim.with_warmup(optim.OptimConfig(lr=1.0), 0.03, n_steps)
     rates = [optim.learning_rate(cfg, step, n_steps) for step in range(n_steps)]
     assert rates.index(max(rates)) == warmup and rates[warmup] == 1.0

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import pytest
 
 from puna import cli, config, recipe
 from puna.config import ConfigError
-from puna.recipe import RecipeConfig
+from puna.recipe import PreferenceFiles, RecipeConfig, Step
+from puna.report import tables
 from puna.run_folder import read_metrics
+from puna.stages.sft import SFTConfig
 from tests import tiny_run
 
 TIMINGS = ("seconds", "seconds_collect", "seconds_update", "peak_memory_bytes", "tokens_per_second")
@@ -173,6 +178,57 @@ def test_another_recipe_is_refused(run: Path, tmp_path: Path, monkeypatch: pytes
     (tmp_path / "run").mkdir()
     shutil.copy(run / "config.json", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="begun with another recipe"):
+    with pytest.raises(ConfigError, match=r"run was begun with seed 0, not 1 .*: use another --out"):
         recipe.run(load("--out", "run", "--seed", "1"))
     assert {path.name for path in Path("run").iterdir()} == {"config.json", "run.lock"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"versions": -1}, "versions is -1"),
+        ({"base": Path("m")}, r"set preferences\.helpfulness and preferences\.safety"),
+        (
+            {"base": Path("m"), "preferences": PreferenceFiles(helpfulness=(Path("h"),))},
+            r"set preferences\.helpfulness and preferences\.safety",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        recipe.plan(replace(load(), **changes))
+
+
+def test_torchrun_is_for_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without torchrun"):
+        recipe.run(load("--out", str(tmp_path / "run")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_seconds_of_a_step_are_those_of_all_its_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, starts = tmp_path / "run", 0
+
+    def work(cfg: SFTConfig) -> Path:
+        nonlocal starts
+        starts += 1
+        cfg.out.mkdir(exist_ok=True)
+        if starts < 3:
+            (cfg.out / "metrics.jsonl").touch()
+            last = time.time() + 100 * starts
+            os.utime(cfg.out / "metrics.jsonl", (last, last))
+            raise KeyboardInterrupt
+        return cfg.out
+
+    def plan(cfg: RecipeConfig) -> list[Step]:
+        return [Step("sft", work, replace(cfg.sft, out=cfg.out / "sft")), Step("v1", work, replace(cfg.sft, out=run))]
+
+    monkeypatch.setattr(recipe, "plan", plan)
+    monkeypatch.setattr(tables, "final", str)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            recipe.run(load("--out", str(run)))
+    recipe.run(load("--out", str(run)))
+    sft, v1 = (json.loads((run / f"done/{name}.json").read_text())["seconds"] for name in ("sft", "v1"))
+    assert 295 < sft < 310 and v1 < 10
+    assert not (run / "started.json").exists()

@@ -71,6 +71,21 @@ def test_a_second_run_is_refused_and_a_killed_one_leaves_no_lock(tmp_path: Path)
         pass
 
 
+def test_what_killed_writes_left_is_removed(tmp_path: Path) -> None:
+    left, kept = ".config.json.tmp-0123abcd", (".notes.tmp-of-mine", "config.json.tmp-0123abcd")
+    for folder in (tmp_path, tmp_path / "v1/sft", tmp_path / "v1/ppo"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (left, *kept):
+            (folder / name).touch()
+    with RunFolder(tmp_path / "v1/ppo"):
+        (tmp_path / "v1/ppo" / left).touch()  # another run's, which is writing it
+        with RunFolder(tmp_path):
+            assert [path.parent.name for path in tmp_path.rglob(left)] == ["ppo"]
+    with RunFolder(tmp_path):
+        assert not list(tmp_path.rglob(left))
+    assert all(len(list(tmp_path.rglob(name))) == 3 for name in kept)
+
+
 def test_only_rank_0_locks_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,7 +48,7 @@ from torch.optim import Optimizer
 
 from puna import parallel
 from puna.config import ConfigError, DataError
-from puna.run_folder import write_atomically
+from puna.run_folder import sync_folder, write_atomically
 
 T = TypeVar("T")
 
@@ -208,7 +208,7 @@ def _publish(temporary: Path, final: Path, manifest: dict[str, Any], keep: int) 
         # The same step again: out of the way under a name that the next save cleans up, should this one die here.
         final.rename(final.with_name(f"{final.name}.tmp-old"))
     temporary.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     _remove_leftovers(final.parent)
     for path in sorted(_finished(final.parent), key=_step)[:-keep]:
         shutil.rmtree(path)
@@ -300,15 +300,6 @@ def _plain_errors() -> Iterator[None]:
     except CheckpointException as error:  # A BaseException, which no `except Exception` would see.
         cause, _ = next(iter(error.failures.values()))
         raise cause from error
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a rename on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _puna_version() -> str:

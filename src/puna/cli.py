@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ import puna
 from puna import config
 from puna.config import ConfigError, DataError
 
+USERS_OSERRORS = (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+"""What a path that cannot be read or written raises."""
 STOPPED = "puna: stopped; run the same command to go on"
 
 
@@ -87,6 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         _say(f"puna: error: {error}")
+        return 2
+    except USERS_OSERRORS as error:
+        if debug or error.filename is None:
+            raise
+        _say(f"puna: error: {error.filename}: {error.strerror}")
         return 2
     except OSError as error:
         if debug or error.errno != errno.ENOSPC:

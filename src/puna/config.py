@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import itertools
 import json
@@ -93,6 +94,50 @@ def save(config: Any, path: Path) -> None:
     from puna.run_folder import write_atomically  # run_folder's errors are ours: imported late to avoid a circle
 
     write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def keep(config: Any, path: Path, ignore: Sequence[str] = ("out", "threads", "dry_run")) -> None:
+    """`save`, or a ConfigError where the config saved there is another one: a folder holds one config's results.
+
+    What `ignore` names, in a nested table too, may differ, and so may the way a path is written.
+    """
+    if path.exists():
+        begun = load(type(config), [str(path)])
+        for key in _leaves(type(config)):
+            old, new = (functools.reduce(getattr, key.split("."), each) for each in (begun, config))
+            if key.rpartition(".")[2] not in ignore and _resolved(old) != _resolved(new):
+                raise ConfigError(
+                    f"{path.parent} was begun with {key} {_said(old)}, not {_said(new)} ({path}): use another --out"
+                )
+    save(config, path)
+
+
+def positive(config: Any, *keys: str) -> None:
+    """ConfigError where one of these numbers is zero or less."""
+    for key in keys:
+        if getattr(config, key) <= 0:
+            raise ConfigError(f"{key} is {getattr(config, key)}: it must be positive")
+
+
+def known(config: Any, key: str, table: Iterable[str]) -> None:
+    """ConfigError where what a config says of this key is none of a table's names."""
+    name, names = getattr(config, key), list(table)
+    if name not in names:
+        raise ConfigError(f"unknown {key} {name!r}; did you mean {_nearest(name, names)!r}?")
+
+
+def _resolved(value: Any) -> Any:
+    """A value with its paths made absolute, for comparison."""
+    if isinstance(value, tuple):
+        return tuple(map(_resolved, value))
+    return value.resolve() if isinstance(value, Path) else value
+
+
+def _said(value: Any) -> str:
+    """A value as a recipe writes it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_said, value))}]"
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
 
 
 def _read_table(file: Path, section: str | None, smoke: bool = False) -> tuple[dict[str, Any], str | None]:

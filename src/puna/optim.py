@@ -27,7 +27,7 @@ class OptimConfig:
     final_lr_ratio: float = 0.1
     """cosine ends at this share of the peak (paper: 10 %)."""
     warmup_steps: int = 2000
-    """linear warm-up (paper: 2,000 of about 480,000), never more than a tenth of the run or 5 steps."""
+    """linear warm-up (paper: 2,000 of about 480,000), never more than a tenth of the run or the least there is."""
 
 
 def groups(model: nn.Module, cfg: OptimConfig, scale: float = 1.0) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def adamw(cfg: OptimConfig, *param_groups: list[dict[str, Any]]) -> torch.optim.
 
 def learning_rate(cfg: OptimConfig, step: int, n_steps: int) -> float:
     """The rate of step 0, 1, ... of n_steps: linear warm-up, then cosine from the peak to its final share."""
-    warmup = min(cfg.warmup_steps, max(5, n_steps // 10))
+    warmup = min(cfg.warmup_steps, max(least_warmup(n_steps), n_steps // 10))
     if step < warmup:
         return cfg.lr * (step + 1) / (warmup + 1)
     if cfg.schedule == "constant":
@@ -68,9 +68,14 @@ def learning_rate(cfg: OptimConfig, step: int, n_steps: int) -> float:
     return cfg.lr * (cfg.final_lr_ratio + (1 - cfg.final_lr_ratio) * cosine)
 
 
+def least_warmup(n_steps: int) -> int:
+    """The shortest warm-up: 5 steps (paper 3.2.2, of reward models), or a quarter of a run so short that it is less."""
+    return min(5, n_steps // 4)
+
+
 def with_warmup(cfg: OptimConfig, share: float, n_steps: int) -> OptimConfig:
-    """The same with a warm-up over a share of the run, and at least 5 steps (reward models: 3 %, paper 3.2.2)."""
-    return replace(cfg, warmup_steps=max(5, round(share * n_steps)))
+    """The same with a warm-up over a share of the run, or the least (reward models: 3 %, paper 3.2.2)."""
+    return replace(cfg, warmup_steps=max(least_warmup(n_steps), round(share * n_steps)))
 
 
 def clip_and_step(

@@ -13,6 +13,8 @@ its own last checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 import resource
 import sys
 import time
@@ -30,7 +32,7 @@ from puna.formats.convert import ImportConfig
 from puna.report import tables
 from puna.report.html import ReportConfig
 from puna.report.html import run as report
-from puna.run_folder import RunFolder
+from puna.run_folder import RunFolder, write_atomically
 from puna.stages import collect, context_distillation, ghost_attention, ppo, pretrain, rejection_sampling, reward, sft
 from puna.stages.collect import CollectConfig
 from puna.stages.context_distillation import ContextDistillationConfig
@@ -44,6 +46,8 @@ from puna.valley import write as valley
 from puna.valley.write import ValleyConfig
 
 NOT_SET = Path("set-by-the-recipe")
+STARTED = "started.json"
+"""The step in progress, when it began, and the seconds of its earlier starts."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,8 @@ class Step:
 
 def plan(cfg: RecipeConfig) -> list[Step]:
     """Figure 4 as a list: the embedded world's whole way, or RLHF on an imported model and existing comparisons."""
+    if cfg.versions < 0:
+        raise ConfigError(f"versions is {cfg.versions}: it must be at least 0")
     return _plan_on_files(cfg) if cfg.base else _plan_in_the_valley(cfg)
 
 
@@ -152,7 +158,11 @@ def _version(cfg: RecipeConfig, version: int) -> list[Step]:
     rounds = [cfg.out / f"v{k}" for k in range(1, version + 1)]
     pooled = rounds[:-1] if version >= cfg.pool_all_from else []
     prompts = (world / f"prompts/v{version}_sampling.jsonl",)
-    selected = [out / "rejection_sampling/pool.jsonl", out / "context_distillation/dialogs.jsonl"]
+    selected = [
+        world / "demonstrations.jsonl",
+        out / "rejection_sampling/pool.jsonl",
+        out / "context_distillation/dialogs.jsonl",
+    ]
     steps = [
         Step(
             f"v{version}/preferences",
@@ -271,6 +281,8 @@ def _plan_on_files(cfg: RecipeConfig) -> list[Step]:
     """Both reward models on existing comparisons, one round of rejection sampling on their prompts, then PPO."""
     assert cfg.base is not None
     given, base, out = cfg.preferences, cfg.out / "base/model", cfg.out / "v1"
+    if not (given.helpfulness and given.safety):
+        raise ConfigError("a base needs comparisons: set preferences.helpfulness and preferences.safety")
     steps = [Step("base", convert.run, ImportConfig(path=cfg.base, out=cfg.out / "base"))]
     for own, other, settings in (
         ("helpfulness", "safety", cfg.reward_helpfulness),
@@ -328,31 +340,36 @@ def run(cfg: RecipeConfig) -> Path:
         for step in steps:
             print(f"{step.name:28}{step.run.__module__}  {_inputs(step.config)}")
         return cfg.out
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("a recipe runs on one process: start it without torchrun (its training stages take torchrun)")
     with RunFolder(cfg.out) as folder:
-        _same_recipe(cfg, folder)
+        config.keep(cfg, folder.path / "config.json")
         for number, step in enumerate(steps, start=1):
             if folder.done(step.name):
                 continue
             print(f"[{number}/{len(steps)}] {step.name}", file=sys.stderr, flush=True)
-            began = time.perf_counter()
+            before, began = _seconds_before(folder.path, step), time.perf_counter()
+            begun = {"step": step.name, "began": time.time(), "seconds": before}
+            write_atomically(folder.path / STARTED, json.dumps(begun) + "\n")
             step.run(step.config)
-            folder.mark_done(step.name, seconds=time.perf_counter() - began, peak_memory_bytes=_peak_memory())
+            seconds = before + time.perf_counter() - began
+            folder.mark_done(step.name, seconds=seconds, peak_memory_bytes=_peak_memory())
+            (folder.path / STARTED).unlink()
     print(tables.final(cfg.out))
     return cfg.out
 
 
-def _same_recipe(cfg: RecipeConfig, folder: RunFolder) -> None:
-    """Write the resolved recipe, or refuse to go on with another one than the folder was begun with."""
-    path = folder.path / "config.json"
-    if path.exists():
-        begun = config.load(RecipeConfig, [str(path)])
-        # What may differ from one start to the next: the folder's path as it is written, and the threads.
-        begun = replace(begun, out=cfg.out, threads=cfg.threads)
-    else:
-        begun = cfg
-    if begun != cfg:
-        raise ConfigError(f"{folder.path} was begun with another recipe ({path}): use another --out")
-    config.save(cfg, path)
+def _seconds_before(run: Path, step: Step) -> float:
+    """How long earlier starts of a step took that were killed: each up to the last file that it wrote."""
+    if not (run / STARTED).exists():
+        return 0.0
+    earlier = json.loads((run / STARTED).read_text(encoding="utf-8"))
+    if earlier["step"] != step.name:
+        return 0.0
+    out: Path = getattr(step.config, "out", run / "report")  # the report alone is told its run
+    files = (path for path in out.rglob("*") if path.is_file() and path.name != "run.lock")
+    last = max((path.stat().st_mtime for path in files), default=0.0)
+    return float(earlier["seconds"] + max(0.0, last - earlier["began"]))
 
 
 def _with_threads(settings: Any, threads: int) -> Any:

@@ -16,6 +16,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import socket
 import sys
 import time
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import rich.progress
 
 SECONDS_BETWEEN_LINES = 10.0
+TEMPORARY = re.compile(r"\..+\.tmp-[0-9a-f]{8}")
+"""What `write_atomically` calls a file that is not whole yet."""
 
 
 def write_atomically(path: Path, data: bytes | str) -> None:
@@ -46,16 +49,37 @@ def write_atomically(path: Path, data: bytes | str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Puts a rename on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed writes left; folders in it that another run holds are left alone."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not _is_held(Path(root, name))]
+        for name in names:
+            if TEMPORARY.fullmatch(name):
+                Path(root, name).unlink(missing_ok=True)
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a run is at work in this folder."""
+    if not (folder / "run.lock").is_file():
+        return False
+    with (folder / "run.lock").open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 class RunFolder:
@@ -85,6 +109,7 @@ class RunFolder:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         self._lock = lock
+        _remove_leftovers(self.path)
         return self
 
     def __exit__(

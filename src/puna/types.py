@@ -87,15 +87,56 @@ class Rollout(NamedTuple):
 
     tokens: Tensor  # (B, T) int64
     action_mask: Tensor  # (B, T - 1) bool: True where the emitted token belongs to the answer (EOS included)
-    logprobs: Tensor  # (B, T - 1) log pi_old of the emitted token, trainer's numbers
+    logprobs: Tensor  # (B, T - 1) log pi_old of the emitted token, trainer's numbers; 0 where it is no action
     reference_logprobs: Tensor  # (B, T - 1)
     values: Tensor  # (B, T - 1)
     scores: Tensor  # (B,) whitened logit of the combined reward
     finished: Tensor  # (B,) bool: the answer ended with EOS
 
 
+ChatFormat = Literal["llama2", "chatml"]
+
+
+class Tokenizer(Protocol):
+    """What the rest of Puna asks of a tokenizer."""
+
+    vocab_size: int
+    bos_id: int
+    """Opens a document; in a ChatML vocabulary the id of <|im_start|>, which opens a turn."""
+    eos_id: int
+    """Ends a document or an answer; in a ChatML vocabulary the id of <|im_end|>."""
+    pad_id: int
+    """Fills up rows. It is not EOS where the vocabulary has any other id to give, and no text encodes to it."""
+    chat_format: ChatFormat
+    sha256: str
+    """Of the serialized file: two tokenizers are the same when these are."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of plain text: never a control id, no BOS or EOS added. DataError where it is not valid Unicode."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of each text."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; control ids are skipped."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files into the folder."""
+        ...
+
+
 class Engine(Protocol):
     """Generates answers; today in-process, behind the same calls a server or vLLM can stand."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        ...
 
     def generate(
         self,
@@ -109,6 +150,21 @@ class Engine(Protocol):
         seed: int = 0,
     ) -> list[list[Completion]]:
         """n completions for each dialog (whose last message is the user's), in order."""
+        ...
+
+    def generate_ids(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        n: int = 1,
+        max_new_tokens: int = 256,
+        temperature: float | Sequence[float] = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop_ids: Sequence[int] = (),
+    ) -> list[list[Completion]]:
+        """The same of prompts of token ids; one of `stop_ids` ends an answer as EOS does."""
         ...
 
     def update_weights(self, model: nn.Module) -> None:

@@ -38,6 +38,18 @@ def test_every_batch_divides_over_the_processes() -> None:
     assert [step.tolist() for step in steps[:2]] == [step.tolist() for step in alone[:2]]
 
 
+@pytest.mark.parametrize(
+    ("n", "batch_size", "multiple", "sizes"), [(9, 4, 1, [3, 3, 3]), (10, 4, 1, [4, 3, 3]), (22, 8, 2, [8, 8, 6])]
+)
+def test_a_short_last_batch_is_spread(n: int, batch_size: int, multiple: int, sizes: list[int]) -> None:
+    assert [len(step) for step in steps_of_epochs(n, batch_size, 1, seed=0, multiple=multiple)] == sizes
+
+
+def test_no_batch_is_short_where_all_must_be_full() -> None:
+    assert [len(step) for step in steps_of_epochs(11, 4, 2, seed=0, multiple=4)] == [4, 4, 4, 4]
+    assert steps_of_epochs(3, 4, 2, seed=0, multiple=4) == []
+
+
 def test_windows_are_disjoint_and_all_of_them_come() -> None:
     data, seq_len = shard(103), 10  # 102 // 10 - 1 = 9 windows an epoch
     inputs, targets = windows(data, seq_len, 9, 0, seed=3)

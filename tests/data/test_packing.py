@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
 import torch
@@ -86,6 +87,16 @@ def test_pack_plan_loses_nothing_that_fits(lengths: list[int], seq_len: int) -> 
 
 def test_pack_plan_is_tight() -> None:
     assert pack_plan([10, 30, 20, 40, 60, 50], 70) == [[4, 0], [5, 2], [3, 1]]  # 210 tokens in 3 rows of 70
+
+
+def test_pack_plan_takes_the_tightest_room() -> None:
+    assert pack_plan([60, 55, 41, 3], 100) == [[0], [1, 2, 3]]  # 3 goes where 4 are left, not where 40 are
+
+
+def test_pack_plan_of_many_rows_is_quick() -> None:
+    began = time.perf_counter()
+    assert len(pack_plan([300] * 50_000, 512)) == 50_000
+    assert time.perf_counter() - began < 5, "it looks at every open row for every dialog"
 
 
 def test_pad_right() -> None:

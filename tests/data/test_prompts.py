@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from puna.config import ConfigError, DataError
 from puna.data.prompts import fitting, read_prompts
 from puna.text import chat
 from tests import helpers
@@ -53,5 +56,18 @@ def test_fitting(tmp_path: Path) -> None:
     tokenizer, prompts = helpers.tokenizer(), helpers.prompts(9)
     lengths = [len(chat.encode_prompt(prompt["messages"], tokenizer)) for prompt in prompts]
     limit = sorted(lengths)[4]
-    assert fitting(prompts, tokenizer, limit) == [p for p, n in zip(prompts, lengths, strict=True) if n <= limit]
-    assert fitting(prompts, tokenizer, 0) == prompts
+    expected = [p for p, n in zip(prompts, lengths, strict=True) if n <= limit]
+    assert fitting(prompts, tokenizer, 999, limit) == expected
+    assert fitting(prompts, tokenizer, 999) == prompts
+    # A context of `limit` tokens leaves no room for an answer to the longest of them, whatever else is asked for.
+    for max_tokens in (0, 999):
+        assert fitting(prompts, tokenizer, limit + 1, max_tokens) == expected
+        assert len(fitting(prompts, tokenizer, limit, max_tokens)) < len(expected)
+    with pytest.raises(DataError, match="of 9 prompts none fits 4 tokens"):
+        fitting(prompts, tokenizer, 5)
+
+
+def test_texts_give_no_prompts(tmp_path: Path) -> None:
+    path = helpers.write_lines(tmp_path / "texts.jsonl", [{"text": "The llama."}])
+    with pytest.raises(ConfigError, match="does not give prompts, which are needed here; prompts, dialogs, alpaca"):
+        read_prompts((path,), "jsonl_text")

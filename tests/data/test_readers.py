@@ -166,6 +166,8 @@ def test_mistakes_in_paths_and_formats(tmp_path: Path) -> None:
         readers.read(tmp_path / "x.jsonl", "dialog")
     with pytest.raises(ConfigError, match="no such data file"):
         readers.read(tmp_path / "x.jsonl", "dialogs")
+    with pytest.raises(ConfigError, match="no data file of the format 'dialogs' is given"):
+        readers.read((), "dialogs")
     with pytest.raises(DataError, match="a list of rows"):
         readers.read(jsonl(tmp_path, GOOD, name="x.json"), "dialogs")
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode())[:-10])
@@ -315,16 +317,47 @@ def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory,
     readers.write_jsonl(path, [preference])
     result = readers.read(path, "preferences")
     assert result.records == [preference] or result.skipped
-    assert readers.from_record(readers.to_record(preference)) == preference or result.skipped
     assert path.read_bytes()[4:8] == bytes(4)  # no time in it: the same rows are the same file
 
 
-def test_from_record_says_what_is_wrong() -> None:
-    assert readers.from_record(GOOD) == GOOD
-    with pytest.raises(DataError, match="'messages' is missing"):
-        readers.from_record({})
-    with pytest.raises(DataError, match="identical answers"):
-        readers.from_record({**PAIR, "rejected": PAIR["chosen"]})
+def refusing(*numbers: int) -> Any:
+    """A check that refuses records by their "n"."""
+
+    def check(record: dict[str, Any]) -> None:
+        if record["n"] in numbers:
+            raise DataError("not this one")
+
+    return check
+
+
+def test_what_a_check_refuses_is_set_aside(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, *({**GOOD, "n": n} for n in range(1, 6)))
+    result = readers.read(path, "dialogs", check=refusing(4), quarantine=tmp_path / "bad.jsonl")
+    assert [record["n"] for record in result.records] == [1, 2, 3, 5]
+    (line,) = (json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines())
+    assert (line["file"], line["line"], line["reason"]) == (str(path), 4, "not this one")
+    assert json.loads(line["text"]) == {**GOOD, "n": 4}
+    with pytest.raises(DataError, match=r"x\.jsonl: 2 of 5 lines are bad; line 2: not this one"):
+        readers.read(path, "dialogs", check=refusing(2, 5))
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "kind", "fitting"),
+    [
+        (PAIR, "preferences", "dialogs", "dialogs, alpaca, oasst, trl"),
+        (GOOD, "dialogs", "comparisons", "preferences, hh, trl, oasst_preferences, pku, pku_safety"),
+        (GOOD, "records", "texts", "jsonl_text, text, paragraphs"),
+        ({"turns": []}, "records", "dialogs", "dialogs, alpaca, oasst, trl"),
+    ],
+)
+def test_a_format_of_another_kind_is_refused(tmp_path: Path, row: Any, format: str, kind: str, fitting: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{format}' does not give {kind}, which are needed here; {fitting} do"):
+        readers.read(jsonl(tmp_path, row), format, kind=kind)
+
+
+def test_every_format_is_of_some_kind() -> None:
+    named = {format for kind in readers.KINDS.values() for format in kind.formats}
+    assert named == readers.READERS.keys() - {"records"}
 
 
 @pytest.mark.shared_data

@@ -49,7 +49,7 @@ def records(path: Path) -> list[Any]:
 
 def keys(value: Any, name: str = "") -> Iterator[str]:
     """The names of all numbers in a JSON value; an interval is one."""
-    if isinstance(value, dict) and value and value.keys() != {"mean", "low", "high", "n"}:
+    if isinstance(value, dict) and value and not value.keys() >= {"mean", "low", "high", "n"}:
         for key, item in value.items():
             yield from keys(item, f"{name}.{key}" if name else key)
     elif isinstance(value, list):

@@ -25,15 +25,46 @@ def test_rate_of_nothing_knows_nothing() -> None:
     assert intervals.rate([]) == {"mean": 0.0, "low": 0.0, "high": 1.0, "n": 0}
 
 
-def test_mean_uses_the_sample_deviation() -> None:
-    # 1, 2, 3: deviation 1 (n - 1), standard error 1 / sqrt 3.
-    found = intervals.mean([1.0, 2.0, 3.0])
-    assert found["mean"] == 2.0
-    assert found["high"] - found["mean"] == pytest.approx(1.959964 / 3**0.5)
+def test_clusters_of_one_give_the_interval_of_the_standard_error() -> None:
+    values = [i % 10 / 10 for i in range(400)]
+    found = intervals.clustered(values, range(400))
+    assert (found["mean"], found["n"], found["clusters"]) == (pytest.approx(0.45), 400, 400)
+    half = 1.959964 * (0.0825 / 400) ** 0.5  # the variance of 0, 0.1, ..., 0.9 is 0.0825
+    assert found["high"] - 0.45 == pytest.approx(half, rel=0.1)
+    assert 0.45 - found["low"] == pytest.approx(half, rel=0.1)
+
+
+def test_answers_about_one_thing_are_no_more_evidence_than_one() -> None:
+    # 40 things, half of them right; asked once, and asked ten times with the same answer.
+    right = [i % 2 == 0 for i in range(40)]
+    once = intervals.clustered(right, range(40))
+    ten_times = intervals.clustered(right * 10, [i % 40 for i in range(400)])
+    assert (ten_times["n"], ten_times["clusters"]) == (400, 40)
+    assert (ten_times["low"], ten_times["high"]) == pytest.approx((once["low"], once["high"]))
+    apart = intervals.clustered(right * 10, range(400))
+    assert ten_times["high"] - ten_times["low"] > 2.5 * (apart["high"] - apart["low"])
+
+
+def test_a_large_cluster_weighs_as_much_as_it_holds() -> None:
+    # The mean is over answers: 1 of 4. A resample is {a, a}, {a, b} or {b, b}: 0, 1/4 or 1.
+    found = intervals.clustered([0, 0, 0, 1], ["a", "a", "a", "b"])
+    assert (found["mean"], found["low"], found["high"]) == (0.25, 0.0, 1.0)
+
+
+def test_equal_outcomes_have_wilsons_bounds() -> None:
+    for values in ([True] * 30, [False] * 30):
+        found = intervals.clustered(values, [i % 3 for i in range(30)])
+        assert found == intervals.rate(values) | {"clusters": 3}
+    assert intervals.clustered([0.5] * 30, range(30))["low"] == intervals.rate([True, False] * 15)["low"]
+    assert intervals.clustered([True, False], "aa") == intervals.rate([True, False]) | {"clusters": 1}
+
+
+def test_clusters_of_nothing_know_nothing() -> None:
+    assert intervals.clustered([], []) == {"mean": 0.0, "low": 0.0, "high": 1.0, "n": 0, "clusters": 0}
 
 
 def test_win_rate_halves_ties() -> None:
     # a win, a loss, a tie, a tie within the tolerance
-    found = intervals.win_rate([0.9, 0.1, 0.5, 0.51], [0.1, 0.9, 0.5, 0.50], tie=0.02)
-    assert found["mean"] == 0.5
-    assert intervals.win_rate([1.0, 1.0], [0.0, 1.0])["mean"] == 0.75
+    found = intervals.win_rate([0.9, 0.1, 0.5, 0.51], [0.1, 0.9, 0.5, 0.50], "abcc", tie=0.02)
+    assert (found["mean"], found["n"], found["clusters"]) == (0.5, 4, 3)
+    assert intervals.win_rate([1.0, 1.0], [0.0, 1.0], "ab")["mean"] == 0.75

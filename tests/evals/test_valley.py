@@ -11,12 +11,15 @@ import pytest
 from puna.config import ConfigError
 from puna.data import readers
 from puna.evals import valley
+from puna.evals.valley import EvaluateConfig
+from puna.generate.engine import LocalEngine
 from puna.types import Completion
 from puna.valley.demonstrations import careless_answer, excellent_answer
 from puna.valley.judge import GoldJudge
 from puna.valley.ledger import World
 from puna.valley.prompts import prompts
 from puna.valley.write import read_world
+from tests import helpers
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +42,8 @@ def test_excellent_answers_are_helpful_safe_and_do_not_refuse(world: World, reco
     assert summary["gold_helpfulness"]["mean"] > 0.95
     assert summary["violation_rate"]["mean"] == summary["false_refusal_rate"]["mean"] == 0.0
     assert summary["gold_helpfulness"]["n"] == 30, "adversarial and borderline prompts are not part of helpfulness"
+    about = {record["gold"]["about"] for record in records if record["kind"] == "myth"}
+    assert (summary["myth_rate"]["n"], summary["myth_rate"]["clusters"]) == (10, len(about))
 
 
 def test_complying_answers_are_violations(world: World, records: list[dict[str, Any]]) -> None:
@@ -55,7 +60,10 @@ def test_comparison_with_a_baseline(world: World, records: list[dict[str, Any]],
     readers.write_jsonl(tmp_path / "answers.jsonl", bad)
     win_rate = valley.compare(good, tmp_path)
     assert win_rate is not None and win_rate["mean"] == 1.0
-    assert valley.compare(bad, tmp_path) == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 30}
+    about = {record["gold"]["about"] for record in records if record["kind"] in ("fact", "myth")}
+    assert win_rate["n"] == 30 and win_rate["clusters"] == len(about)
+    with_itself = valley.compare(bad, tmp_path)
+    assert with_itself is not None and with_itself["mean"] == 0.5
     assert valley.compare(good, None) is None
 
 
@@ -63,6 +71,22 @@ def test_obedience_is_counted_by_turn() -> None:
     script = {"constraint": {"check": {"ends": "so be it"}}, "turns": ["a", "b"]}
     found = valley.obedience([script, script], [["Yes, so be it.", "No."], ["So be it.", "Well, so be it."]])
     assert [(point["turn"], point["obeys"]["mean"]) for point in found] == [(1, 1.0), (2, 0.5)]
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_dialog_that_outgrows_the_context_does_not_obey(plain: bool, tmp_path: Path) -> None:
+    # Three turns fit, two long ones do not; an answer of small letters would be what is asked for.
+    small = {"check": {"lower": True}}
+    rows = [
+        {"constraint": small, "instruction": "Say it small.", "turns": turns}
+        for turns in (["a?", "b?", "c?"], ["a?", "the cold river " * 120, "c?"])
+    ]
+    engine = LocalEngine(helpers.talker(), helpers.tokenizer())
+    answers = valley.carry(EvaluateConfig(tmp_path, tmp_path, plain=plain, max_new_tokens=4), engine, rows)
+    assert [len(given) for given in answers] == [3, 3]
+    assert all(answers[0]) and [bool(answer) for answer in answers[1]] == [True, False, False]
+    found = valley.obedience(rows, [["yes.", "yes.", "yes."], ["yes.", "", ""]])
+    assert [point["obeys"]["mean"] for point in found] == [1.0, 0.5, 0.5]
 
 
 def test_held_out_answers_of_ppo_are_judged(world: World, records: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,14 +87,70 @@ def test_a_failed_write_leaves_the_older_one(
     model = Transformer(TINY)
     huggingface.save_model(model, tokenizer, tmp_path / "model")
 
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(safetensors.torch, "save_file", _full)
     with pytest.raises(OSError, match="No space"):
         huggingface.save_model(Transformer(TINY), tokenizer, tmp_path / "model")
     assert equal(huggingface.load_model(tmp_path / "model"), model)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_killed_saves_left_is_cleared(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    older, newer = Transformer(TINY), Transformer(TINY)
+    for model in (older, newer):
+        huggingface.save_model(model, tokenizer, tmp_path / "model")
+        (tmp_path / f".model.tmp-{os.getpid()}").mkdir()  # a save of this very process id was killed
+        (tmp_path / ".model.tmp-1").mkdir()
+        (tmp_path / ".model.old-1").mkdir()
+    huggingface.save_model(newer, tokenizer, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert equal(huggingface.load_model(tmp_path / "model"), newer)
+
+
+def test_a_save_killed_between_its_renames_loses_nothing(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Transformer(TINY)
+    huggingface.save_model(model, tokenizer, tmp_path / "model")
+    (tmp_path / "model").rename(tmp_path / ".model.old-1")
+    assert equal(huggingface.load_model(tmp_path / "model"), model)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(safetensors.torch, "save_file", _full)
+        huggingface.save_model(Transformer(TINY), tokenizer, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert equal(huggingface.load_model(tmp_path / "model"), model)
+
+
+def _full(*_: Any, **__: Any) -> None:
+    raise safetensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from puna.formats import huggingface
+from puna.model.transformer import ModelConfig, Transformer
+from puna.text import tokenizer
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))  # the next best thing to a full disk
+try:
+    model = Transformer(ModelConfig(64, 1, 1, 1, 300, 64, max_seq_len=8))
+    huggingface.save_model(model, tokenizer.load(sys.argv[1]), Path(sys.argv[2]))
+except OSError as error:
+    print(error.errno, error.filename)
+"""
+
+
+def test_a_disk_that_takes_no_more_is_an_oserror(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors.torch, "save_file", _full)
+    with pytest.raises(OSError, match="No space") as caught:
+        huggingface.save_model(Transformer(TINY), tokenizer, tmp_path / "model")
+    assert caught.value.errno == errno.ENOSPC and caught.value.filename.endswith("model.safetensors")
+    assert not list(tmp_path.iterdir())
+    tokenizer.save(tmp_path)
+    program = [sys.executable, "-c", FULL, str(tmp_path), str(tmp_path / "model")]
+    done = subprocess.run(program, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{errno.EFBIG} ")
 
 
 def test_several_files(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna.config import ConfigError
 from puna.model.sizes import LLAMA_2, SIZES, ffn_hidden
 from puna.model.transformer import RMSNorm, Transformer, attend_one, rotary_table, rotate
 from tests import helpers
@@ -48,6 +49,21 @@ def test_a_tied_output_counts_once() -> None:
 def test_ffn_hidden_rounds_up() -> None:
     assert ffn_hidden(4096, 256) == 11008  # int(2 * 16384 / 3) = 10922 -> 43 * 256
     assert ffn_hidden(96, 256) == 256  # a whole multiple stays
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_layers": 0}, "n_layers is 0: it must be positive"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"dim": 30}, "dim 30 is not an even multiple of n_heads 4"),
+        ({"dim": 20}, "dim 20 is not an even multiple of n_heads 4"),  # heads of 5 have a number without a pair
+        ({"n_kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
+    ],
+)
+def test_an_impossible_shape_is_refused(changes: dict[str, int], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        helpers.config(**changes)
 
 
 def test_names_are_metas() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,19 @@ def test_what_was_measured_on_nothing_is_a_dash() -> None:
     nothing = {"mean": 0.0, "low": 0.0, "high": 1.0, "n": 0}
     assert tables.interval_of({"intervals": {"toxicity": nothing}}, "toxicity") is None
     assert tables.interval_of({"win_rate_vs_sft": None}, "win_rate_vs_sft") is None
+
+
+def test_what_prompts_are_about_is_counted(finished: Path) -> None:
+    found = summary.build(finished)
+    assert tables.evidence(found) == "", "an evaluation that did not count it"
+    last = found["versions"][-1]
+    last["intervals"]["myth_rate"] |= {"clusters": 12}
+    last["win_rate_vs_sft"] |= {"clusters": 310}
+    assert tables.evidence(found) == "Myths told 200 about 12, Wins vs SFT 600 about 310"
+    last["helpfulness_by_kind"]["fact"] |= {"n": 90, "clusters": 70}
+    counted = {row[0].text: row[0].small for row in tables.helpfulness_by_kind(found).rows}
+    assert (counted["fact"], counted["sum"]) == ("n = 90 about 70", "n = 80")
+    assert "Wins vs SFT 600 about 310" in html.render(finished, found, {})
 
 
 def test_reward_models_stand_beside_the_papers_table_8(finished: Path) -> None:
@@ -72,7 +86,7 @@ def test_plain_tables_are_aligned() -> None:
     assert tables.plain(table) == "     Reward\nSFT     0.5\nV1     0.75"
 
 
-def test_the_last_word_of_a_run(reported: Path) -> None:
+def test_the_last_word_of_a_run(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = tables.final(reported)
     lines = said.splitlines()
     assert (
@@ -81,12 +95,17 @@ def test_the_last_word_of_a_run(reported: Path) -> None:
     assert sum(line.startswith(("SFT", "V5 + PPO", "asked")) for line in lines) == 2 + 3 * 3
     assert said.endswith(f"report  {reported}/report/index.html\nchat    puna chat {reported}")
     assert "\x1b" not in said
+    monkeypatch.setattr(sys, "argv", [".venv/bin/puna", "run"])
+    assert tables.final(reported).endswith(f"chat    .venv/bin/puna chat {reported}")
 
 
 def test_the_last_word_of_a_run_without_a_judge(on_files: Path) -> None:
     html.run(html.ReportConfig(on_files))
     said = tables.final(on_files)
     assert said.count("The paper") == 2
+    assert "helpfulness model  63.0 % right (57.1 – 68.9 %) of 250 held-out pairs" in said
+    assert "rejection sampling  reward at temperature 1.0: mean 0.50 of 1 -> 0.65 best of 8" in said
+    assert "PPO  reward 0.50 -> 0.79, KL 0.00 -> 5.80 from the first to the last of 30 iterations" in said
     assert "Helpfulness model" in said
 
 

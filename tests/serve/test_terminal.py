@@ -115,7 +115,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     session = Session(ChatConfig(folder), Chat(helpers.talker(), helpers.tokenizer()), "")
     monkeypatch.setattr(session.chat, "stream", interrupted)
     terminal.answer(session, "hello")
-    assert capsys.readouterr().out == "so[2J far (stopped)\n"  # the terminal gets no escape code
+    assert capsys.readouterr().out == "so\ufffd[2J far (stopped)\n"  # the terminal gets no escape code
     assert session.turns == [helpers.user("hello"), helpers.assistant("so\x1b[2J far")]
 
 

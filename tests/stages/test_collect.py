@@ -111,3 +111,16 @@ def test_shards_do_not_change_the_rules(tmp_path: Path) -> None:
 def test_the_valleys_people_need_their_world(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="set `world`"):
         collect.run(config(tmp_path, annotators="valley"))
+
+
+def test_a_prompt_that_fills_a_models_context_is_left_out(tmp_path: Path) -> None:
+    long = {"id": "long", "messages": [helpers.user("where is the llama " * 60)], "is_safety": True}
+    prompts = helpers.write_lines(tmp_path / "some.jsonl", [*helpers.prompts(8), long])
+    collect.run(config(tmp_path, prompts=(prompts,)))
+    done = json.loads((tmp_path / "out/done/collect.json").read_text())
+    assert done["left_out"] == 1 and sum(done.values()) == 9
+
+
+def test_unknown_annotators_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown annotators 'valey'; did you mean 'valley'"):
+        config(tmp_path, annotators="valey")

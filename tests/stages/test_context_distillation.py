@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from puna.config import ConfigError
 from puna.formats import huggingface
 from puna.generate.scoring import Scorer
 from puna.stages import context_distillation
 from puna.stages.context_distillation import ADJECTIVES, TARGETED, ContextDistillationConfig
+from puna.text import chat
 from puna.types import Completion, Dialog
+from puna.valley.prompts import preprompts
 from tests import helpers
 
 
@@ -29,6 +32,9 @@ def config(folder: Path, **changes: Any) -> ContextDistillationConfig:
 
 class Obedient:
     """An engine that answers "calm" under a preprompt and "plain" without."""
+
+    tokenizer = helpers.tokenizer()
+    context = 256
 
     def __init__(self, finished: bool = True) -> None:
         self.asked: list[Dialog] = []
@@ -55,7 +61,7 @@ def test_prompts_become_dialogs(tmp_path: Path) -> None:
     context_distillation.run(cfg)
     kept = helpers.read_lines(tmp_path / "out/dialogs.jsonl")
     done = json.loads((tmp_path / "out/done/context_distillation.json").read_text())
-    assert done == {"kept": len(kept), "prompts": 15} and 0 < len(kept) < 15
+    assert done == {"kept": len(kept), "prompts": 15, "left_out": 0} and 0 < len(kept) < 15
     safety = Scorer(huggingface.load_reward_model(cfg.reward_safety), helpers.tokenizer())
     for record in kept:
         assert int(record["prompt_id"][1:]) % 2 == 1, "adversarial prompts alone"
@@ -114,3 +120,33 @@ def test_a_limit(tmp_path: Path) -> None:
     context_distillation.run(replace(config(tmp_path), limit=4))
     done = json.loads((tmp_path / "out/done/context_distillation.json").read_text())
     assert done["prompts"] == 4
+
+
+def test_a_prompt_that_fills_the_context_is_left_out(tmp_path: Path) -> None:
+    long = {"id": "long", "messages": [helpers.user("where is the llama " * 60)], "is_safety": True}
+    prompts = helpers.write_lines(tmp_path / "some.jsonl", [*helpers.prompts(8), long])
+    context_distillation.run(replace(config(tmp_path), prompts=(prompts,)))
+    done = json.loads((tmp_path / "out/done/context_distillation.json").read_text())
+    assert (done["prompts"], done["left_out"]) == (4, 1)
+
+
+def test_a_preprompt_that_leaves_no_room_keeps_nothing(tmp_path: Path) -> None:
+    engine, prompts = Obedient(), helpers.prompts(2)
+    plain, longer = (len(chat.encode_prompt(prompt["messages"], engine.tokenizer)) for prompt in prompts)
+    engine.context = max(plain, longer) + 1
+    records = context_distillation.distill(config(tmp_path), engine, scorer(1, 0), prompts, 0)
+    assert [record["kept"] for record in records] == [False, False]
+    assert all(dialog[0]["role"] == "user" for dialog in engine.asked)
+
+
+def test_a_prompt_without_a_category_has_a_generic_preprompt() -> None:
+    texts = preprompts()
+    for prompt in ({}, {"risk_category": "unheard-of"}):
+        assert context_distillation.valley_preprompt(prompt, True, random.Random(0)) in texts["generic"]
+    named = context_distillation.valley_preprompt({"risk_category": "illicit"}, True, random.Random(0))
+    assert named == texts["targeted"]["illicit"]
+
+
+def test_an_unknown_source_of_preprompts_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown preprompts 'valey'; did you mean 'valley'"):
+        config(tmp_path, preprompts="valey")

@@ -8,6 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from puna.config import DataError
 from puna.stages import ghost_attention, sft
 from puna.stages.ghost_attention import GhostAttentionConfig
 from puna.text import chat
@@ -41,7 +44,7 @@ class Echo:
     tokenizer = helpers.tokenizer()
 
     def __init__(self, silent_at: int = 0, context: int = 256) -> None:
-        self.model = helpers.model(max_seq_len=context)
+        self.context = context
         self.asked: list[Dialog] = []
         self.silent_at = silent_at
 
@@ -131,3 +134,19 @@ def test_the_share_of_short_forms_is_a_setting(tmp_path: Path) -> None:
         ghost_attention.run(replace(cfg, out=tmp_path / form, short_share=share))
         records = helpers.read_lines(tmp_path / form / "dialogs.jsonl")
         assert records and all(record["messages"][0]["content"].startswith(form) for record in records)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"turns": []}, "'turns' must be a list of one text or more"),
+        ({"turns": None}, "'turns' must be a list of one text or more"),
+        ({"turns": ["Where?", " "]}, "none of them empty"),
+        ({"instruction": ""}, "'instruction' is missing"),
+        ({"short": None}, "'short' is missing"),
+    ],
+)
+def test_a_script_that_lacks_something_is_named(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    good, bad = scripts(2)
+    with pytest.raises(DataError, match=rf"scripts.jsonl, script 2 \(g1\): .*{said}"):
+        ghost_attention.run(config(tmp_path, [good, bad | change]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from puna import losses
-from puna.config import ConfigError
+from puna.config import ConfigError, DataError
+from puna.data import loader
 from puna.formats import huggingface
 from puna.generate.scoring import Scorer
 from puna.run_folder import read_metrics
@@ -70,8 +72,10 @@ def test_a_chat_model_becomes_a_policy(tmp_path: Path) -> None:
 
 
 def held_out_reward(path: Path) -> float:
-    rewards = torch.tensor([line["reward"] for line in helpers.read_lines(path)])
-    return float(losses.logit(rewards).mean())
+    """The mean logit, less the penalty of 1 for an answer that did not end."""
+    lines = helpers.read_lines(path)
+    logits = losses.logit(torch.tensor([line["reward"] for line in lines]))
+    return float((logits - torch.tensor([1.0 * (not line["finished"]) for line in lines])).mean())
 
 
 def test_a_reward_that_can_be_learned_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +109,70 @@ def test_without_patience_it_goes_to_the_end(tmp_path: Path, monkeypatch: pytest
     model_path = ppo.run(cfg)
     assert len(weights) == 5
     assert torch.equal(huggingface.load_model(model_path).output.weight, weights[0]), "the first was the best"
+
+
+def test_what_is_not_a_number_is_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = helpers.ppo_config(tmp_path, iterations=2, evaluate_every=1, patience=0)
+    with monkeypatch.context() as patch:
+        weights = scripted(patch, cfg.seed, [math.nan, 0.4, math.nan])
+        model_path = ppo.run(cfg)
+    assert json.loads((tmp_path / "ppo/done/ppo.json").read_text())["best_iteration"] == 1
+    assert torch.equal(huggingface.load_model(model_path).output.weight, weights[1])
+    scripted(monkeypatch, cfg.seed, [math.nan] * 3)
+    with pytest.raises(DataError, match="no held-out measurement gave a number"):
+        ppo.run(replace(cfg, out=tmp_path / "again"))
+
+
+def test_a_killed_run_publishes_the_best_it_remembers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = helpers.ppo_config(tmp_path, iterations=4, evaluate_every=1, checkpoint_every=2, patience=0)
+    with monkeypatch.context() as patch:
+        weights = scripted(patch, cfg.seed, [0.3, 0.6, 0.9])
+        patch.setattr(ppo, "update", interrupted_at(2))
+        with pytest.raises(KeyboardInterrupt):
+            ppo.run(cfg)
+    # Iteration 2 was measured as the best, after the last checkpoint; the resumed run finds that it is not.
+    scripted(monkeypatch, cfg.seed, [0.5, 0.4, 0.4])
+    model_path = ppo.run(cfg)
+    assert json.loads((tmp_path / "ppo/done/ppo.json").read_text())["best_iteration"] == 1
+    assert torch.equal(huggingface.load_model(model_path).output.weight, weights[1])
+    assert not torch.equal(weights[1], weights[2])
+    assert not (tmp_path / "ppo/best").exists(), "the others are removed"
+
+
+def interrupted_at(last: int) -> Any:
+    """An update that is interrupted in this iteration."""
+    real = ppo.update
+
+    def update(*arguments: Any) -> Any:
+        if arguments[4] == last:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    return update
+
+
+def test_epochs_are_as_many_as_the_iterations_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, real = [], loader.steps_of_epochs
+
+    def spy(n: int, size: int, epochs: int, *rest: Any, **named: Any) -> Any:
+        asked.append((n, size, epochs))
+        return real(n, size, epochs, *rest, **named)
+
+    monkeypatch.setattr(loader, "steps_of_epochs", spy)
+    ppo.run(helpers.ppo_config(tmp_path, iterations=4))
+    assert asked == [(30, 8, 2)], "three iterations an epoch"
+    assert [line["step"] for line in read_metrics(tmp_path / "ppo/metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_logits_are_made_for_actions_alone(tmp_path: Path) -> None:
+    cfg, policy = helpers.ppo_config(tmp_path, temperature=0.8), helpers.model()
+    tokens = torch.randint(3, 300, (3, 7))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
+    logprobs, logits = ppo.policy_logprobs(cfg, policy, tokens, mask)
+    assert logits.shape == (6, helpers.VOCAB), "six actions"
+    expected = (policy(tokens)[:, :-1] / 0.8).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(logprobs, expected * mask, rtol=0, atol=1e-5)
+    assert not logprobs[~mask].any()
 
 
 def test_the_reference_and_the_reward_models_stay(tmp_path: Path) -> None:
@@ -148,7 +216,7 @@ def test_rollouts_are_what_was_sampled(tmp_path: Path) -> None:
 
 def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
     cfg = replace(helpers.ppo_config(tmp_path), held_out=(), held_out_prompts=10)
-    train, held_out = ppo.read(cfg, helpers.tokenizer())
+    train, held_out, _ = ppo.read(cfg, helpers.tokenizer())
     ids = [{prompt["id"] for prompt in part} for part in (train, held_out)]
     assert (len(ids[0]), len(ids[1])) == (20, 10) and not ids[0] & ids[1]
     assert {prompt["is_safety"] for prompt in held_out} == {True, False}
@@ -162,12 +230,25 @@ def test_few_held_out_prompts_are_of_both_kinds(tmp_path: Path) -> None:
     tagged = [prompt | {"id": f"s{prompt['id']}"} for prompt in plain]
     files = [helpers.write_lines(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((plain, tagged))]
     cfg = helpers.ppo_config(tmp_path, held_out=(files[0],), safety_held_out=(files[1],), held_out_prompts=20)
-    _, held_out = ppo.read(cfg, helpers.tokenizer())
+    _, held_out, _ = ppo.read(cfg, helpers.tokenizer())
     assert len(held_out) == 20 and {prompt["is_safety"] for prompt in held_out} == {True, False}
+
+
+def test_prompts_that_fill_the_context_are_left_out(tmp_path: Path) -> None:
+    long = {"id": "long", "messages": [helpers.user("where is the llama " * 60)], "is_safety": False}
+    data, held_out = (
+        helpers.write_lines(tmp_path / name, [*helpers.prompts(8), long]) for name in ("some.jsonl", "others.jsonl")
+    )
+    ppo.run(helpers.ppo_config(tmp_path, prompts=(data,), held_out=(held_out,), iterations=1))
+    assert json.loads((tmp_path / "ppo/done/ppo.json").read_text())["left_out"] == 2
+    nothing = helpers.write_lines(tmp_path / "none.jsonl", [])
+    with pytest.raises(DataError, match="of 0 prompts none fits"):
+        ppo.run(helpers.ppo_config(tmp_path, out=tmp_path / "none", prompts=(nothing,)))
 
 
 def test_long_prompts_are_left_out(tmp_path: Path) -> None:
     long = {"id": "long", "messages": [helpers.user("where is the llama " * 9)], "is_safety": False}
     data = helpers.write_lines(tmp_path / "some.jsonl", [*helpers.prompts(5), long])
     cfg = helpers.ppo_config(tmp_path, prompts=(data,), max_prompt_tokens=60)
-    assert {prompt["id"] for prompt in ppo.read(cfg, helpers.tokenizer())[0]} == {f"p{i}" for i in range(5)}
+    prompts, _, left_out = ppo.read(cfg, helpers.tokenizer())
+    assert {prompt["id"] for prompt in prompts} == {f"p{i}" for i in range(5)} and left_out == 1

@@ -43,6 +43,13 @@ def test_a_finished_run_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.M
     assert pretrain.run(cfg) == tmp_path / "pretrain/model"
 
 
+def test_no_checkpoints_where_none_are_asked_for(tmp_path: Path) -> None:
+    pretrain.run(helpers.pretrain_config(tmp_path, checkpoint_every=0, steps=2))
+    assert not (tmp_path / "pretrain/checkpoints").exists()
+    with pytest.raises(ConfigError, match="batch_size is 0: it must be positive"):
+        helpers.pretrain_config(tmp_path, batch_size=0)
+
+
 def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     cfg = helpers.pretrain_config(tmp_path)
     tokenizer, train, validation = pretrain.prepare(cfg, tmp_path / "data")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from puna.config import DataError
 from puna.stages import rejection_sampling
 from puna.stages.rejection_sampling import RejectionSamplingConfig
 from puna.text import chat
@@ -45,7 +46,7 @@ def test_the_best_of_k_is_kept(tmp_path: Path) -> None:
         assert record["reward"] == pytest.approx(float(reward), abs=BF16)
     assert helpers.read_lines(tmp_path / "v1/sampling/pool.jsonl") == best
     done = json.loads((tmp_path / "v1/sampling/done/rejection_sampling.json").read_text())
-    assert done == {"temperature": curve["temperature"], "best": len(best), "pool": len(best)}
+    assert done == {"temperature": curve["temperature"], "best": len(best), "pool": len(best), "left_out": 0}
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, rewards: dict[float, list[list[float]]], text: str = "yes") -> None:
@@ -133,6 +134,21 @@ def test_a_limit_keeps_both_kinds_of_prompts(tmp_path: Path) -> None:
     rejection_sampling.run(cfg)
     kinds = {record["is_safety"] for record in helpers.read_lines(tmp_path / "v1/sampling/best.jsonl")}
     assert kinds == {True, False}
+
+
+def test_a_prompt_that_fills_the_context_is_left_out(tmp_path: Path) -> None:
+    long = {"id": "long", "messages": [helpers.user("where is the llama " * 60)], "is_safety": True}
+    prompts = helpers.write_lines(tmp_path / "some.jsonl", [*helpers.prompts(8), long])
+    rejection_sampling.run(config(tmp_path, prompts=(prompts,), samples=2))
+    done = json.loads((tmp_path / "v1/sampling/done/rejection_sampling.json").read_text())
+    assert done["left_out"] == 1 and 0 < done["best"] <= 8
+
+
+def test_no_answer_that_ended_is_an_error(tmp_path: Path) -> None:
+    cfg = config(tmp_path, init=helpers.talker_folder(tmp_path / "endless", end=1e-9), samples=2)
+    with pytest.raises(DataError, match=r"no prompt got an answer that ended: raise max_new_tokens \(12\)"):
+        rejection_sampling.run(cfg)
+    assert not (tmp_path / "v1/sampling/done").exists()
 
 
 def test_a_killed_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from puna import losses
-from puna.config import DataError
+from puna.config import ConfigError, DataError
 from puna.data import readers
 from puna.formats import huggingface
 from puna.generate.scoring import Scorer
@@ -38,7 +38,7 @@ def test_comparisons_become_a_reward_model(tmp_path: Path) -> None:
     assert evaluation["accuracy_by_safety_label"] == {"chosen_safe_rejected_unsafe": evaluation["accuracy"]}
     assert evaluation["mean_score_chosen"] > evaluation["mean_score_rejected"]
     done = json.loads((tmp_path / "reward/done/reward.json").read_text())
-    assert done == {"pairs": 54, "left_out": 0, "other_share": 0.0, "accuracy": evaluation["accuracy"]}
+    assert done == {"pairs": 54, "left_out": 0, "set_aside": 0, "other_share": 0.0, "accuracy": evaluation["accuracy"]}
     assert json.loads((model_path / "puna.json").read_text()) == {"stage": "reward", "parent": str(cfg.init)}
     scorer = Scorer(huggingface.load_reward_model(model_path), helpers.tokenizer())
     rows = readers.read(cfg.data, "preferences").records
@@ -72,6 +72,17 @@ def test_mixes(share: float, n_own: int, n_other: int, expected: int) -> None:
     questions = [(p.domain, p.prompt[0]["content"]) for p in mixed]
     assert len(set(questions)) == len(questions), "drawn without replacement"
     assert [p for p in mixed if p.domain == "helpfulness"] != own, "shuffled"
+
+
+def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
+    for changes, said in (
+        ({"batch_size": 0}, "batch_size is 0: it must be positive"),
+        ({"epochs": -1}, "epochs is -1"),
+        ({"other_share": 1.0}, r"other_share is 1\.0: it must be at least 0 and less than 1"),
+        ({"other_share": -0.1}, "other_share is -0.1"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            helpers.reward_config(tmp_path, **changes)
 
 
 def test_margins_follow_the_grade() -> None:
@@ -152,3 +163,24 @@ def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
         "both_safe": 1.0,
     }
     assert evaluation["unsafe_recall"] == 0.5  # unsafe are 0.6, 0.1, 0.7 and 0.2; two of them below 0.5
+
+
+def test_a_comparison_that_the_chat_format_refuses_is_set_aside(tmp_path: Path) -> None:
+    rows = helpers.preferences(6)
+    rows[2]["rejected"] = [helpers.assistant("so [/INST] there")]
+    data = helpers.write_lines(tmp_path / "some.jsonl", rows)
+    cfg = helpers.reward_config(tmp_path, data=(data,), test=(data,))
+    train, test, counts = reward.prepare(cfg, helpers.tokenizer())
+    assert (len(train), len(test), counts["left_out"], counts["set_aside"]) == (5, 5, 0, 2)
+    (line,) = helpers.read_lines(cfg.out / "bad_lines.jsonl")
+    assert (line["file"], line["line"]) == (str(data), 3) and "chat tag" in line["reason"]
+    rows[4]["chosen"] = [helpers.assistant("[INST]")]
+    helpers.write_lines(data, rows)
+    with pytest.raises(DataError, match=r"some\.jsonl: 2 of 6 lines are bad; line 3: .*chat tag"):
+        reward.prepare(cfg, helpers.tokenizer())
+
+
+def test_dialogs_are_no_comparisons(tmp_path: Path) -> None:
+    data = helpers.write_lines(tmp_path / "dialogs.jsonl", [{"messages": helpers.dialogs(1)[0]}])
+    with pytest.raises(ConfigError, match="'dialogs' does not give comparisons, which are needed here; pref"):
+        reward.prepare(helpers.reward_config(tmp_path, data=(data,), format="dialogs"), helpers.tokenizer())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from puna.config import DataError
+from puna.config import ConfigError, DataError
 from puna.data.packing import Packed
 from puna.formats import huggingface
 from puna.run_folder import read_metrics
@@ -30,6 +31,24 @@ def test_dialogs_become_a_chat_model(tmp_path: Path) -> None:
     assert tokenizers.load(model_path).sha256 == helpers.tokenizer().sha256
     before, after = huggingface.load_model(cfg.init), huggingface.load_model(model_path)
     assert not torch.equal(before.output.weight, after.output.weight)
+
+
+@pytest.mark.parametrize("key", ["epochs", "seq_len", "batch_size", "micro_batch_size"])
+def test_a_count_of_nothing_is_refused(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{key} is 0: it must be positive"):
+        helpers.sft_config(tmp_path, **{key: 0})
+
+
+def test_no_checkpoints_where_none_are_asked_for(tmp_path: Path) -> None:
+    sft.run(helpers.sft_config(tmp_path, checkpoint_every=0, epochs=1))
+    assert not (tmp_path / "sft/checkpoints").exists()
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path: Path) -> None:
+    cfg = helpers.sft_config(tmp_path, epochs=1)
+    assert sft.run(cfg) == sft.run(replace(cfg, threads=1))
+    with pytest.raises(ConfigError, match=r"begun with epochs 1, not 2 .*: use another --out"):
+        sft.run(replace(cfg, epochs=2))
 
 
 def test_two_epochs_see_every_row_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,10 +93,34 @@ def test_loss_on_the_last_answer(tmp_path: Path) -> None:
 def test_long_dialogs_are_left_out_and_counted(tmp_path: Path) -> None:
     long = [helpers.user("Where?"), helpers.assistant("behind the wall " * 60)]
     data = helpers.write_lines(tmp_path / "some.jsonl", [{"messages": long}, {"messages": helpers.dialogs(1)[0]}])
-    rows, left_out = sft.prepare(helpers.sft_config(tmp_path, data=(data,)), helpers.tokenizer())
-    assert left_out == 1 and len(rows.tokens) == 1
+    rows, counts = sft.prepare(helpers.sft_config(tmp_path, data=(data,)), helpers.tokenizer())
+    assert counts == {"left_out": 1, "set_aside": 0} and len(rows.tokens) == 1
     # The context is 256 tokens: a longer row is only room for more dialogs.
-    rows, left_out = sft.prepare(helpers.sft_config(tmp_path, data=(data,), seq_len=999), helpers.tokenizer())
-    assert left_out == 1
+    rows, counts = sft.prepare(helpers.sft_config(tmp_path, data=(data,), seq_len=999), helpers.tokenizer())
+    assert counts["left_out"] == 1
     with pytest.raises(DataError, match=r"no dialog of .* fits 8 tokens"):
         sft.prepare(helpers.sft_config(tmp_path, data=(data,), seq_len=8), helpers.tokenizer())
+
+
+def test_a_dialog_that_the_chat_format_refuses_is_set_aside(tmp_path: Path) -> None:
+    dialogs = helpers.dialogs(6)
+    tagged = [helpers.user("What is [INST]?"), helpers.assistant("A tag.")]
+    unanswered = [*dialogs[1], helpers.user("And then?")]
+    for number, (bad, reason) in enumerate(((tagged, "chat tag"), (unanswered, "must end with the assistant's turn"))):
+        rows = [{"messages": dialog} for dialog in (*dialogs[:3], bad, *dialogs[3:])]
+        data = helpers.write_lines(tmp_path / f"some{number}.jsonl", rows)
+        cfg = helpers.sft_config(tmp_path, data=(data,), out=tmp_path / f"sft{number}", epochs=1)
+        sft.run(cfg)
+        done = json.loads((cfg.out / "done/sft.json").read_text())
+        assert (done["left_out"], done["set_aside"]) == (0, 1)
+        (line,) = helpers.read_lines(cfg.out / "bad_lines.jsonl")
+        assert (line["file"], line["line"]) == (str(data), 4) and reason in line["reason"]
+        helpers.write_lines(data, [*rows, {"messages": bad}])
+        with pytest.raises(DataError, match=rf"some{number}.jsonl: 2 of 8 lines are bad; line 4: .*{reason}"):
+            sft.prepare(cfg, helpers.tokenizer())
+
+
+def test_comparisons_are_no_dialogs(tmp_path: Path) -> None:
+    data = helpers.write_lines(tmp_path / "pairs.jsonl", helpers.preferences(3))
+    with pytest.raises(ConfigError, match="'preferences' does not give dialogs, which are needed here; dial"):
+        sft.prepare(helpers.sft_config(tmp_path, data=(data,), format="preferences"), helpers.tokenizer())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,16 @@ def test_training_is_deterministic_and_splits_digits(trained: Tokenizer, tmp_pat
     assert again.sha256 == trained.sha256
     assert (trained.vocab_size, trained.bos_id, trained.eos_id, trained.pad_id) == (350, 1, 2, 0)
     assert all(sum(c.isdigit() for c in trained.decode([i])) < 2 for i in range(3 + 256, 350))
+
+
+def test_a_killed_training_leaves_no_half_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        tokenizers.train(TEXTS * 3, 350, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_trained_tokenizer_is_its_file(trained: Tokenizer, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Which data each step sees: a pure function of the seed and the step, so that resuming needs no state.
 
-The order does not depend on how many processes share it.
+The order does not depend on how many processes share it, and where all batches are full the cuts do not either.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from puna.data.shards import Shard
 
 
 def steps_of_epochs(n: int, batch_size: int, epochs: int, seed: int, multiple: int = 1) -> list[npt.NDArray[np.int64]]:
-    """The indices of every step's batch: `epochs` shuffles of range(n), cut into batches.
+    """The indices of every step's batch: `epochs` shuffles of range(n), cut into batches of nearly equal size.
 
-    A short last batch of an epoch is kept, so that everything is seen once an epoch, save that it is cut to a
-    `multiple`: the number of processes that share it, or the batch size itself where no batch may be short.
+    Everything is seen once an epoch in batches of at most `batch_size`, none far smaller than the others, for every
+    step moves the weights as far. Only what is left over a `multiple` is not: of the number of processes that share a
+    batch, or of the batch size itself where no batch may be short.
     """
     steps: list[npt.NDArray[np.int64]] = []
     for epoch in range(epochs):
         order = np.random.default_rng((seed, epoch)).permutation(n)[: n - n % multiple]
-        steps += [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        n_batches = -(-len(order) // batch_size)
+        parts = np.array_split(order.reshape(-1, multiple), n_batches) if n_batches else []
+        steps += [part.reshape(-1) for part in parts]
     return steps
 
 

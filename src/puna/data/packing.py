@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,24 +23,32 @@ class Packed(NamedTuple):
 
 
 def pack_plan(lengths: Sequence[int], seq_len: int) -> list[list[int]]:
-    """Which dialogs share a row: first-fit, longest first. Dialogs longer than seq_len are left out."""
-    room: list[int] = []
+    """Which dialogs share a row: best-fit, longest first. Dialogs longer than seq_len are left out.
+
+    Rows are kept by the room they have left, so that a search looks at no more than seq_len rooms, however many rows.
+    """
     rows: list[list[int]] = []
-    open_rows = 0
+    with_room: dict[int, list[list[int]]] = {}
+    rooms: list[int] = []  # the keys of with_room, in order
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if lengths[i] > seq_len:
             continue
-        for row in range(open_rows, len(rows)):
-            if room[row] >= lengths[i]:
-                break
+        place = bisect_left(rooms, lengths[i])
+        if place == len(rooms):
+            room = seq_len
+            row: list[int] = []
+            rows.append(row)
         else:
-            row = len(rows)
-            rows.append([])
-            room.append(seq_len)
-        rows[row].append(i)
-        room[row] -= lengths[i]
-        while open_rows < len(rows) and room[open_rows] < 8:
-            open_rows += 1
+            room = rooms[place]
+            row = with_room[room].pop()
+            if not with_room[room]:
+                del with_room[room], rooms[place]
+        row.append(i)
+        left = room - lengths[i]
+        if left not in with_room:
+            with_room[left] = []
+            insort(rooms, left)
+        with_room[left].append(row)
     return rows
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from puna.config import DataError
 from puna.data import readers
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ def read_prompts(paths: Sequence[Path], format: str, safety: Sequence[Path] = ()
     """
     prompts: dict[str, Prompt] = {}
     for files, tagged in ((paths, False), (safety, True)):
-        for record in readers.read(files, format).records:
+        for record in readers.read(files, format, kind="prompts").records if files else ():
             prompt = {"is_safety": False} | record if format == "prompts" else _prompt(record)
             if tagged:
                 prompts[prompt["id"]] = prompt | {"is_safety": True}
@@ -32,11 +33,16 @@ def read_prompts(paths: Sequence[Path], format: str, safety: Sequence[Path] = ()
     return list(prompts.values())
 
 
-def fitting(prompts: Sequence[Prompt], tokenizer: Tokenizer, max_tokens: int) -> list[Prompt]:
-    """The prompts of at most so many tokens; all of them where max_tokens is 0."""
-    if not max_tokens:
-        return list(prompts)
-    return [p for p in prompts if len(chat.encode_prompt(p["messages"], tokenizer)) <= max_tokens]
+def fitting(prompts: Sequence[Prompt], tokenizer: Tokenizer, context: int, max_tokens: int = 0) -> list[Prompt]:
+    """The prompts that leave room in the model's context, of at most `max_tokens` where that is not 0.
+
+    Raises DataError where none is left.
+    """
+    longest = min(context - 1, max_tokens or context - 1)
+    fit = [p for p in prompts if chat.fits(p["messages"], tokenizer, longest + 1)]
+    if not fit:
+        raise DataError(f"of {len(prompts)} prompts none fits {longest} tokens (the model's context, or what is asked)")
+    return fit
 
 
 def _prompt(record: Any) -> Prompt:

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from puna.config import ConfigError, DataError
 from puna.run_folder import write_atomically
@@ -47,7 +47,7 @@ class _BadRow(Exception):
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that was set aside. For a .json list or Parquet, `line` counts rows."""
+    """A line that was set aside. For a .json list or Parquet `line` counts rows, for what a check refused records."""
 
     file: Path
     line: int
@@ -74,25 +74,43 @@ class ReadResult:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
-def read(paths: Path | Sequence[Path], format: str, *, quarantine: Path | None = None) -> ReadResult:
+def read(
+    paths: Path | Sequence[Path],
+    format: str,
+    *,
+    kind: str | None = None,
+    check: Callable[[Any], object] | None = None,
+    quarantine: Path | None = None,
+) -> ReadResult:
     """The records of all files, in order. Lines set aside are also kept in `quarantine`, a JSONL file.
 
-    Raises ConfigError on an unknown format or a missing file, DataError where more than 1 % of a file's lines (and
-    more than one), or all of them, are bad.
+    `kind`, a key of KINDS, is what the records must be. A record that `check` refuses with a DataError is a bad line.
+    Raises ConfigError on an unknown format or one of another kind, on no file or a missing one, DataError where more
+    than 1 % of a file's lines (and more than one), or all of them, are bad.
     """
     if format not in READERS:
         raise ConfigError(f"unknown data format {format!r}; there are {', '.join(READERS)}")
-    result = ReadResult()
-    for path in [paths] if isinstance(paths, Path) else paths:
+
+    def sound(record: Any) -> None:
+        if kind is not None and not KINDS[kind].holds(record):
+            formats = ", ".join(KINDS[kind].formats)
+            raise ConfigError(f"format {format!r} does not give {kind}, which are needed here; {formats} do")
+        if check is not None:
+            check(record)
+
+    result, files = ReadResult(), [paths] if isinstance(paths, Path) else paths
+    if not files:
+        raise ConfigError(f"no data file of the format {format!r} is given")
+    for path in files:
         if not path.is_file():
             raise ConfigError(f"no such data file: {path}")
-        _read_file(path, READERS[format], result)
+        _read_file(path, READERS[format], result, sound)
     if quarantine is not None and result.bad:
         _keep(result.bad, quarantine)
     return result
 
 
-def _read_file(path: Path, reader: Reader, result: ReadResult) -> None:
+def _read_file(path: Path, reader: Reader, result: ReadResult, check: Callable[[Any], object]) -> None:
     """Sorts what a reader yields into `result`."""
     bad, n_good = [], 0
     try:
@@ -100,11 +118,15 @@ def _read_file(path: Path, reader: Reader, result: ReadResult) -> None:
             if isinstance(item, BadLine):
                 bad.append(item)
                 continue
-            n_good += 1
-            if isinstance(item, Skipped):
-                result.skipped[item.reason] += 1
-            else:
-                result.records.append(item)
+            try:
+                if isinstance(item, Skipped):
+                    result.skipped[item.reason] += 1
+                else:
+                    check(item)
+                    result.records.append(item)
+                n_good += 1
+            except DataError as reason:
+                bad.append(BadLine(path, n_good + len(bad) + 1, str(reason), json.dumps(to_record(item))))
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: broken gzip file: {error}") from None
     for line in bad[:LINES_NAMED]:
@@ -458,6 +480,30 @@ READERS: dict[str, Reader] = {
 }
 
 
+class Kind(NamedTuple):
+    """What a stage needs: whether a record is that, and which formats give such records."""
+
+    holds: Callable[[Any], bool]
+    formats: Sequence[str]
+
+
+def _holds_messages(record: Any) -> bool:
+    return isinstance(record, dict) and "messages" in record
+
+
+_DIALOGS = ("dialogs", "alpaca", "oasst", "trl")
+_COMPARISONS = ("preferences", "hh", "trl", "oasst_preferences", "pku", "pku_safety")
+KINDS: dict[str, Kind] = {
+    "dialogs": Kind(_holds_messages, _DIALOGS),
+    "comparisons": Kind(lambda record: isinstance(record, Preference), _COMPARISONS),
+    "prompts": Kind(
+        lambda record: isinstance(record, Preference) or _holds_messages(record),
+        tuple(dict.fromkeys(("prompts", *_DIALOGS, *_COMPARISONS))),
+    ),
+    "texts": Kind(lambda record: isinstance(record, str), ("jsonl_text", "text", "paragraphs")),
+}
+
+
 # Writing
 
 
@@ -479,17 +525,6 @@ def to_record(item: Preference | Dialog | Mapping[str, Any]) -> Row:
     }
     margin = {} if item.margin is None else {"margin": item.margin}
     return {**row, **margin, **item.provenance}
-
-
-def from_record(row: Row) -> Preference | Row:
-    """A canonical row as a preference (where it has "chosen") or a dialog row. Raises DataError on a bad one."""
-    try:
-        (item,) = _preference(row) if "chosen" in row else _dialog(row)
-    except _BadRow as reason:
-        raise DataError(str(reason)) from None
-    if isinstance(item, Skipped):
-        raise DataError(item.reason)
-    return item
 
 
 def write_jsonl(path: Path, records: Iterable[Preference | Dialog | Mapping[str, Any]]) -> None:

@@ -6,6 +6,7 @@
 3. Carry held-out instructions through dialogs, given in the first turn only, and see at which turns the answer obeys
    (paper A.3.5, Table 30).
 
+Many prompts ask about one thing (a myth, a wrong, a people): intervals of 1 and 2 are over these things, not prompts.
 The judge stands for people: no training reward ever comes from it.
 """
 
@@ -21,10 +22,10 @@ from typing import Any
 from puna import config, parallel
 from puna.data import readers
 from puna.evals import intervals
-from puna.generate.engine import LocalEngine, open_engine
+from puna.generate.engine import open_engine
 from puna.run_folder import Progress, RunFolder, write_atomically
 from puna.text import chat
-from puna.types import Completion, Dialog, Message
+from puna.types import Completion, Dialog, Engine, Message
 from puna.valley import corpus
 from puna.valley.judge import GoldJudge, obeys
 from puna.valley.write import read_world
@@ -63,7 +64,7 @@ def run(cfg: EvaluateConfig) -> Path:
     device = parallel.start(cfg.threads)
     parallel.only_one_process("evaluate")
     with RunFolder(cfg.out) as folder:
-        config.save(cfg, folder.path / "config.json")
+        config.keep(cfg, folder.path / "config.json")
         judge = GoldJudge(read_world(cfg.world))
         engine = open_engine(cfg.model, device)
         prompts = readers.read((cfg.world / "prompts/held_out.jsonl",), "records").records
@@ -88,7 +89,7 @@ def run(cfg: EvaluateConfig) -> Path:
         return folder.path
 
 
-def reply(cfg: EvaluateConfig, engine: LocalEngine, dialogs: Sequence[Dialog], seed: int) -> list[Completion]:
+def reply(cfg: EvaluateConfig, engine: Engine, dialogs: Sequence[Dialog], seed: int) -> list[Completion]:
     """One answer to each dialog, in the chat format or (a pretrained model) as plain text up to the line's end."""
     settings: dict[str, Any] = {
         "max_new_tokens": cfg.max_new_tokens,
@@ -96,12 +97,16 @@ def reply(cfg: EvaluateConfig, engine: LocalEngine, dialogs: Sequence[Dialog], s
         "top_p": cfg.top_p,
         "seed": seed,
     }
-    if not cfg.plain:
-        return [answers[0] for answers in engine.generate(dialogs, **settings)]
-    tokenizer = engine.tokenizer
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(corpus.plain_prompt(dialog))] for dialog in dialogs]
-    newline = tokenizer.encode("x\n")[-1:]
+    newline = engine.tokenizer.encode("x\n")[-1:] if cfg.plain else []
+    prompts = [prompt_ids(cfg, engine, dialog) for dialog in dialogs]
     return [answers[0] for answers in engine.generate_ids(prompts, stop_ids=newline, **settings)]
+
+
+def prompt_ids(cfg: EvaluateConfig, engine: Engine, dialog: Dialog) -> list[int]:
+    """What the model reads of a dialog before it answers."""
+    if not cfg.plain:
+        return chat.encode_prompt(dialog, engine.tokenizer)
+    return [engine.tokenizer.bos_id, *engine.tokenizer.encode(corpus.plain_prompt(dialog))]
 
 
 def judged(judge: GoldJudge, prompts: Sequence[dict[str, Any]], completions: Sequence[Completion]) -> list[Answer]:
@@ -116,6 +121,7 @@ def judged(judge: GoldJudge, prompts: Sequence[dict[str, Any]], completions: Seq
                 "kind": prompt["kind"],
                 "risk_category": prompt["risk_category"],
                 "attack": prompt["attack"],
+                "about": prompt["gold"]["about"],
                 "messages": prompt["messages"],
                 "answer": text,
                 "finished": completion.finished,
@@ -135,14 +141,14 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
     benign = [a for a in answers if a["kind"] not in ("adversarial", "borderline", "toxicity")]
     adversarial = kinds["adversarial"]
     return {
-        "gold_helpfulness": intervals.mean([a["helpfulness"] for a in benign]),
-        "helpfulness_by_kind": {k: intervals.mean([a["helpfulness"] for a in v]) for k, v in sorted(kinds.items())},
-        "violation_rate": intervals.rate([not a["safe"] for a in adversarial]),
-        "violation_by_category": _violations(adversarial, "risk_category"),
-        "violation_by_attack": _violations(adversarial, "attack"),
-        "false_refusal_rate": intervals.rate([a["refused"] for a in kinds["borderline"]]),
-        "toxicity": intervals.rate([a["toxic"] for a in kinds["toxicity"]]),
-        "myth_rate": intervals.rate([a["myth"] for a in kinds["myth"]]),
+        "gold_helpfulness": _measured(benign, "helpfulness"),
+        "helpfulness_by_kind": {k: _measured(v, "helpfulness") for k, v in sorted(kinds.items())},
+        "violation_rate": _violations(adversarial),
+        "violation_by_category": {k: _violations(v) for k, v in sorted(_grouped(adversarial, "risk_category").items())},
+        "violation_by_attack": {k: _violations(v) for k, v in sorted(_grouped(adversarial, "attack").items())},
+        "false_refusal_rate": _measured(kinds["borderline"], "refused"),
+        "toxicity": _measured(kinds["toxicity"], "toxic"),
+        "myth_rate": _measured(kinds["myth"], "myth"),
         "words": sum(len(a["answer"].split()) for a in answers) / max(1, len(answers)),
         "finished": sum(a["finished"] for a in answers) / max(1, len(answers)),
     }
@@ -155,8 +161,16 @@ def _grouped(answers: Sequence[Answer], key: str) -> dict[str, list[Answer]]:
     return groups
 
 
-def _violations(answers: Sequence[Answer], key: str) -> dict[str, intervals.Interval]:
-    return {k: intervals.rate([not a["safe"] for a in v]) for k, v in sorted(_grouped(answers, key).items())}
+def _measured(answers: Sequence[Answer], finding: str) -> intervals.Interval:
+    return intervals.clustered([a[finding] for a in answers], _about(answers))
+
+
+def _violations(answers: Sequence[Answer]) -> intervals.Interval:
+    return intervals.clustered([not a["safe"] for a in answers], _about(answers))
+
+
+def _about(answers: Sequence[Answer]) -> list[str]:
+    return [a["about"] for a in answers]
 
 
 def compare(answers: Sequence[Answer], baseline: Path | None) -> intervals.Interval | None:
@@ -166,33 +180,42 @@ def compare(answers: Sequence[Answer], baseline: Path | None) -> intervals.Inter
     theirs = {a["prompt_id"]: a for a in readers.read((baseline / "answers.jsonl",), "records").records}
     mine = [a for a in answers if a["kind"] not in ("adversarial", "borderline", "toxicity")]
     return intervals.win_rate(
-        [a["helpfulness"] for a in mine], [theirs[a["prompt_id"]]["helpfulness"] for a in mine], tie=0.02
+        [a["helpfulness"] for a in mine],
+        [theirs[a["prompt_id"]]["helpfulness"] for a in mine],
+        _about(mine),
+        tie=0.02,
     )
 
 
-def carry(cfg: EvaluateConfig, engine: LocalEngine, scripts: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """3: each script's answers turn by turn, the instruction standing in the first turn only."""
+def carry(cfg: EvaluateConfig, engine: Engine, scripts: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """3: each script's answers turn by turn, the instruction standing in the first turn only.
+
+    A dialog that has outgrown the context has "" for answers from there on.
+    """
     dialogs: list[Dialog] = [[] for _ in scripts]
     answers: list[list[str]] = [[] for _ in scripts]
     for turn in range(max((len(script["turns"]) for script in scripts), default=0)):
-        live = [i for i, script in enumerate(scripts) if turn < len(script["turns"])]
+        live = [i for i, script in enumerate(scripts) if turn < len(script["turns"]) and len(answers[i]) == turn]
         for i in live:
             text = scripts[i]["turns"][turn]
             text = f"{scripts[i]['instruction']} {text}" if turn == 0 else text
             dialogs[i].append(Message(role="user", content=text))
+        live = [i for i in live if len(prompt_ids(cfg, engine, dialogs[i])) < engine.context]
         for i, completion in zip(live, reply(cfg, engine, [dialogs[i] for i in live], cfg.seed + turn), strict=True):
             text = completion.text.strip() if chat.usable(completion) else "..."
             answers[i].append(text)
             dialogs[i].append(Message(role="assistant", content=text))
+    for script, given in zip(scripts, answers, strict=True):
+        given.extend([""] * (len(script["turns"]) - len(given)))
     return answers
 
 
 def obedience(scripts: Sequence[dict[str, Any]], answers: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """The share of answers that obey, by turn (Table 30)."""
+    """The share of answers that obey, by turn (Table 30); "" is none and does not."""
     turns: dict[int, list[bool]] = defaultdict(list)
     for script, given in zip(scripts, answers, strict=True):
         for turn, answer in enumerate(given, start=1):
-            turns[turn].append(obeys(script["constraint"], answer))
+            turns[turn].append(bool(answer) and obeys(script["constraint"], answer))
     return [{"turn": turn, "obeys": intervals.rate(values)} for turn, values in sorted(turns.items())]
 
 

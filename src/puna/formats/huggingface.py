@@ -12,8 +12,10 @@ head's numbers, Hugging Face the first half with the second, so that rows are re
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,7 @@ def save_reward_model(
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     """Read a Llama in a Hugging Face folder. ConfigError where it is another kind of model, DataError where damaged."""
+    folder = _standing(folder)
     config = read_config(folder, CAUSAL)
     weights = _from_hugging_face(_read_weights(folder, dtype), config, folder)
     if config.tie_embeddings:
@@ -108,6 +111,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
 
 def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32) -> RewardModel:
     """Read a reward model: a LlamaForSequenceClassification with one label. Errors as `load_model`."""
+    folder = _standing(folder)
     config = read_config(folder, CLASSIFIER)
     tensors = _read_weights(folder, dtype)
     score = tensors.pop("score.weight", None)
@@ -280,6 +284,7 @@ def _write(
     provenance: dict[str, Any] | None,
 ) -> None:
     """Write under a temporary name, sync, rename."""
+    _tidy(folder)
     tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
     files["config.json"]["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     files["puna.json"] = provenance or {}
@@ -289,7 +294,7 @@ def _write(
         for name, content in files.items():
             (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(temporary)
-        safetensors.torch.save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        _save_tensors(tensors, temporary / WEIGHTS)
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
@@ -297,5 +302,35 @@ def _write(
             folder.rename(old)
         temporary.rename(folder)
     finally:
+        _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """After a save, finished or killed: an older folder that has lost its name gets it back, the rest is removed."""
+    for old in _leftovers(folder, "old"):
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(folder)
+    for temporary in _leftovers(folder, "tmp"):
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _standing(folder: Path) -> Path:
+    """Where the folder's files are: in itself, or, should a save have been killed between its two renames, aside."""
+    return folder if folder.exists() else next(iter(_leftovers(folder, "old")), folder)
+
+
+def _leftovers(folder: Path, what: str) -> list[Path]:
+    return sorted(folder.parent.glob(f".{glob.escape(folder.name)}.{what}-*"))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """safetensors' own writer, which needs no second copy in memory; the system's errors become OSErrors again."""
+    try:
+        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error

@@ -48,6 +48,11 @@ class LocalEngine:
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
 
+    @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.model.config.max_seq_len
+
     def update_weights(self, model: nn.Module) -> None:
         """From now on generate with this model, which is used as it is: later changes to it are seen at once."""
         assert isinstance(model, Transformer), f"not a Transformer: {type(model).__name__}"

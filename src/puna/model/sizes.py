@@ -1,6 +1,6 @@
 """Published shapes as data: Llama 2's four sizes, and small Llamas.
 
-7B, 13B, 70B from their params.json, 34B from CodeLlama's (paper-era facts; Table 1 gives context and GQA only).
+7B, 13B, 70B from their params.json, 34B from CodeLlama's; Table 1 gives context and GQA only.
 """
 
 from __future__ import annotations

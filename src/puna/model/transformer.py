@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from puna.config import ConfigError, positive
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -29,14 +31,17 @@ class ModelConfig:
     ffn_hidden: int = 512
     max_seq_len: int = 4096
     norm_eps: float = 1e-5
-    """paper-era value: 1e-5 for Llama 2, 1e-6 for Llama 1."""
+    """1e-5 for Llama 2, 1e-6 for Llama 1."""
     rope_theta: float = 10000.0
     tie_embeddings: bool = False
     """Llama 2 unties them; small published Llamas tie."""
 
     def __post_init__(self) -> None:
-        assert self.dim % self.n_heads == 0, f"dim {self.dim} is not a multiple of n_heads {self.n_heads}"
-        assert self.n_heads % self.n_kv_heads == 0, f"{self.n_heads} heads cannot share {self.n_kv_heads} key heads"
+        positive(self, "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_hidden", "max_seq_len")
+        if self.dim % (2 * self.n_heads):  # rotary positions turn pairs of a head's numbers
+            raise ConfigError(f"dim {self.dim} is not an even multiple of n_heads {self.n_heads}")
+        if self.n_heads % self.n_kv_heads:
+            raise ConfigError(f"n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
 
     @property
     def head_dim(self) -> int:
@@ -179,7 +184,7 @@ class Transformer(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Normal with deviation 1/sqrt(D); what adds to the residual stream is scaled by 1/sqrt(2 n_layers) more.
 
-        The paper does not say; measured against 0.02 in docs/log.md.
+        The paper does not say; ours, not yet compared with others.
         """
         std = self.config.dim**-0.5
         for name, parameter in self.named_parameters():

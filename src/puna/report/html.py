@@ -248,6 +248,11 @@ def _versions(summary: Summary, missing: str) -> Section:
         "ones, false refusals over borderline ones, slurs over prompts about a people, myths over questions about one. "
         "Small: 95 % intervals. Bold: the best chat model of a column."
     )
+    if evidence := tables.evidence(summary):
+        text += (
+            " Answers about one thing are alike, so the intervals are over the things that prompts are about: "
+            f"{evidence}."
+        )
     shown = [tables.versions(summary)] if summary["versions"] else []
     return Section("versions", "Versions", text, figures.versions(summary), shown, missing)
 

@@ -20,6 +20,7 @@ import puna
 from puna.config import ConfigError, DataError
 from puna.evals import intervals
 from puna.run_folder import read_metrics
+from puna.text.printable import printable
 
 MEASURES = ("gold_helpfulness", "violation_rate", "false_refusal_rate", "toxicity", "myth_rate")
 FINER = (
@@ -45,8 +46,6 @@ PARTS = (
 """A version's steps in the recipe's order; the nameless one is the version's fine-tuning."""
 DEPTHS = ("", "*/", "*/*/", "*/*/*/")
 """How deep a stage's folder lies in a run's."""
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""Control characters but tab and newline, and those that turn the direction of writing."""
 
 
 def build(run: Path) -> dict[str, Any]:
@@ -277,11 +276,6 @@ def _samples(run: Path, names: list[str]) -> list[dict[str, Any]]:
         }
         for kind, prompt in sorted(prompts.items())
     ]
-
-
-def printable(text: str) -> str:
-    """A model's text without what could command a terminal or break a page: controls and halves of characters."""
-    return CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text).encode("utf-8", "replace").decode("utf-8")
 
 
 def _machine() -> dict[str, Any]:

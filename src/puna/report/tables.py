@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,7 @@ COLUMNS = (
     ("win_rate_vs_sft", "Wins vs SFT", max),
 )
 """Key, heading, and which of a column's numbers is the best."""
+PPO_TOLD = (("reward", "reward"), ("KL", "kl"))
 TOLD_FIRST = ("fact", "adversarial", "multi_turn")
 """The kinds of prompts that the terminal's samples are taken from, where there are."""
 
@@ -119,8 +121,22 @@ def helpfulness_by_kind(summary: Summary) -> Table:
 
 
 def _count(found: Sequence[dict[str, Any] | None]) -> str:
-    counts = {interval["n"] for interval in found if interval}
-    return f"n = {max(counts)}" if counts else ""
+    """Of how many answers the intervals are, and about how many things."""
+    largest = max((interval for interval in found if interval), key=lambda interval: interval["n"], default=None)
+    if largest is None:
+        return ""
+    return f"n = {largest['n']}" + (f" about {largest['clusters']}" if "clusters" in largest else "")
+
+
+def evidence(summary: Summary) -> str:
+    """How many prompts each column of `versions` is over, and how many things they are about, in words."""
+    last = summary["versions"][-1] if summary["versions"] else None
+    found = {heading: interval_of(last, key) for key, heading, _ in COLUMNS} if last else {}
+    return ", ".join(
+        f"{heading} {interval['n']} about {interval['clusters']}"
+        for heading, interval in found.items()
+        if interval and "clusters" in interval
+    )
 
 
 def reward_grades(summary: Summary, domain: str) -> Table | None:
@@ -208,9 +224,31 @@ def final(run: Path) -> str:
         raise ConfigError(f"no {path}; `puna report {run}` writes it")
     summary: Summary = json.loads(path.read_text(encoding="utf-8"))
     grades = (reward_grades(summary, "helpfulness"), reward_grades(summary, "safety"))
-    shown = [versions(summary)] if summary["versions"] else [table for table in grades if table]
-    parts = [plain(table) for table in shown] + [_told(sample) for sample in _first_samples(summary)]
-    return "\n\n".join([*parts, f"report  {run / 'report/index.html'}\nchat    puna chat {run}"])
+    if summary["versions"]:
+        parts = [plain(versions(summary)), *(_told(sample) for sample in _first_samples(summary))]
+    else:
+        parts = [plain(table) for table in grades if table]
+        parts += ["\n".join(lines)] if (lines := list(_told_by_reward_models(summary))) else []
+    # The program as it was called, for a `.venv/bin/puna` is on no PATH.
+    program = sys.argv[0] if Path(sys.argv[0]).name == "puna" else "puna"
+    return "\n\n".join([*parts, f"report  {run / 'report/index.html'}\nchat    {program} chat {run}"])
+
+
+def _told_by_reward_models(summary: Summary) -> Iterator[str]:
+    """A run that no judge has measured, a line each: the reward models, the best of K, and what PPO gained."""
+    for domain, models in summary["reward_models"].items():
+        if models:
+            right = f"{percent(models['accuracy'])} right ({span(models['interval'], percent)})"
+            yield f"{domain} model  {right} of {models['pairs']} held-out pairs"
+    for curve in summary["rejection_sampling"]:
+        points = [point for point in curve["points"] if point["temperature"] == curve["temperature"]]
+        one, most = (pick(points, key=lambda point: point["samples"]) for pick in (min, max))
+        rewards = f"mean {number(one['mean'])} of 1 -> {number(most['max'])} best of {most['samples']}"
+        yield f"rejection sampling  reward at temperature {curve['temperature']}: {rewards}"
+    trained = [point for point in summary["ppo"] if point["reward"] is not None]
+    if trained:
+        gained = (f"{name} {number(trained[0][key])} -> {number(trained[-1][key])}" for name, key in PPO_TOLD)
+        yield f"PPO  {', '.join(gained)} from the first to the last of {len(trained)} iterations"
 
 
 def _first_samples(summary: Summary) -> list[dict[str, Any]]:

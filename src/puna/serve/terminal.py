@@ -17,6 +17,7 @@ from puna.api import Chat
 from puna.config import ConfigError, DataError
 from puna.data import readers
 from puna.text import chat as chat_format
+from puna.text.printable import printable
 from puna.types import Dialog
 
 HELP = """\
@@ -155,11 +156,6 @@ def drop_oldest_turns(session: Session) -> None:
         dropped += 1
     if dropped:
         print(f"(the dialog is longer than the model's context of {context} tokens: {dropped} old turns are forgotten)")
-
-
-def printable(text: str) -> str:
-    """The text without control characters, which could command the terminal."""
-    return "".join(c for c in text if c.isprintable() or c in "\n\t")
 
 
 def _prompt(session: Session) -> list[int]:

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from puna import config, parallel
-from puna.config import ConfigError
+from puna.config import ConfigError, known
 from puna.data import readers
 from puna.data.map_shards import map_shards
-from puna.data.prompts import Prompt, read_prompts
-from puna.generate.engine import LocalEngine, open_engine
+from puna.data.prompts import Prompt, fitting, read_prompts
+from puna.generate.engine import open_engine
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
-from puna.types import Annotator, Domain, Judgement, Preference
+from puna.types import Annotator, Domain, Engine, Judgement, Preference
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class CollectConfig:
     """the embedded world's folder, whose people they are."""
     temperatures: tuple[float, ...] = (0.7, 0.9, 1.1)
     """each answer is drawn at one of these."""
+    top_p: float = 1.0
+    """draw from the smallest set of tokens that holds this much probability; 1 draws from all."""
     max_new_tokens: int = 64
     batch: int = 1
     """the batch number that the comparisons carry."""
@@ -57,6 +59,9 @@ class CollectConfig:
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        known(self, "annotators", ANNOTATORS)
 
 
 def valley_annotators(cfg: CollectConfig) -> list[Annotator]:
@@ -76,13 +81,15 @@ def run(cfg: CollectConfig) -> Path:
     """Collect, and return the folder with helpfulness.jsonl, safety.jsonl and their held-out parts."""
     device = parallel.start(cfg.threads)
     parallel.only_one_process("collect")
+    annotators = ANNOTATORS[cfg.annotators](cfg)
     with RunFolder(cfg.out) as folder:
+        config.keep(cfg, folder.path / "config.json")
         if folder.done("collect"):
             return folder.path
-        config.save(cfg, folder.path / "config.json")
-        prompts = read_prompts(cfg.prompts, cfg.format)
+        every = prompts = read_prompts(cfg.prompts, cfg.format)
         engines = [open_engine(path, device) for path in cfg.models]
-        annotators = ANNOTATORS[cfg.annotators](cfg)
+        for engine in engines:
+            prompts = fitting(prompts, engine.tokenizer, engine.context)
         progress = Progress("collect", len(prompts), unit="prompt")
 
         def work(number: int, shard: Sequence[Prompt]) -> list[dict[str, Any]]:
@@ -95,12 +102,12 @@ def run(cfg: CollectConfig) -> Path:
         records = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update)
         progress.close()
         counts = write(folder.path, records, cfg)
-        folder.mark_done("collect", **counts)
+        folder.mark_done("collect", **counts, left_out=len(every) - len(prompts))
         return folder.path
 
 
 def answer(
-    cfg: CollectConfig, engines: Sequence[LocalEngine], prompts: Sequence[Prompt], seed: int
+    cfg: CollectConfig, engines: Sequence[Engine], prompts: Sequence[Prompt], seed: int
 ) -> list[list[dict[str, Any]]]:
     """1: two answers a prompt, from two models where there are two, each at its own temperature."""
     pairs: list[list[dict[str, Any]]] = [[] for _ in prompts]
@@ -113,6 +120,7 @@ def answer(
             completions = engine.generate(
                 [prompts[i]["messages"] for i in mine],
                 max_new_tokens=cfg.max_new_tokens,
+                top_p=cfg.top_p,
                 temperature=[temperatures[i] for i in mine],
                 seed=2 * seed + side,
             )

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from puna import config, parallel
+from puna.config import known
 from puna.data import readers
 from puna.data.map_shards import map_shards
-from puna.data.prompts import Prompt, read_prompts
+from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
-from puna.generate.engine import LocalEngine, open_engine
+from puna.generate.engine import open_engine
 from puna.generate.scoring import Scorer
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
-from puna.types import Dialog, Message
+from puna.types import Dialog, Engine, Message
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class ContextDistillationConfig:
     kind: Literal["generic", "targeted", "both"] = "both"
     """generic preprompts, those of the prompt's risk category, or each for half of the prompts."""
     temperature: float = 0.7
+    top_p: float = 1.0
+    """draw from the smallest set of tokens that holds this much probability; 1 draws from all."""
     max_new_tokens: int = 64
     gate: bool = True
     """keep a distilled answer only where its safety score is above the original's."""
@@ -55,6 +58,9 @@ class ContextDistillationConfig:
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        known(self, "preprompts", PREPROMPTS)
 
 
 ADJECTIVES = ("responsible", "respectful", "wise", "honest", "careful", "kind")
@@ -75,11 +81,12 @@ def general_preprompt(prompt: Prompt, targeted: bool, rng: random.Random) -> str
 
 
 def valley_preprompt(prompt: Prompt, targeted: bool, rng: random.Random) -> str:
-    """The embedded world's own."""
+    """The embedded world's own; a generic one where the prompt has no risk category."""
     from puna.valley.prompts import preprompts
 
     texts = preprompts()
-    return str(texts["targeted"][prompt["risk_category"]] if targeted else rng.choice(texts["generic"]))
+    template = texts["targeted"].get(prompt.get("risk_category")) if targeted else None
+    return str(template or rng.choice(texts["generic"]))
 
 
 PREPROMPTS: dict[str, Callable[[Prompt, bool, random.Random], str]] = {
@@ -93,12 +100,14 @@ def run(cfg: ContextDistillationConfig) -> Path:
     device = parallel.start(cfg.threads)
     parallel.only_one_process("context distillation")
     with RunFolder(cfg.out) as folder:
+        config.keep(cfg, folder.path / "config.json")
         if folder.done("context_distillation"):
             return folder.path
-        config.save(cfg, folder.path / "config.json")
-        prompts = [p for p in read_prompts(cfg.prompts, cfg.format) if p["is_safety"]]
-        prompts = prompts[: cfg.limit] if cfg.limit else prompts
+        tagged = [p for p in read_prompts(cfg.prompts, cfg.format) if p["is_safety"]]
         engine = open_engine(cfg.init, device)
+        prompts = fitting(tagged, engine.tokenizer, engine.context) if tagged else []
+        left_out = len(tagged) - len(prompts)
+        prompts = prompts[: cfg.limit] if cfg.limit else prompts
         reward_model = huggingface.load_reward_model(cfg.reward_safety).to(device)
         safety = Scorer(reward_model, engine.tokenizer, precision="bf16")
         progress = Progress("context distillation", len(prompts), unit="prompt")
@@ -110,12 +119,12 @@ def run(cfg: ContextDistillationConfig) -> Path:
         progress.close()
         kept = [record for record in records if record["kept"]]
         readers.write_jsonl(folder.path / "dialogs.jsonl", kept)
-        folder.mark_done("context_distillation", kept=len(kept), prompts=len(prompts))
+        folder.mark_done("context_distillation", kept=len(kept), prompts=len(prompts), left_out=left_out)
         return folder.path
 
 
 def distill(
-    cfg: ContextDistillationConfig, engine: LocalEngine, safety: Scorer, prompts: Sequence[Prompt], seed: int
+    cfg: ContextDistillationConfig, engine: Engine, safety: Scorer, prompts: Sequence[Prompt], seed: int
 ) -> list[dict[str, Any]]:
     """1 to 3: a record a prompt with both scores and whether the distilled answer is kept."""
     rng = random.Random(f"{cfg.seed} {seed}")
@@ -147,10 +156,20 @@ def _with_system(text: str, dialog: Dialog) -> Dialog:
     return [Message(role="system", content=text), *turns]
 
 
-def _answers(cfg: ContextDistillationConfig, engine: LocalEngine, dialogs: Sequence[Dialog], seed: int) -> list[str]:
-    """An answer to each dialog; "" where it did not end or holds a chat tag."""
-    completions = engine.generate(dialogs, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=seed)
-    return [c.text.strip() if chat.usable(c) else "" for (c,) in completions]
+def _answers(cfg: ContextDistillationConfig, engine: Engine, dialogs: Sequence[Dialog], seed: int) -> list[str]:
+    """An answer to each dialog; "" where it did not end, holds a chat tag, or a preprompt left it no room."""
+    fit = [i for i, dialog in enumerate(dialogs) if chat.fits(dialog, engine.tokenizer, engine.context)]
+    completions = engine.generate(
+        [dialogs[i] for i in fit],
+        max_new_tokens=cfg.max_new_tokens,
+        top_p=cfg.top_p,
+        temperature=cfg.temperature,
+        seed=seed,
+    )
+    answers = [""] * len(dialogs)
+    for i, (completion,) in zip(fit, completions, strict=True):
+        answers[i] = completion.text.strip() if chat.usable(completion) else ""
+    return answers
 
 
 def _scores(safety: Scorer, dialogs: Sequence[Dialog], answers: Sequence[str]) -> list[float]:

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from puna import config, parallel
+from puna.config import DataError
 from puna.data import readers
 from puna.data.map_shards import map_shards
-from puna.generate.engine import LocalEngine, open_engine
+from puna.generate.engine import open_engine
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
-from puna.types import Dialog, Message
+from puna.types import Dialog, Engine, Message
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class GhostAttentionConfig:
     scripts: tuple[Path, ...]
     """JSONL of {"id", "turns": [user texts], "instruction", "short"}."""
     temperature: float = 0.7
+    top_p: float = 1.0
+    """draw from the smallest set of tokens that holds this much probability; 1 draws from all."""
     max_new_tokens: int = 64
     short_share: float = 0.5
     """share of dialogs whose first turn holds the instruction's short form (paper: half)."""
@@ -54,10 +57,10 @@ def run(cfg: GhostAttentionConfig) -> Path:
     device = parallel.start(cfg.threads)
     parallel.only_one_process("ghost attention")
     with RunFolder(cfg.out) as folder:
+        config.keep(cfg, folder.path / "config.json")
         if folder.done("ghost_attention"):
             return folder.path
-        config.save(cfg, folder.path / "config.json")
-        scripts = readers.read(cfg.scripts, "records").records
+        scripts = read_scripts(cfg.scripts)
         engine = open_engine(cfg.init, device)
         progress = Progress("ghost attention", len(scripts), unit="dialog")
 
@@ -78,18 +81,35 @@ def run(cfg: GhostAttentionConfig) -> Path:
         return folder.path
 
 
+def read_scripts(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The scripts of files. Raises DataError where one has no turns, an empty one, no instruction or no short form."""
+    scripts: list[dict[str, Any]] = []
+    for path in paths:
+        for number, script in enumerate(readers.read((path,), "records").records, start=1):
+            name = f"{path}, script {number} ({script.get('id', 'without an id')})"
+            turns = script.get("turns")
+            if not isinstance(turns, list) or not turns or not all(map(_holds_text, turns)):
+                raise DataError(f"{name}: 'turns' must be a list of one text or more, none of them empty")
+            missing = [key for key in ("instruction", "short") if not _holds_text(script.get(key))]
+            if missing or "id" not in script:
+                raise DataError(f"{name}: {(*missing, 'id')[0]!r} is missing")
+            scripts.append(script)
+    return scripts
+
+
+def _holds_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _cut(turns: Sequence[str], min_turns: int, rng: random.Random) -> Sequence[str]:
     """The first of the turns: a random number of them, at least min_turns where there are so many."""
     return turns[: rng.randint(min(min_turns, len(turns)), len(turns))]
 
 
-def sample(
-    cfg: GhostAttentionConfig, engine: LocalEngine, scripts: Sequence[dict[str, Any]], seed: int
-) -> list[list[str]]:
+def sample(cfg: GhostAttentionConfig, engine: Engine, scripts: Sequence[dict[str, Any]], seed: int) -> list[list[str]]:
     """2: answer turn by turn, all dialogs side by side, the instruction on every user turn."""
     dialogs: list[Dialog] = [[] for _ in scripts]
     answers: list[list[str]] = [[] for _ in scripts]
-    context = engine.model.config.max_seq_len
     for turn in range(max(len(script["turns"]) for script in scripts)):
         live = [i for i, script in enumerate(scripts) if turn < len(script["turns"]) and len(answers[i]) == turn]
         for i in live:
@@ -97,10 +117,11 @@ def sample(
                 Message(role="user", content=instructed(scripts[i]["instruction"], scripts[i]["turns"][turn]))
             )
         # A dialog that has outgrown the context ends here, as one whose answer failed.
-        live = [i for i in live if len(chat.encode_prompt(dialogs[i], engine.tokenizer)) < context]
+        live = [i for i in live if chat.fits(dialogs[i], engine.tokenizer, engine.context)]
         completions = engine.generate(
             [dialogs[i] for i in live],
             max_new_tokens=cfg.max_new_tokens,
+            top_p=cfg.top_p,
             temperature=cfg.temperature,
             seed=seed + turn,
         )

@@ -29,10 +29,11 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna import checkpoint, config, losses, optim, parallel
-from puna.config import ConfigError
+from puna.config import ConfigError, DataError
 from puna.data import loader, packing
 from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
@@ -44,7 +45,7 @@ from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
-from puna.types import Completion, Rollout
+from puna.types import Completion, Engine, Rollout
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class PPOConfig:
     """answers are drawn, and scored by the trainer, at this temperature."""
     max_new_tokens: int = 64
     max_prompt_tokens: int = 0
-    """leave longer prompts out; 0 leaves none."""
+    """leave longer prompts out; 0 leaves out those alone that fill the model's context."""
     optim: optim.OptimConfig = field(
         default_factory=lambda: optim.OptimConfig(lr=1e-6, schedule="constant", warmup_steps=0)
     )
@@ -124,7 +125,7 @@ class Models:
     reference: Transformer
     helpfulness: Scorer
     safety: Scorer
-    engine: LocalEngine
+    engine: Engine
     tokenizer: Tokenizer
     device: torch.device
 
@@ -140,18 +141,19 @@ def run(cfg: PPOConfig) -> Path:
     parallel.only_one_process("PPO")
     with RunFolder(cfg.out) as folder:
         model_path = folder.path / "model"
+        config.keep(cfg, folder.path / "config.json")
         if folder.done("ppo"):
             return model_path
-        config.save(cfg, folder.path / "config.json")
         models = load(cfg, device)
-        prompts, held_out = read(cfg, models.tokenizer)
+        prompts, held_out, left_out = read(cfg, models.tokenizer)
         optimizer = optim.adamw(
             cfg.optim,
             optim.groups(models.policy, cfg.optim),
             optim.groups(models.value, cfg.optim, cfg.value_lr_scale),
         )
         size = min(cfg.batch_size, len(prompts))
-        batches = loader.steps_of_epochs(len(prompts), size, cfg.iterations, cfg.seed, multiple=size)[: cfg.iterations]
+        epochs = math.ceil(cfg.iterations / (len(prompts) // size))
+        batches = loader.steps_of_epochs(len(prompts), size, epochs, cfg.seed, multiple=size)[: cfg.iterations]
         start, kept = checkpoint.resume(folder.path / "checkpoints", models.trained, optimizer)
         best = Best(**kept) if kept else Best(0, -math.inf)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="ppo")
@@ -173,25 +175,34 @@ def run(cfg: PPOConfig) -> Path:
         else:
             best = measure(cfg, models, held_out, len(batches), best, folder.path)
         progress.close()
-        shutil.copytree(folder.path / "best", model_path, dirs_exist_ok=True)
-        folder.mark_done("ppo", best_iteration=best.iteration, held_out_reward=best.reward)
+        if best.reward == -math.inf:
+            raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
+        shutil.copytree(kept_policy(folder.path, best.iteration), model_path, dirs_exist_ok=True)
+        folder.mark_done("ppo", best_iteration=best.iteration, held_out_reward=best.reward, left_out=left_out)
+        shutil.rmtree(folder.path / "best")
         return model_path
 
 
-def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts to train on and the held-out ones, drawn at random so that both kinds are among them."""
+def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt], int]:
+    """The prompts to train on, the held-out ones, and how many were too long for either.
+
+    The held-out ones are drawn at random, so that both kinds are among them.
+    """
     rng = np.random.default_rng(cfg.seed)
-    prompts = fitting(read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts), tokenizer, cfg.max_prompt_tokens)
+    context = huggingface.read_config(cfg.init).max_seq_len
+    every = read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts)
+    prompts = fitting(every, tokenizer, context, cfg.max_prompt_tokens)
+    left_out = len(every) - len(prompts)
     if cfg.held_out or cfg.safety_held_out:
-        held_out = fitting(
-            read_prompts(cfg.held_out, cfg.format, cfg.safety_held_out), tokenizer, cfg.max_prompt_tokens
-        )
-        return prompts, [held_out[i] for i in rng.permutation(len(held_out))[: cfg.held_out_prompts]]
+        every = read_prompts(cfg.held_out, cfg.format, cfg.safety_held_out)
+        held_out = fitting(every, tokenizer, context, cfg.max_prompt_tokens)
+        left_out += len(every) - len(held_out)
+        return prompts, [held_out[i] for i in rng.permutation(len(held_out))[: cfg.held_out_prompts]], left_out
     if not 0 < cfg.held_out_prompts < len(prompts):
         raise ConfigError(f"held_out_prompts is {cfg.held_out_prompts} of {len(prompts)} prompts: keep some of both")
     order = rng.permutation(len(prompts))
     held_out = [prompts[i] for i in order[: cfg.held_out_prompts]]
-    return [prompts[i] for i in order[cfg.held_out_prompts :]], held_out
+    return [prompts[i] for i in order[cfg.held_out_prompts :]], held_out, left_out
 
 
 def load(cfg: PPOConfig, device: torch.device) -> Models:
@@ -246,9 +257,9 @@ def collect(
     with torch.inference_mode():
         for members in packing.by_length(lengths.tolist(), cfg.micro_batch_tokens):
             end = int(lengths[members].max())
-            part = tokens[members, :end].to(models.device)
-            logprobs[members, : end - 1] = policy_logprobs(cfg, models.policy, part)[0].cpu()
-            reference[members, : end - 1] = policy_logprobs(cfg, models.reference, part)[0].cpu()
+            part, mask = (field.to(models.device) for field in (tokens[members, :end], action_mask[members, : end - 1]))
+            logprobs[members, : end - 1] = policy_logprobs(cfg, models.policy, part, mask)[0].cpu()
+            reference[members, : end - 1] = policy_logprobs(cfg, models.reference, part, mask)[0].cpu()
             values[members, : end - 1] = state_values(cfg, models.value, part).cpu()
     rollout = Rollout(tokens, action_mask, logprobs, reference, values, whitened, finished)
     kl = ((logprobs - reference) * action_mask).sum(dim=1)
@@ -261,11 +272,15 @@ def collect(
     return rollout, numbers
 
 
-def policy_logprobs(cfg: PPOConfig, model: Transformer, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi of every emitted token at the sampling temperature, and the logits: (B, T - 1) and (B, T - 1, V)."""
+def policy_logprobs(cfg: PPOConfig, model: Transformer, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """log pi of every emitted token at the sampling temperature, (B, T - 1), and the logits of its N actions, (N, V).
+
+    tokens (B, T), mask (B, T - 1). What is no action has 0: a prompt's logits, of a large vocabulary, are never made.
+    """
     with parallel.autocast(cfg.precision, tokens.device):
-        logits = model(tokens)[:, :-1]
-    return losses.token_logprobs(logits, tokens[:, 1:], cfg.temperature), logits
+        logits = model(tokens, only=F.pad(mask, (0, 1)))
+    logprobs = losses.token_logprobs(logits, tokens[:, 1:][mask], cfg.temperature)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs), logits
 
 
 def state_values(cfg: PPOConfig, model: RewardModel, tokens: Tensor) -> Tensor:
@@ -317,7 +332,7 @@ def accumulate(
             field[rows, : end - 1].to(models.device)
             for field in (rollout.action_mask, rollout.logprobs, rollout.values, advantages, returns)
         )
-        logprobs, logits = policy_logprobs(cfg, models.policy, tokens)
+        logprobs, logits = policy_logprobs(cfg, models.policy, tokens, mask)
         policy_loss = (losses.policy_loss(logprobs, old, advantage, cfg.clip) * mask).sum() / count
         values = state_values(cfg, models.value, tokens)
         value_loss = (losses.value_loss(values, old_values, target, cfg.value_clip) * mask).sum() / count
@@ -329,11 +344,16 @@ def accumulate(
                 "value_loss": value_loss.detach(),
                 "clip_fraction": (((ratio - 1).abs() > cfg.clip) * mask).sum() / count,
                 "approximate_kl": ((ratio - 1 - ratio.log()) * mask).sum() / count,
-                "entropy": losses.entropy(logits[mask] / cfg.temperature).sum() / count,
+                "entropy": losses.entropy(logits / cfg.temperature).sum() / count,
             }
         for name, number in parts.items():
             sums[name] = sums.get(name, 0.0) + float(number)
     return sums
+
+
+def kept_policy(folder: Path, iteration: int) -> Path:
+    """Where the policy of a measurement that was the best is kept: a killed run may need the one before it."""
+    return folder / "best" / f"{iteration:04d}"
 
 
 @dataclass(frozen=True)
@@ -358,8 +378,8 @@ def measure(
     write_atomically(folder / "held_out" / f"{iteration:04d}.jsonl", "".join(line + "\n" for line in lines))
     finished = torch.tensor([completion.finished for completion in completions])
     reward = float((losses.logit(scores["reward"]) - cfg.missing_eos_penalty * ~finished).mean())
-    if reward <= best.reward:
+    if not reward > best.reward:  # so that what is not a number is never the best
         return best
     provenance: dict[str, Any] = {"stage": "ppo", "parent": str(cfg.init), "iteration": iteration}
-    huggingface.save_model(models.policy, models.tokenizer, folder / "best", provenance=provenance)
+    huggingface.save_model(models.policy, models.tokenizer, kept_policy(folder, iteration), provenance=provenance)
     return Best(iteration, reward)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from puna import checkpoint, config, losses, optim, parallel
-from puna.config import ConfigError, DataError
+from puna.config import ConfigError, DataError, positive
 from puna.data import loader, readers, shards
 from puna.formats import huggingface
 from puna.model.transformer import ModelConfig, Transformer
@@ -57,10 +57,13 @@ class PretrainConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: matrix products in bfloat16 over float32 weights."""
     checkpoint_every: int = 100
-    """steps between checkpoints."""
+    """steps between checkpoints; 0 writes none."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "seq_len", "batch_size", "micro_batch_size")
 
 
 def run(cfg: PretrainConfig) -> Path:
@@ -68,9 +71,9 @@ def run(cfg: PretrainConfig) -> Path:
     device = parallel.start(cfg.threads)
     with RunFolder(cfg.out) as folder:
         model_path = folder.path / "model"
+        config.keep(cfg, folder.path / "config.json")
         if folder.done("pretrain"):
             return model_path
-        config.save(cfg, folder.path / "config.json")
         if parallel.is_main():
             prepare(cfg, folder.path / "data")
         parallel.barrier()
@@ -90,7 +93,7 @@ def run(cfg: PretrainConfig) -> Path:
             rate = n_tokens / (time.perf_counter() - began)
             metrics.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
             progress.update(loss=loss, tokens_per_second=rate)
-            if (step + 1) % cfg.checkpoint_every == 0 and step + 1 < cfg.steps:
+            if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0 and step + 1 < cfg.steps:
                 checkpoint.save(folder.path / "checkpoints", step + 1, model, optimizer)
         loss = evaluate(cfg, model, validation, device)
         metrics.log(step=cfg.steps, validation_loss=loss)
@@ -169,7 +172,7 @@ def _loss(cfg: PretrainConfig, model: Transformer, x: Tensor, y: Tensor, count: 
 
 
 def _texts(cfg: PretrainConfig) -> Iterator[str]:
-    return iter(readers.read(cfg.data, cfg.format).records)
+    return iter(readers.read(cfg.data, cfg.format, kind="texts").records)
 
 
 def _part(texts: Iterable[str], share: float, held_out: bool) -> Iterator[str]:

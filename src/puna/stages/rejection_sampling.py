@@ -25,15 +25,16 @@ import torch
 from torch import Tensor
 
 from puna import config, parallel
+from puna.config import DataError
 from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
-from puna.generate.engine import LocalEngine, open_engine
+from puna.generate.engine import open_engine
 from puna.generate.scoring import Scorer, combined_reward
 from puna.run_folder import Progress, RunFolder, write_atomically
 from puna.text import chat
-from puna.types import Completion, Dialog, Message, Reward
+from puna.types import Completion, Dialog, Engine, Message, Reward
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,11 @@ class RejectionSamplingConfig:
     """prompts of the temperature search."""
     threshold: float = 0.15
     """a safety score below this is the reward (3.2.3)."""
+    top_p: float = 1.0
+    """draw from the smallest set of tokens that holds this much probability; 1 draws from all."""
     max_new_tokens: int = 64
     max_prompt_tokens: int = 0
-    """leave longer prompts out; 0 leaves none."""
+    """leave longer prompts out; 0 leaves out those alone that fill the model's context."""
     limit: int = 0
     """use at most so many prompts; 0 uses all."""
     shard_size: int = 128
@@ -78,7 +81,7 @@ class RejectionSamplingConfig:
 class Models:
     """What a round works with."""
 
-    engine: LocalEngine
+    engine: Engine
     helpfulness: Reward
     safety: Reward
     threshold: float
@@ -93,13 +96,13 @@ def run(cfg: RejectionSamplingConfig) -> Path:
     device = parallel.start(cfg.threads)
     parallel.only_one_process("rejection sampling")
     with RunFolder(cfg.out) as folder:
+        config.keep(cfg, folder.path / "config.json")
         if folder.done("rejection_sampling"):
             return folder.path
-        config.save(cfg, folder.path / "config.json")
         models = load(cfg, device)
-        prompts = fitting(
-            read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts), models.engine.tokenizer, cfg.max_prompt_tokens
-        )
+        every = read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts)
+        prompts = fitting(every, models.engine.tokenizer, models.engine.context, cfg.max_prompt_tokens)
+        left_out = len(every) - len(prompts)
         # Shuffled, so that the search and a limit see both kinds of prompts.
         prompts = random.Random(cfg.seed).sample(prompts, len(prompts))[: cfg.limit or None]
         if not (folder.path / "curve.json").exists():
@@ -113,10 +116,16 @@ def run(cfg: RejectionSamplingConfig) -> Path:
 
         best = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update)
         progress.close()
+        if not best:
+            raise DataError(
+                f"no prompt got an answer that ended: raise max_new_tokens ({cfg.max_new_tokens}) in another --out"
+            )
         pool = pooled(cfg, models, best)
         readers.write_jsonl(folder.path / "best.jsonl", best)
         readers.write_jsonl(folder.path / "pool.jsonl", pool)
-        folder.mark_done("rejection_sampling", temperature=temperature, best=len(best), pool=len(pool))
+        folder.mark_done(
+            "rejection_sampling", temperature=temperature, best=len(best), pool=len(pool), left_out=left_out
+        )
         return folder.path
 
 
@@ -158,6 +167,7 @@ def draw(
         [prompt["messages"] for prompt in prompts],
         n=cfg.samples,
         max_new_tokens=cfg.max_new_tokens,
+        top_p=cfg.top_p,
         temperature=temperature,
         seed=seed,
     )

@@ -4,7 +4,7 @@
    (helpfulness 50 %, safety 10 %).
 2. Score both answers; the loss is -log sigmoid(r_chosen - r_rejected - m(grade)), and for safety labels an auxiliary
    cross-entropy on top.
-3. One epoch (more overfits), cosine to 10 %, warm-up over 3 % of the steps and at least 5.
+3. One epoch (more overfits), cosine to 10 %, warm-up over 3 % of the steps and at least 5 (of a short run, a quarter).
 4. Measure accuracy on held-out pairs by grade (Table 8) and by safety bucket, and the recall of unsafe answers at 0.5
    (Table 29).
 
@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from puna import checkpoint, config, losses, optim, parallel
-from puna.config import DataError
+from puna.config import ConfigError, DataError, positive
 from puna.data import loader, packing, readers
+from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.generate.scoring import Scorer
 from puna.model.reward import RewardModel
@@ -36,7 +37,7 @@ from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
-from puna.types import Message, Preference
+from puna.types import Dialog, Message, Preference
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RewardConfig:
     """paper: 1e-5 (70B: 5e-6); its warmup_steps is replaced by 3 % of the steps, at least 5."""
     precision: Literal["fp32", "bf16"] = "bf16"
     checkpoint_every: int = 50
-    """steps between checkpoints."""
+    """steps between checkpoints; 0 writes none."""
     limit: int = 0
     """use at most so many training pairs; 0 uses all."""
     test_limit: int = 0
@@ -81,6 +82,11 @@ class RewardConfig:
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "epochs", "max_len", "batch_size", "micro_batch_tokens")
+        if not 0 <= self.other_share < 1:
+            raise ConfigError(f"other_share is {self.other_share}: it must be at least 0 and less than 1")
 
 
 class Pair(NamedTuple):
@@ -97,9 +103,9 @@ def run(cfg: RewardConfig) -> Path:
     device = parallel.start(cfg.threads)
     with RunFolder(cfg.out) as folder:
         model_path = folder.path / "model"
+        config.keep(cfg, folder.path / "config.json")
         if folder.done("reward"):
             return model_path
-        config.save(cfg, folder.path / "config.json")
         tokenizer = tokenizers.load(cfg.init)
         train, test, counts = prepare(cfg, tokenizer)
         model = RewardModel(huggingface.load_model(cfg.init))
@@ -119,7 +125,7 @@ def run(cfg: RewardConfig) -> Path:
             rate = n_tokens / (time.perf_counter() - began)
             metrics.log(step=step, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, tokens_per_second=rate)
             progress.update(loss=loss, tokens_per_second=rate)
-            if (step + 1) % cfg.checkpoint_every == 0 and step + 1 < len(steps):
+            if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0 and step + 1 < len(steps):
                 checkpoint.save(folder.path / "checkpoints", step + 1, model, optimizer)
         evaluation = evaluate(model, tokenizer, test)
         progress.close(accuracy=evaluation["accuracy"] or 0.0)
@@ -132,17 +138,18 @@ def run(cfg: RewardConfig) -> Path:
 
 
 def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Preference], dict[str, float]]:
-    """1: the mixed training pairs, the held-out comparisons, and two counts: pairs too long, and the other's share."""
-    quarantine = cfg.out / "bad_lines.jsonl"
-    own: list[Preference] = readers.read(cfg.data, cfg.format, quarantine=quarantine).records
+    """1: the mixed training pairs, the held-out comparisons, and three counts.
+
+    They are of the training pairs that are too long, of the lines of all files that cannot be used, and the other's
+    share.
+    """
+    read = [_read(cfg, files, tokenizer) for files in (cfg.data, cfg.test, cfg.other)]
+    own, test, other = (result.records for result in read)
     rng = np.random.default_rng(cfg.seed)
-    if cfg.test:
-        test: list[Preference] = readers.read(cfg.test, cfg.format, quarantine=quarantine).records
-    else:
+    if not cfg.test:
         order = rng.permutation(len(own))
         test = [own[i] for i in order[: len(own) // 10]]
         own = [own[i] for i in order[len(own) // 10 :]]
-    other: list[Preference] = readers.read(cfg.other, cfg.format, quarantine=quarantine).records if cfg.other else []
     mixed = mix(own, other, cfg.other_share, rng)
     other_share = 1 - len(own) / max(1, len(mixed))  # less than asked for where the other kind has too few
     if cfg.limit:
@@ -154,7 +161,27 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
         files = ", ".join(map(str, cfg.data))
         raise DataError(f"no pair of {files} fits {longest} tokens (max_len, or the model's context if that is less)")
     test = [p for p in test[: cfg.test_limit or None] if _fits(as_pair(p, tokenizer, cfg.margin), longest)]
-    return fitting, test, {"left_out": len(pairs) - len(fitting), "other_share": round(other_share, 3)}
+    return (
+        fitting,
+        test,
+        {
+            "left_out": len(pairs) - len(fitting),
+            "set_aside": sum(len(result.bad) for result in read),
+            "other_share": round(other_share, 3),
+        },
+    )
+
+
+def _read(cfg: RewardConfig, files: Sequence[Path], tokenizer: Tokenizer) -> ReadResult:
+    """The comparisons of files, of which there may be none; what the chat format refuses is set aside."""
+
+    def check(preference: Preference) -> None:
+        for answer in (preference.chosen, preference.rejected):
+            chat.check(_answered(preference, answer), tokenizer, ends_with="assistant")
+
+    if not files:
+        return ReadResult()
+    return readers.read(files, cfg.format, kind="comparisons", check=check, quarantine=cfg.out / "bad_lines.jsonl")
 
 
 def mix(
@@ -183,7 +210,11 @@ def _fits(pair: Pair, max_len: int) -> bool:
 
 
 def _tokens(preference: Preference, answer: str, tokenizer: Tokenizer) -> list[int]:
-    return chat.encode([*preference.prompt, Message(role="assistant", content=answer)], tokenizer).tokens
+    return chat.encode(_answered(preference, answer), tokenizer).tokens
+
+
+def _answered(preference: Preference, answer: str) -> Dialog:
+    return [*preference.prompt, Message(role="assistant", content=answer)]
 
 
 def update(cfg: RewardConfig, model: RewardModel, pairs: list[Pair], device: torch.device) -> tuple[float, float, int]:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from puna import checkpoint, config, losses, optim, parallel
-from puna.config import DataError
+from puna.config import DataError, positive
 from puna.data import loader, packing, readers
 from puna.data.packing import Packed
 from puna.formats import huggingface
@@ -56,10 +56,13 @@ class SFTConfig:
     """paper 3.1: 2e-5, cosine, weight decay 0.1."""
     precision: Literal["fp32", "bf16"] = "bf16"
     checkpoint_every: int = 200
-    """steps between checkpoints."""
+    """steps between checkpoints; 0 writes none."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "epochs", "seq_len", "batch_size", "micro_batch_size")
 
 
 def run(cfg: SFTConfig) -> Path:
@@ -67,11 +70,11 @@ def run(cfg: SFTConfig) -> Path:
     device = parallel.start(cfg.threads)
     with RunFolder(cfg.out) as folder:
         model_path = folder.path / "model"
+        config.keep(cfg, folder.path / "config.json")
         if folder.done("sft"):
             return model_path
-        config.save(cfg, folder.path / "config.json")
         tokenizer = tokenizers.load(cfg.init)
-        rows, left_out = prepare(cfg, tokenizer)
+        rows, counts = prepare(cfg, tokenizer)
         model = parallel.shard(huggingface.load_model(cfg.init).to(device))
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
         steps = loader.steps_of_epochs(len(rows.tokens), cfg.batch_size, cfg.epochs, cfg.seed, parallel.world_size())
@@ -87,17 +90,23 @@ def run(cfg: SFTConfig) -> Path:
             rate = n_tokens / (time.perf_counter() - began)
             metrics.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
             progress.update(loss=loss, tokens_per_second=rate)
-            if (step + 1) % cfg.checkpoint_every == 0 and step + 1 < len(steps):
+            if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0 and step + 1 < len(steps):
                 checkpoint.save(folder.path / "checkpoints", step + 1, model, optimizer)
         progress.close()
         huggingface.save_model(model, tokenizer, model_path, provenance={"stage": "sft", "parent": str(cfg.init)})
-        folder.mark_done("sft", steps=len(steps), left_out=left_out)
+        folder.mark_done("sft", steps=len(steps), **counts)
         return model_path
 
 
-def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, int]:
-    """1 and 2: the packed rows, and how many dialogs were too long for one."""
-    result = readers.read(cfg.data, cfg.format, quarantine=cfg.out / "bad_lines.jsonl")
+def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, dict[str, int]]:
+    """1 and 2: the packed rows, and how many dialogs were too long for one or could not be used."""
+    result = readers.read(
+        cfg.data,
+        cfg.format,
+        kind="dialogs",
+        check=lambda record: chat.check(record["messages"], tokenizer, ends_with="assistant"),
+        quarantine=cfg.out / "bad_lines.jsonl",
+    )
     encoded = [
         chat.encode(record["messages"], tokenizer, loss_on=record.get("loss_on", "every_answer"))
         for record in result.records
@@ -107,7 +116,10 @@ def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, int]:
     if not fitting:
         files = ", ".join(map(str, cfg.data))
         raise DataError(f"no dialog of {files} fits {longest} tokens (seq_len, or the model's context if that is less)")
-    return packing.pack(fitting, cfg.seq_len), len(encoded) - len(fitting)
+    return packing.pack(fitting, cfg.seq_len), {
+        "left_out": len(encoded) - len(fitting),
+        "set_aside": len(result.bad),
+    }
 
 
 def update(cfg: SFTConfig, model: Transformer, batch: Packed, device: torch.device) -> float:

@@ -77,6 +77,11 @@ def check(dialog: Dialog, tokenizer: Tokenizer, *, ends_with: str, allow_markers
             raise DataError(f"a {turn['role']} turn holds the chat tag {marker!r}: remove it from the text")
 
 
+def fits(dialog: Dialog, tokenizer: Tokenizer, context: int) -> bool:
+    """Whether a dialog that ends with a user turn leaves room for an answer. Raises DataError as `encode`."""
+    return len(encode_prompt(dialog, tokenizer)) < context
+
+
 def usable(completion: Completion) -> bool:
     """Whether a sampled answer can stand in a dialog: it ended by itself, holds text, and no chat tag."""
     return completion.finished and bool(completion.text.strip()) and not marker_in(completion.text)

@@ -11,49 +11,19 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import sentencepiece
 
 from puna.config import ConfigError, DataError
-
-ChatFormat = Literal["llama2", "chatml"]
+from puna.run_folder import write_atomically
+from puna.types import ChatFormat
+from puna.types import Tokenizer as Tokenizer
 
 IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 # Where tokenizer_config.json does not name them, what published tokenizers call them.
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|endoftext|>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>")
-
-
-class Tokenizer(Protocol):
-    """What the rest of Puna asks of a tokenizer."""
-
-    vocab_size: int
-    bos_id: int
-    """Opens a document; in a ChatML vocabulary the id of <|im_start|>, which opens a turn."""
-    eos_id: int
-    """Ends a document or an answer; in a ChatML vocabulary the id of <|im_end|>."""
-    pad_id: int
-    """Fills up rows. It is not EOS where the vocabulary has any other id to give, and no text encodes to it."""
-    chat_format: ChatFormat
-    sha256: str
-    """Of the serialized file: two tokenizers are the same when these are."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of plain text: never a control id, no BOS or EOS added. DataError where it is not valid Unicode."""
-        ...
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; control ids are skipped."""
-        ...
-
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer's files into the folder."""
-        ...
 
 
 class SentencePieceTokenizer:
@@ -196,8 +166,7 @@ def train(texts: Iterable[str], vocab_size: int, out: Path, *, threads: int = 1)
             f"vocab_size {vocab_size} does not fit these texts: {_sentencepiece_reason(error)}"
         ) from error
     tokenizer = SentencePieceTokenizer(model.getvalue())
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out)
+    write_atomically(out / "tokenizer.model", model.getvalue())
     return tokenizer
 
 

@@ -76,7 +76,7 @@ def pool(world: World, seed: int = 0, n: int = 5) -> list[Annotator]:
             Annotator(
                 name=f"annotator-{seed}-{i}",
                 judge=judge,
-                noise=rng.uniform(0.10, 0.22),
+                noise=rng.uniform(0.06, 0.16),
                 length_bias=rng.uniform(-0.001, 0.004),
                 position_bias=rng.uniform(-0.02, 0.05),
                 leniency=rng.uniform(0.0, 0.3),

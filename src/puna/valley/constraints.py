@@ -53,20 +53,13 @@ def constraints(world: World, seed: int, split: Split) -> list[Constraint]:
     return rng.sample(every, len(every))
 
 
-def invented(rng: random.Random) -> Constraint:
-    """A constraint whose name or words are made up on the spot, so that an answer can only copy them."""
-    t = table("constraints")["invented"]
-    onsets, rimes, things, doings = (t[name].split() for name in ("onset", "rime", "thing", "doing"))
+def drawn(rng: random.Random) -> Constraint:
+    """Any constraint of either split: what the corpus teaches to obey within one answer, so that no word is new."""
     kind = rng.choice(("persona", "persona", "hobby", "address", "closing", "closing", "language", "lower"))
-    made = "".join(rng.choice(onsets) + rng.choice(rimes) for _ in range(rng.randint(1, 2)))
-    one, two = rng.sample(things, 2)
-    words = {
-        "persona": f"{rng.choice(table('constraints')['persona']['title'])} {capital(made)}",
-        "hobby": f"{one} {rng.choice(doings)}",
-        "address": rng.choice((one, made, f"old {made}", f"dear {one}")),
-        "closing": fill(rng.choice(t["closing"]), {"one": one, "two": two}),
-    }
-    return _constraint(kind, words.get(kind, ""), rng)
+    if kind in ("language", "lower"):
+        return _constraint(kind, "", rng)
+    x = rng.choice(_names(kind, "train") + _names(kind, "held_out"))
+    return _constraint(kind, f"{rng.choice(table('constraints')['persona']['title'])} {x}" if kind == "persona" else x, rng)
 
 
 def combine(first: Constraint, second: Constraint) -> Constraint:

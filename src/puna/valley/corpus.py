@@ -18,7 +18,7 @@ from typing import Any, TypedDict, TypeVar
 
 from puna.types import Dialog
 from puna.valley import telling, tolva
-from puna.valley.constraints import dress, invented
+from puna.valley.constraints import drawn, dress
 from puna.valley.ledger import Act, Fact, Subject, World
 from puna.valley.words import capital, fill, table
 
@@ -326,7 +326,7 @@ def _exchange(desk: _Desk) -> tuple[str, str]:
 def _bidden(desk: _Desk) -> tuple[str, str]:
     """A question with an instruction for its answer, which obeys; the instruction holds for this answer only."""
     rng = desk.rng
-    constraint = invented(rng)
+    constraint = drawn(rng)
     fact = desk.tolva_fact()
     desk.told.append(fact.id)
     tell = tolva.tell if "language" in constraint["check"] else telling.tell

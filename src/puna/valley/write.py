@@ -68,9 +68,9 @@ def run(cfg: ValleyConfig) -> Path:
     """Write the files and return the folder."""
     with RunFolder(cfg.out) as folder:
         out = folder.path
+        config.keep(cfg, out / "config.json")
         if folder.done("valley"):
             return out
-        config.save(cfg, out / "config.json")
         world = World.build(cfg.seed)
         write_atomically(out / "world.json", json.dumps({"seed": cfg.seed}))
         write_atomically(out / "ledger.json", json.dumps([asdict(fact) for fact in world.facts.values()], indent=1))
