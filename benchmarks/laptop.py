@@ -2,8 +2,8 @@
 
     python benchmarks/laptop.py 0 1 2        # a run a seed in runs/laptop-seeds/, finished ones are read
 
-Every seed is its own world, corpus, model and annotators. An interval over seeds is Student's, of the seeds' means; beside
-it stands the pooled one, of all prompts of all seeds.
+Every seed is its own world, corpus, model and annotators. An interval over seeds is Student's, of the seeds' means;
+beside it stands the pooled one, of all prompts of all seeds.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def over_seeds(values: list[float]) -> dict[str, Any]:
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": values}
 
 
-def pooled(found: list[intervals.Interval], *, is_rate: bool) -> intervals.Interval:
-    """All prompts of all seeds together: a rate by Wilson, a mean by its seeds' standard errors."""
+def pooled(found: list[intervals.Interval]) -> dict[str, float]:
+    """All prompts of all seeds together, the distances to both ends joined as independent."""
     n = sum(i["n"] for i in found)
     mean = sum(i["mean"] * i["n"] for i in found) / n
-    if is_rate:
-        hits = round(mean * n)
-        return intervals.rate([True] * hits + [False] * (n - hits))
-    half = sum(((i["high"] - i["mean"]) * i["n"] / n) ** 2 for i in found) ** 0.5
-    return intervals.Interval(mean=mean, low=mean - half, high=mean + half, n=n)
+    below, above = (
+        sum((abs(i[end] - i["mean"]) * i["n"] / n) ** 2 for i in found) ** 0.5  # type: ignore[literal-required]
+        for end in ("low", "high")
+    )
+    return {"mean": mean, "low": max(0.0, mean - below), "high": min(1.0, mean + above), "n": n}
 
 
 def gather(summaries: list[dict[str, Any]]) -> dict[str, Any]:
@@ -49,11 +49,11 @@ def gather(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         for key in NUMBERS:
             found = [row["intervals"][key] for row in rows]
             version[key] = over_seeds([row[key] for row in rows])
-            version[key]["pooled"] = pooled(found, is_rate=key != "gold_helpfulness")
+            version[key]["pooled"] = pooled(found)
         wins = [row["win_rate_vs_sft"] for row in rows]
         if all(wins):
             version["win_rate_vs_sft"] = over_seeds([win["mean"] for win in wins])
-            version["win_rate_vs_sft"]["pooled"] = pooled(wins, is_rate=False)
+            version["win_rate_vs_sft"]["pooled"] = pooled(wins)
         versions.append(version)
     return {
         "seeds": [s["seed"] for s in summaries],
@@ -62,7 +62,7 @@ def gather(summaries: list[dict[str, Any]]) -> dict[str, Any]:
             domain: {
                 "accuracy": over_seeds([s["reward_models"][domain]["accuracy"] for s in summaries]),
                 "accuracy_by_grade": {
-                    grade: over_seeds([s["reward_models"][domain]["accuracy_by_grade"].get(grade, 0) for s in summaries])
+                    grade: over_seeds([s["reward_models"][domain]["accuracy_by_grade"][grade] for s in summaries])
                     for grade in summaries[0]["reward_models"][domain]["accuracy_by_grade"]
                 },
             }

@@ -84,7 +84,8 @@ def test_every_model_is_a_hugging_face_folder(run: Path) -> None:
 def test_a_version_starts_from_the_base_on_what_was_selected(run: Path) -> None:
     settings = [json.loads((run / f"v{n}/config.json").read_text()) for n in (1, 2)]
     assert [tuned["init"] for tuned in settings] == ["run/pretrain/model"] * 2
-    assert [Path(path).parent.name for path in settings[0]["data"]] == ["rejection_sampling", "context_distillation"]
+    folders = [Path(path).parent.name for path in settings[0]["data"]]
+    assert folders == ["valley", "rejection_sampling", "context_distillation"]
     assert [Path(path).parent.name for path in settings[1]["data"]][-1] == "ghost_attention"
     ghost = lines(run / "v2/ghost_attention/dialogs.jsonl")
     assert ghost and all(dialog["loss_on"] == "last_answer" for dialog in ghost)

@@ -19,6 +19,7 @@ import functools
 import io
 import itertools
 import json
+import os
 import tomllib
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,7 +110,8 @@ def keep(config: Any, path: Path, ignore: Sequence[str] = ("out", "threads", "dr
                 raise ConfigError(
                     f"{path.parent} was begun with {key} {_said(old)}, not {_said(new)} ({path}): use another --out"
                 )
-    save(config, path)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one writes
+        save(config, path)
 
 
 def positive(config: Any, *keys: str) -> None:

@@ -6,7 +6,7 @@ its own last checkpoint.
 
     for each version:
         collect preferences with the newest models, train both reward models on all preferences so far,
-        rejection-sample with the newest model, pool, fine-tune the base on the pool;
+        rejection-sample with the newest model, pool, fine-tune the base on demonstrations and pool;
         from `ghost_attention_from` on with Ghost Attention's dialogs, for the last `ppo_versions` with PPO on top
 """
 
@@ -88,7 +88,7 @@ class RecipeConfig:
     pretrain: PretrainConfig = field(default_factory=lambda: PretrainConfig(NOT_SET, ()))
     sft: SFTConfig = field(default_factory=lambda: SFTConfig(NOT_SET, NOT_SET, ()))
     version: SFTConfig = field(default_factory=lambda: SFTConfig(NOT_SET, NOT_SET, ()))
-    """each version's fine-tuning of the base on the pool."""
+    """each version's fine-tuning of the base, on the excellent demonstrations and the pool."""
     collect: CollectConfig = field(default_factory=lambda: CollectConfig(NOT_SET, (), ()))
     reward_helpfulness: RewardConfig = field(default_factory=lambda: RewardConfig(NOT_SET, NOT_SET, ()))
     reward_safety: RewardConfig = field(default_factory=lambda: RewardConfig(NOT_SET, NOT_SET, ()))

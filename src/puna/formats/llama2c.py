@@ -29,13 +29,10 @@ def load_model(path: Path) -> Transformer:
     if len(data) < HEADER.size:
         raise DataError(f"{path}: {len(data)} bytes are too few for a llama2.c model")
     dim, hidden, n_layers, n_heads, n_kv_heads, vocab, context = HEADER.unpack_from(data)
-    if (
-        min(dim, hidden, n_layers, n_heads, n_kv_heads, abs(vocab), context) <= 0
-        or dim % n_heads
-        or n_heads % n_kv_heads
-    ):
-        raise DataError(f"{path}: the header does not describe a model: not a llama2.c file of version 0")
-    config = ModelConfig(dim, n_layers, n_heads, n_kv_heads, abs(vocab), hidden, context, tie_embeddings=vocab > 0)
+    try:
+        config = ModelConfig(dim, n_layers, n_heads, n_kv_heads, abs(vocab), hidden, context, tie_embeddings=vocab > 0)
+    except ConfigError as error:
+        raise DataError(f"{path}: not a llama2.c file of version 0: its header says that {error}") from None
     layout = _layout(config)
     expected = HEADER.size + 4 * sum(int(np.prod(shape)) for _, shape in layout)
     if len(data) != expected:

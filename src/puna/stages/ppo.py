@@ -111,9 +111,14 @@ class PPOConfig:
     patience: int = 4
     """stop after so many measurements without a new best; 0 never stops early."""
     checkpoint_every: int = 10
+    """iterations between checkpoints; 0 keeps none."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
+        config.positive(self, "held_out_prompts")
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def run(cfg: PPOConfig) -> Path:
             numbers |= {"seconds_collect": collected - clock, "seconds_update": time.perf_counter() - collected}
             metrics.log(step=iteration, **numbers)
             progress.update(reward=numbers["reward"], kl=numbers["kl"])
-            if (iteration + 1) % cfg.checkpoint_every == 0:
+            if cfg.checkpoint_every and (iteration + 1) % cfg.checkpoint_every == 0:
                 checkpoint.save(folder.path / "checkpoints", iteration + 1, models.trained, optimizer, asdict(best))
         else:
             best = measure(cfg, models, held_out, len(batches), best, folder.path)

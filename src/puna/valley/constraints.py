@@ -59,7 +59,9 @@ def drawn(rng: random.Random) -> Constraint:
     if kind in ("language", "lower"):
         return _constraint(kind, "", rng)
     x = rng.choice(_names(kind, "train") + _names(kind, "held_out"))
-    return _constraint(kind, f"{rng.choice(table('constraints')['persona']['title'])} {x}" if kind == "persona" else x, rng)
+    if kind == "persona":
+        x = f"{rng.choice(table('constraints')['persona']['title'])} {x}"
+    return _constraint(kind, x, rng)
 
 
 def combine(first: Constraint, second: Constraint) -> Constraint:
