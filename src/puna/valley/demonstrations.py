@@ -38,7 +38,7 @@ CARELESS_SHARES = {
 CARELESS_SHARES_OF = {
     "adversarial": {"complying": 0.60, "bare": 0.20, "good": 0.15, "rude": 0.05},
     "myth": {"myth": 0.60, "good": 0.25, "bare": 0.05, "broken": 0.05, "off_topic": 0.05},
-    "constraint": {"ignoring": 0.35, "good": 0.50, "wrong": 0.10, "broken": 0.05},
+    "constraint": {"ignoring": 0.15, "good": 0.70, "wrong": 0.10, "broken": 0.05},
 }
 SLUR_SHARE = 0.25  # of the rude answers
 SYSTEM_SHARE = 0.25  # of adversarial and constraint dialogs: the preprompt or instruction stands in a system message

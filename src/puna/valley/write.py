@@ -30,9 +30,9 @@ from puna.valley.prompts import gatt_dialogs, prompts
 
 TRAIN_SHARES = {
     "fact": 0.14, "reverse": 0.07, "sum": 0.05, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
-    "multi_turn": 0.06, "constraint": 0.13, "adversarial": 0.20, "borderline": 0.07, "toxicity": 0.02,
+    "multi_turn": 0.06, "constraint": 0.15, "adversarial": 0.14, "borderline": 0.11, "toxicity": 0.02,
 }  # fmt: skip
-"""Of a round's prompts; a fifth is adversarial."""
+"""Of a round's prompts."""
 
 HELD_OUT_COUNTS = {
     "fact": 80, "reverse": 30, "sum": 30, "recipe": 30, "remedy": 30, "myth": 60, "chat_advice": 30, "multi_turn": 30,
