@@ -23,10 +23,12 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 
 def over_seeds(values: list[float]) -> dict[str, Any]:
-    """The mean of the seeds' means with Student's interval."""
+    """The mean of the seeds' means with Student's interval; one seed has none."""
     n, mean = len(values), sum(values) / len(values)
-    deviation = (sum((v - mean) ** 2 for v in values) / max(1, n - 1)) ** 0.5
-    half = STUDENT[n] * deviation / n**0.5 if n > 1 else float("nan")
+    if n == 1:
+        return {"mean": mean, "low": None, "high": None, "seeds": values}
+    deviation = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** 0.5
+    half = STUDENT[n] * deviation / n**0.5
     return {"mean": mean, "low": mean - half, "high": mean + half, "seeds": values}
 
 

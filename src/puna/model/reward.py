@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna.model.transformer import ModelConfig, Transformer
@@ -36,9 +37,14 @@ class RewardModel(nn.Module):
         nn.init.normal_(self.score.weight, std=(self.body.config.dim + 1) ** -0.5, generator=generator)
 
     def values(self, tokens: Tensor) -> Tensor:
-        """A score after every token, (B, T)."""
-        return self.score(self.body.hidden(tokens)).squeeze(-1)  # type: ignore[no-any-return]
+        """A score after every token, (B, T) float32."""
+        return self._head(self.body.hidden(tokens))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         last = self.body.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)
-        return self.score(last).squeeze(-1).float()  # type: ignore[no-any-return]
+        return self._head(last)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Scores (...) of states (..., D), in float32 also under autocast: they differ by less than bfloat16 can tell."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)

@@ -118,7 +118,6 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
-        config.positive(self, "held_out_prompts")
 
 
 @dataclass(frozen=True)
