@@ -45,6 +45,6 @@ class RewardModel(nn.Module):
         return self._head(last)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        """Scores (...) of states (..., D), in float32 also under autocast: they differ by less than bfloat16 can tell."""
+        """Scores (...) of states (..., D), in float32 always: they differ by less than bfloat16 can tell."""
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
