@@ -3,8 +3,8 @@
 1. Answer every held-out prompt (temperature 0.6 and top-p 0.9, Meta's defaults for its chat models) and let the judge
    decide: helpfulness, violations on adversarial prompts, refusals of borderline ones, slurs, myths.
 2. Compare with a baseline's answers to the same prompts: the better one wins, ties are halved.
-3. Carry held-out instructions through dialogs, given in the first turn only, and see at which turns the answer obeys
-   (paper A.3.5, Table 30).
+3. Carry instructions through dialogs of held-out questions, given in the first turn only, and see at which turns the
+   answer obeys (paper A.3.5, Table 30).
 
 Many prompts ask about one thing (a myth, a wrong, a people): intervals of 1 and 2 are over these things, not prompts.
 The judge stands for people: no training reward ever comes from it.

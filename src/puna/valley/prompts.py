@@ -65,14 +65,23 @@ def prompts(world: World, seed: int, split: Split, counts: Mapping[str, int], *,
     return records
 
 
-def gatt_dialogs(world: World, seed: int, split: Split, n: int, *, turns: tuple[int, int] = (4, 6)) -> list[Record]:
+def gatt_dialogs(
+    world: World,
+    seed: int,
+    split: Split,
+    n: int,
+    *,
+    turns: tuple[int, int] = (4, 6),
+    constraint_split: Split | None = None,
+) -> list[Record]:
     """Scripts of ordinary questions to carry one constraint: `id`, `constraint`, `split` and `turns`.
 
+    The constraints are of the questions' split unless `constraint_split` names another.
     Each turn is a prompt record of its own with one user message and no constraint; the Ghost Attention stage puts the
     instruction where it belongs.
     """
     desk = _Desk(world, split, random.Random(f"gatt:{world.seed}:{seed}:{split}"))
-    choices = constraints(world, seed, split)
+    choices = constraints(world, seed, constraint_split or split)
     dialogs = []
     for i in range(n):
         name = f"gatt-{split}-{seed}-{i}"

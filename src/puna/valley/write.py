@@ -9,7 +9,7 @@ prompts/vN_preferences.jsonl    prompts of round N to collect comparisons on
 prompts/vN_sampling.jsonl       prompts of round N for rejection sampling and PPO
 prompts/held_out.jsonl          for the final measurement only
 scripts.jsonl                   user turns and instructions for Ghost Attention
-held_out_scripts.jsonl          the same for its measurement
+held_out_scripts.jsonl          for its measurement: held-out questions under instructions of the training split
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def run(cfg: ValleyConfig) -> Path:
                 write_jsonl(out / f"prompts/v{version}_{use}.jsonl", records)
         write_jsonl(out / "prompts/held_out.jsonl", prompts(world, cfg.seed, "held_out", HELD_OUT_COUNTS))
         write_jsonl(out / "scripts.jsonl", map(script, gatt_dialogs(world, cfg.seed, "train", cfg.scripts)))
-        held_out = gatt_dialogs(world, cfg.seed, "held_out", cfg.held_out_scripts)
+        held_out = gatt_dialogs(world, cfg.seed, "held_out", cfg.held_out_scripts, constraint_split="train")
         write_jsonl(out / "held_out_scripts.jsonl", map(script, held_out))
         folder.mark_done("valley")
         return out
