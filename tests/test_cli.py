@@ -149,7 +149,9 @@ def test_another_error_is_one_line_and_with_debug_a_traceback() -> None:
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_a_run_in_order(signum: int, code: int) -> None:
-    body = "print('began', flush=True); time.sleep(60)"
+    # A shell starts its background jobs with SIGINT ignored, and the test may run in one.
+    restore = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    body = f"{restore}; print('began', flush=True); time.sleep(60)"
     with subprocess.Popen(
         [sys.executable, "-c", FAKE.format(body=body), "fake"],
         stdout=subprocess.PIPE,
