@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from puna import config
 from puna.config import ConfigError
@@ -44,6 +44,8 @@ from puna.stages.reward import RewardConfig
 from puna.stages.sft import SFTConfig
 from puna.valley import write as valley
 from puna.valley.write import ValleyConfig
+
+S = TypeVar("S", RejectionSamplingConfig, PPOConfig)
 
 NOT_SET = Path("set-by-the-recipe")
 STARTED = "started.json"
@@ -177,16 +179,15 @@ def _version(cfg: RecipeConfig, version: int) -> list[Step]:
                 seed=seed,
             ),
         ),
-        *_reward_models(cfg, out, newest, [folder / "preferences" for folder in rounds], seed),
+        *_reward_models(cfg, out, newest, _collected(rounds), seed),
         Step(
             f"v{version}/rejection_sampling",
             rejection_sampling.run,
-            replace(
+            _rewarded(
                 cfg.rejection_sampling,
+                by=out,
                 out=out / "rejection_sampling",
                 init=newest,
-                reward_helpfulness=out / "reward_helpfulness/model",
-                reward_safety=out / "reward_safety/model",
                 prompts=prompts,
                 earlier=tuple(folder / "rejection_sampling/best.jsonl" for folder in pooled),
                 seed=seed,
@@ -213,15 +214,7 @@ def _version(cfg: RecipeConfig, version: int) -> list[Step]:
     tuned = replace(cfg.version, out=out, init=cfg.out / "pretrain/model", data=tuple(selected), seed=seed)
     steps += [Step(f"v{version}", sft.run, tuned), _evaluation(cfg, f"v{version}")]
     if version > cfg.versions - cfg.ppo_versions:
-        policy = replace(
-            cfg.ppo,
-            out=out / "ppo",
-            init=out / "model",
-            reward_helpfulness=out / "reward_helpfulness/model",
-            reward_safety=out / "reward_safety/model",
-            prompts=prompts,
-            seed=seed,
-        )
+        policy = _rewarded(cfg.ppo, by=out, out=out / "ppo", init=out / "model", prompts=prompts, seed=seed)
         steps += [Step(f"v{version}/ppo", ppo.run, policy), _evaluation(cfg, f"v{version}/ppo")]
     return steps
 
@@ -234,31 +227,44 @@ def _chat_model(cfg: RecipeConfig, version: int) -> Path:
     return cfg.out / f"v{version}" / ("ppo/model" if with_ppo else "model")
 
 
-def _reward_models(cfg: RecipeConfig, out: Path, init: Path, batches: list[Path], seed: int) -> list[Step]:
-    """Both reward models on all comparisons so far, each with the other's in its declared share."""
+def _collected(rounds: list[Path]) -> PreferenceFiles:
+    """All comparisons of some rounds."""
 
-    def files(domain: str) -> tuple[Path, ...]:
-        return tuple(folder / f"{domain}.jsonl" for folder in batches)
+    def files(name: str) -> tuple[Path, ...]:
+        return tuple(folder / f"preferences/{name}.jsonl" for folder in rounds)
 
+    return PreferenceFiles(
+        helpfulness=files("helpfulness"),
+        helpfulness_test=files("helpfulness_test"),
+        safety=files("safety"),
+        safety_test=files("safety_test"),
+    )
+
+
+def _reward_models(cfg: RecipeConfig, out: Path, init: Path, given: PreferenceFiles, seed: int) -> list[Step]:
+    """Both reward models, each with the other's comparisons in its declared share."""
+    helpfulness = replace(
+        cfg.reward_helpfulness, data=given.helpfulness, other=given.safety, test=given.helpfulness_test
+    )
+    safety = replace(cfg.reward_safety, data=given.safety, other=given.helpfulness, test=given.safety_test)
     return [
         Step(
-            str((out / f"reward_{own}").relative_to(cfg.out)),
+            f"{out.name}/{name}",
             reward.run,
-            replace(
-                settings,
-                out=out / f"reward_{own}",
-                init=init,
-                data=files(own),
-                other=files(other),
-                test=files(f"{own}_test"),
-                seed=seed,
-            ),
+            replace(settings, out=out / name, init=init, format=given.format, seed=seed),
         )
-        for own, other, settings in (
-            ("helpfulness", "safety", cfg.reward_helpfulness),
-            ("safety", "helpfulness", cfg.reward_safety),
-        )
+        for name, settings in (("reward_helpfulness", helpfulness), ("reward_safety", safety))
     ]
+
+
+def _rewarded(settings: S, by: Path, **paths: Any) -> S:
+    """A stage's settings with the reward models of the version whose folder is `by`."""
+    return replace(
+        settings,
+        reward_helpfulness=by / "reward_helpfulness/model",
+        reward_safety=by / "reward_safety/model",
+        **paths,
+    )
 
 
 def _evaluation(cfg: RecipeConfig, name: str, *, plain: bool = False) -> Step:
@@ -283,49 +289,19 @@ def _plan_on_files(cfg: RecipeConfig) -> list[Step]:
     given, base, out = cfg.preferences, cfg.out / "base/model", cfg.out / "v1"
     if not (given.helpfulness and given.safety):
         raise ConfigError("a base needs comparisons: set preferences.helpfulness and preferences.safety")
-    steps = [Step("base", convert.run, ImportConfig(path=cfg.base, out=cfg.out / "base"))]
-    for own, other, settings in (
-        ("helpfulness", "safety", cfg.reward_helpfulness),
-        ("safety", "helpfulness", cfg.reward_safety),
-    ):
-        files = replace(
-            settings,
-            out=out / f"reward_{own}",
-            init=base,
-            data=getattr(given, own),
-            other=getattr(given, other),
-            test=getattr(given, f"{own}_test"),
-            format=given.format,
-            seed=cfg.seed,
-        )
-        steps.append(Step(f"v1/reward_{own}", reward.run, files))
-    sampling = replace(
-        cfg.rejection_sampling,
-        out=out / "rejection_sampling",
-        init=base,
-        reward_helpfulness=out / "reward_helpfulness/model",
-        reward_safety=out / "reward_safety/model",
-        prompts=given.helpfulness,
-        safety_prompts=given.safety,
-        format=given.format,
-        seed=cfg.seed,
-    )
+    asked: dict[str, Any] = {
+        "prompts": given.helpfulness,
+        "safety_prompts": given.safety,
+        "format": given.format,
+        "seed": cfg.seed,
+    }
+    sampling = _rewarded(cfg.rejection_sampling, by=out, out=out / "rejection_sampling", init=base, **asked)
     tuned = replace(cfg.version, out=out, init=base, data=(out / "rejection_sampling/pool.jsonl",), seed=cfg.seed)
-    policy = replace(
-        cfg.ppo,
-        out=out / "ppo",
-        init=out / "model",
-        reward_helpfulness=out / "reward_helpfulness/model",
-        reward_safety=out / "reward_safety/model",
-        prompts=given.helpfulness,
-        safety_prompts=given.safety,
-        held_out=given.helpfulness_test,
-        safety_held_out=given.safety_test,
-        format=given.format,
-        seed=cfg.seed,
-    )
+    held_out = {"held_out": given.helpfulness_test, "safety_held_out": given.safety_test}
+    policy = _rewarded(cfg.ppo, by=out, out=out / "ppo", init=out / "model", **held_out, **asked)
     return [
-        *steps,
+        Step("base", convert.run, ImportConfig(path=cfg.base, out=cfg.out / "base")),
+        *_reward_models(cfg, out, base, given, cfg.seed),
         Step("v1/rejection_sampling", rejection_sampling.run, sampling),
         Step("v1", sft.run, tuned),
         Step("v1/ppo", ppo.run, policy),

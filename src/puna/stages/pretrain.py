@@ -10,6 +10,7 @@ Where the paper is silent: documents are concatenated without a mask between the
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Iterator
@@ -109,6 +110,11 @@ def prepare(cfg: PretrainConfig, folder: Path) -> tuple[Tokenizer, shards.Shard,
         raise ConfigError(
             f"seq_len is {cfg.seq_len}, beyond the model's context model.max_seq_len {cfg.model.max_seq_len}"
         )
+
+    @functools.cache
+    def texts() -> list[str]:  # read once, and not at all where a killed run had finished both shards
+        return readers.read(cfg.data, cfg.format, kind="texts").records
+
     if cfg.tokenizer is not None:
         tokenizer = tokenizers.load(cfg.tokenizer)
     elif (folder / "tokenizer/tokenizer.model").exists():
@@ -116,15 +122,14 @@ def prepare(cfg: PretrainConfig, folder: Path) -> tuple[Tokenizer, shards.Shard,
     else:
         # The text knows no chat tags; without their letters each tag would cost a dozen byte tokens.
         tags = [" ".join(chat.MARKERS)] * 1000
-        texts = itertools.chain(_texts(cfg), tags)
-        tokenizer = tokenizers.train(texts, cfg.model.vocab_size, folder / "tokenizer")
+        tokenizer = tokenizers.train(itertools.chain(texts(), tags), cfg.model.vocab_size, folder / "tokenizer")
     if tokenizer.vocab_size > cfg.model.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {cfg.model.vocab_size}: raise it"
         )
     for name, held_out in (("train", False), ("validation", True)):
         if not (folder / f"{name}.json").exists():
-            shards.write_shard(folder / name, _part(_texts(cfg), cfg.validation_share, held_out), tokenizer)
+            shards.write_shard(folder / name, _part(texts(), cfg.validation_share, held_out), tokenizer)
     train, validation = (shards.read_shard(folder / name, tokenizer) for name in ("train", "validation"))
     for name, part in (("training", train), ("validation", validation)):
         if len(part.tokens) <= cfg.seq_len:
@@ -169,10 +174,6 @@ def _loss(cfg: PretrainConfig, model: Transformer, x: Tensor, y: Tensor, count: 
     with parallel.autocast(cfg.precision, x.device):
         logits = model(x)
     return losses.language_model_loss(losses.token_logprobs(logits, y), torch.ones_like(y, dtype=torch.bool), count)
-
-
-def _texts(cfg: PretrainConfig) -> Iterator[str]:
-    return iter(readers.read(cfg.data, cfg.format, kind="texts").records)
 
 
 def _part(texts: Iterable[str], share: float, held_out: bool) -> Iterator[str]:
