@@ -29,6 +29,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
+ALIASES = {"lr": ("learning_rate",), "epochs": ("num_epochs",), "steps": ("max_steps",), "max_len": ("max_length",)}
+"""What others call our keys: one of these, mistyped or not, is answered with ours."""
+
 
 class ConfigError(Exception):
     """A user's mistake in a recipe, a flag or a path: one line that names it and the way out (exit code 2)."""
@@ -261,7 +264,12 @@ def _describe(hint: Any) -> str:
 
 
 def _nearest(key: str, keys: Iterable[str]) -> str:
-    return difflib.get_close_matches(key, list(keys), n=1, cutoff=0.0)[0]
+    """The key most like this one, by its own name or by what others call it."""
+    spellings: dict[str, str] = {}
+    for ours in keys:
+        table, dot, name = ours.rpartition(".")
+        spellings |= {table + dot + spelling: ours for spelling in (name, *ALIASES.get(name, ()))}
+    return spellings[difflib.get_close_matches(key, spellings, n=1, cutoff=0.0)[0]]
 
 
 def _construct(

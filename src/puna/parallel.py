@@ -7,6 +7,7 @@ counts summed over all ranks; FSDP2 averages gradients, so `backward` scales by 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from typing import TypeVar
 
@@ -18,6 +19,8 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from puna.config import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
+
+MALLOPT = ((-4, 0), (-1, 2**31 - 1), (-2, 2**28))  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def start(threads: int = 0) -> torch.device:
@@ -34,7 +37,18 @@ def start(threads: int = 0) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
         return device
+    _keep_freed_memory()
     return torch.device("cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next one: without this, it is mapped and cleared anew every time.
+
+    A pretraining step takes a fifth less time (docs/log.md). Other C libraries are left as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        for option, value in MALLOPT:
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def rank() -> int:

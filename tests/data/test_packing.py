@@ -10,7 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puna import losses
-from puna.data.packing import by_length, cut, document_mask, pack, pack_plan, pad_right
+from puna.data.packing import (
+    by_length,
+    common,
+    cut,
+    document_mask,
+    pack,
+    pack_pairs,
+    pack_plan,
+    pad_right,
+    pair_length,
+    tree_mask,
+)
 from puna.text import chat
 from puna.text.chat import Encoded
 from tests import helpers
@@ -97,6 +108,44 @@ def test_pack_plan_of_many_rows_is_quick() -> None:
     began = time.perf_counter()
     assert len(pack_plan([300] * 50_000, 512)) == 50_000
     assert time.perf_counter() - began < 5, "it looks at every open row for every dialog"
+
+
+def test_pack_pairs_by_hand() -> None:
+    packed = pack_pairs([([1, 2, 3], [1, 2, 4, 5]), ([1, 6], [1, 7]), ([8, 9], [8, 9, 9])])
+    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5], [8, 9, 9, 9, 0], [1, 6, 7, 0, 0]]
+    assert packed.branches.tolist() == [[0, 0, 1, 2, 2], [0, 1, 2, 2, 0], [0, 1, 2, 0, 0]]
+    assert packed.positions.tolist() == [[0, 1, 2, 2, 3], [0, 1, 1, 2, 0], [0, 1, 1, 0, 0]]
+    assert packed.documents.tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 0, -1], [0, 0, 0, -1, -1]]
+    assert packed.ends.tolist() == [[[0, 2], [2, 1], [1, 1]], [[0, 4], [2, 2], [1, 3]]]
+
+
+def test_tree_mask_by_hand() -> None:
+    documents, branches = torch.tensor([[0, 0, 0, 1, -1]]), torch.tensor([[0, 1, 2, 0, 0]])
+    assert tree_mask(documents, branches)[0, 0].tolist() == [
+        [True, False, False, False, False],
+        [True, True, False, False, False],
+        [True, False, True, False, False],  # the rejected answer sees the prompt and itself
+        [False, False, False, True, False],
+        [False, False, False, False, True],
+    ]
+
+
+TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=9))
+def test_pack_pairs_keeps_both_answers_whole(pairs: list[tuple[list[int], list[int]]]) -> None:
+    packed = pack_pairs(pairs)
+    mask = tree_mask(packed.documents, packed.branches)[:, 0]
+    assert packed.tokens.shape[1] == max(pair_length(*pair) for pair in pairs)
+    for i, pair in enumerate(pairs):
+        assert common(*pair) < min(map(len, pair))
+        for answer in (0, 1):
+            row, column = packed.ends[answer, i]
+            seen = mask[row, column]
+            assert packed.tokens[row][seen].tolist() == pair[answer]
+            assert packed.positions[row][seen].tolist() == list(range(len(pair[answer])))
 
 
 def test_pad_right() -> None:

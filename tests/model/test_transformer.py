@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.config import ConfigError
+from puna.data import packing
 from puna.model.sizes import LLAMA_2, SIZES, ffn_hidden
-from puna.model.transformer import RMSNorm, Transformer, attend_one, rotary_table, rotate
+from puna.model.transformer import RMSNorm, Transformer, attend_one, attend_short, rotary_table, rotate
 from tests import helpers
 
 TOKENS = torch.tensor([[1, 300, 301, 302, 303, 304, 305]])
@@ -143,6 +144,19 @@ def test_attend_one_is_attention() -> None:
         q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1), attn_mask=mask
     )
     close(attend_one(q, k, v, mask), expected, 1e-6)
+
+
+def test_attend_short_is_attention() -> None:
+    q, k, v = (torch.randn(2, 3, 6, 8, requires_grad=True) for _ in range(3))
+    documents = torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, 0, 0, 0, 0]])
+    for mask in (None, packing.document_mask(documents)):
+        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        actual = attend_short(q, k, v, mask)
+        close(actual, expected, 1e-6)
+        for mine, theirs in zip(
+            torch.autograd.grad(actual.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)), strict=True
+        ):
+            close(mine, theirs, 1e-5)
 
 
 def test_tied_embeddings_share_one_tensor() -> None:

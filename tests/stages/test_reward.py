@@ -125,6 +125,22 @@ def test_loss_is_ranking_plus_the_weighted_labels(tmp_path: Path) -> None:
     assert in_parts == pytest.approx(loss, rel=1e-6)
 
 
+def test_gradients_are_those_of_each_answer_in_a_row_of_its_own(tmp_path: Path) -> None:
+    rows = [preference(i, chosen="yes " * (i + 1), rejected="yes no" + " no" * i) for i in range(4)]
+    cfg, model = helpers.reward_config(tmp_path), helpers.reward_model()
+    pairs = [reward.as_pair(row, helpers.tokenizer(), "small") for row in rows]
+    reward.update(cfg, model, pairs, torch.device("cpu"))
+    shared = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for pair in pairs:
+        chosen, rejected = (
+            model(torch.tensor([ids]), torch.tensor([len(ids)])) for ids in (pair.chosen, pair.rejected)
+        )
+        (losses.ranking_loss(chosen, rejected, torch.tensor([pair.margin])).sum() / len(pairs)).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(shared[name], parameter.grad, rtol=1e-5, atol=1e-6)
+
+
 def test_the_warm_up_is_three_percent_and_at_least_five_steps(tmp_path: Path) -> None:
     cfg = helpers.reward_config(tmp_path, batch_size=2)
     reward.run(cfg)

@@ -182,5 +182,5 @@ def test_a_wrong_file_is_named(tmp_path: Path, name: str, content: bytes) -> Non
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no tokenizer\.model and no tokenizer\.json"):
         tokenizers.load(tmp_path)
-    with pytest.raises(ConfigError, match="no such tokenizer"):
+    with pytest.raises(ConfigError, match="no such folder"):
         tokenizers.load(tmp_path / "missing.model")

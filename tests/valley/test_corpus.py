@@ -16,7 +16,7 @@ MEGABYTE = 1_000_000
 
 @pytest.fixture(scope="module")
 def sample(world: World) -> list[Document]:
-    """Four million characters, about a quarter of what the laptop recipe reads."""
+    """Four million characters of the 22 that the laptop recipe reads."""
     return list(documents(world, 0, characters=4 * MEGABYTE))
 
 
@@ -70,11 +70,11 @@ def test_every_fact_is_told_often_held_out_or_not(world: World, sample: list[Doc
                 fact = world.facts.get(name)
                 if fact is None or words.issuperset([fact.subject.key, *fact.keys]):
                     told[name] += 1
-    # A quarter of the recipe's text: four times as many tellings make the sixty promised twice over.
+    # A fifth of the recipe's text, which tells everything sixty times at least.
     assert min(told[name] for name in world.facts) >= 40
     assert min(told[howto.id] for howto in world.howtos) >= 50
     assert min(told[item.id] for item in world.borderlines) >= 40
-    assert min(told[act.id] for act in world.acts) >= 15
+    assert min(told[act.id] for act in world.acts) >= 12
 
 
 def test_every_relation_has_many_phrasings() -> None:

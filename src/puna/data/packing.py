@@ -1,4 +1,8 @@
-"""Rows of tokens for training: dialogs packed into full rows (paper 3.1), pairs and rollouts padded on the right."""
+"""Rows of tokens for training: dialogs packed into full rows (paper 3.1), comparisons as well, rollouts padded.
+
+A comparison's two answers follow one prompt. Packed, the prompt stands in the row once and both answers after it, each
+blind to the other: the scores and gradients are those of two rows, for the tokens of little more than one.
+"""
 
 from __future__ import annotations
 
@@ -76,6 +80,59 @@ def document_mask(documents: Tensor) -> Tensor:
     same = documents[:, :, None] == documents[:, None, :]
     causal = torch.ones(same.shape[-2:], dtype=torch.bool, device=documents.device).tril()
     return (same & causal)[:, None]
+
+
+class PackedPairs(NamedTuple):
+    """B rows of T tokens holding P comparisons, what the two answers have in common once. Pads have document -1."""
+
+    tokens: Tensor  # (B, T) int64
+    documents: Tensor  # (B, T) int64: which comparison of the row a token belongs to
+    branches: Tensor  # (B, T) int64: 0 what both answers follow, 1 the chosen one, 2 the rejected one
+    positions: Tensor  # (B, T) int64: what they are in a row that holds this answer alone
+    ends: Tensor  # (2, P, 2) int64: row and column of each chosen answer's last token, and of each rejected one's
+
+
+def common(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two answers to one prompt begin with together, the last of either left out: it is scored."""
+    n = 0
+    while n < min(len(first), len(second)) - 1 and first[n] == second[n]:
+        n += 1
+    return n
+
+
+def pair_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
+    """Tokens of a packed comparison."""
+    return len(chosen) + len(rejected) - common(chosen, rejected)
+
+
+def pack_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> PackedPairs:
+    """Pack comparisons, (chosen, rejected) tokens, into rows as long as the longest of them."""
+    lengths = [pair_length(*pair) for pair in pairs]
+    plan = pack_plan(lengths, max(lengths))
+    tokens, branches, positions = (np.zeros((len(plan), max(lengths)), np.int64) for _ in range(3))
+    documents = np.full(tokens.shape, -1, np.int64)
+    ends = np.zeros((2, len(pairs), 2), np.int64)
+    for row, members in enumerate(plan):
+        begin = 0
+        for document, i in enumerate(members):
+            shared = common(*pairs[i])
+            documents[row, begin : begin + lengths[i]] = document
+            parts = (pairs[i][0][:shared], pairs[i][0][shared:], pairs[i][1][shared:])
+            for branch, part in enumerate(parts):
+                end = begin + len(part)
+                tokens[row, begin:end] = part
+                branches[row, begin:end] = branch
+                positions[row, begin:end] = np.arange(len(part)) + (shared if branch else 0)
+                begin = end
+                if branch:
+                    ends[branch - 1, i] = row, end - 1
+    return PackedPairs(*(torch.from_numpy(field) for field in (tokens, documents, branches, positions, ends)))
+
+
+def tree_mask(documents: Tensor, branches: Tensor) -> Tensor:
+    """(B, T) each -> (B, 1, T, T): as `document_mask`, but no token of one answer may look at the other's."""
+    seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
+    return document_mask(documents) & seen[:, None]
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,12 @@ A line that cannot be used is reported with its file, number and reason, set asi
 1 % of such lines stops the run. A comparison of two identical answers says nothing: it is skipped and counted.
 Lines end at U+000A alone, since text may hold U+2028.
 
-A new format is a function of one row, or of one path, and its line in READERS.
+A new format is a function of one row (puna.data.rows) or of one path, and its line in READERS.
 """
 
 from __future__ import annotations
 
 import gzip
-import itertools
 import json
 import logging
 import re
@@ -27,22 +26,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from puna.config import ConfigError, DataError
+from puna.data import rows
+from puna.data.rows import BadRow, Row, Skipped
 from puna.run_folder import write_atomically
-from puna.types import GRADES, Dialog, Domain, Message, Preference, Reader, Role
+from puna.types import Dialog, Preference, Reader
 
 LARGEST_BAD_SHARE = 0.01
 LINES_NAMED = 5  # of a file's bad lines, in the log; the quarantine holds all
 
 log = logging.getLogger(__name__)
-
-Row = dict[str, Any]
-
-
-class _BadRow(Exception):
-    """A row that cannot be used, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +51,6 @@ class BadLine:
 
     def __str__(self) -> str:
         return f"{self.file}, line {self.line}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A sound row that says nothing, with the reason."""
-
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -155,7 +143,7 @@ def _by_row(parse: Callable[[Row], Iterable[Any]]) -> Reader:
         for number, source in _sources(path):
             try:
                 yield from list(parse(_row(source)))
-            except _BadRow as reason:
+            except BadRow as reason:
                 text = source if isinstance(source, bytes) else json.dumps(source, default=str).encode()
                 yield BadLine(path, number, str(reason), text.decode("utf-8", "backslashreplace"))
 
@@ -168,12 +156,12 @@ def _sources(path: Path) -> Iterator[tuple[int, Any]]:
         yield from enumerate(_parquet_rows(path), start=1)
     elif path.suffix == ".json":
         try:
-            rows = json.loads(path.read_bytes())
+            listed = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: not JSON: {error}") from None
-        if not isinstance(rows, list):
+        if not isinstance(listed, list):
             raise DataError(f"{path}: a .json data file is a list of rows; one row a line is .jsonl")
-        yield from enumerate(rows, start=1)
+        yield from enumerate(listed, start=1)
     else:
         with _open(path) as file:
             for number, line in enumerate(file, start=1):
@@ -201,243 +189,17 @@ def _row(source: Any) -> Row:
         try:
             row = json.loads(source.decode("utf-8"))
         except UnicodeDecodeError as error:
-            raise _BadRow(f"not UTF-8 at byte {error.start}") from None
+            raise BadRow(f"not UTF-8 at byte {error.start}") from None
         except json.JSONDecodeError as error:
-            raise _BadRow(f"not JSON: {error.msg} at column {error.colno}") from None
+            raise BadRow(f"not JSON: {error.msg} at column {error.colno}") from None
         except RecursionError:
-            raise _BadRow("not JSON: nested too deep") from None
+            raise BadRow("not JSON: nested too deep") from None
     if not isinstance(row, dict):
-        raise _BadRow(f"a {type(row).__name__}, not an object")
+        raise BadRow(f"a {type(row).__name__}, not an object")
     return row
 
 
-# Parts of rows
-
-
-def _text(row: Mapping[str, Any], key: str) -> str:
-    """A row's text, which must be there, hold something and be writable as UTF-8."""
-    value = row.get(key)
-    if not isinstance(value, str):
-        raise _BadRow(f"{key!r} is missing" if value is None else f"{key!r} is a {type(value).__name__}, not text")
-    if not value.strip():
-        raise _BadRow(f"{key!r} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _BadRow(f"{key!r} holds a lone surrogate") from None
-    return value
-
-
-def _choice(row: Mapping[str, Any], key: str, choices: Sequence[str], default: str | None) -> Any:
-    """A row's word out of `choices`."""
-    value = row.get(key)
-    if value is None:
-        return default
-    if value not in choices:
-        raise _BadRow(f"{key!r} is {value!r}, not one of {', '.join(choices)}")
-    return value
-
-
-def _of_type(row: Mapping[str, Any], key: str, *kinds: type) -> Any:
-    """A row's value of one of the exact types, or None."""
-    value = row.get(key)
-    if value is not None and type(value) not in kinds:
-        raise _BadRow(f"{key!r} is {value!r}, not a {kinds[0].__name__}")
-    return value
-
-
-def _messages(row: Mapping[str, Any], key: str) -> Dialog:
-    """A row's list of messages: perhaps a system message, then user and assistant by turns."""
-    messages = row.get(key)
-    if not isinstance(messages, list) or not messages:
-        raise _BadRow(f"{key!r} is missing or holds no messages")
-    return _alternating([_message(message, f"{key}[{i}]") for i, message in enumerate(messages)])
-
-
-def _message(message: Any, name: str) -> Message:
-    if not isinstance(message, dict) or message.get("role") not in get_args(Role):
-        raise _BadRow(f"{name} has no role out of {', '.join(get_args(Role))}")
-    try:
-        return {"role": message["role"], "content": _text(message, "content")}
-    except _BadRow as reason:
-        raise _BadRow(f"{name}: {reason}") from None
-
-
-def _alternating(dialog: Dialog) -> Dialog:
-    turns = dialog[1:] if dialog[0]["role"] == "system" else dialog
-    roles = [turn["role"] for turn in turns]
-    if not roles or roles != list(itertools.islice(itertools.cycle(("user", "assistant")), len(roles))):
-        raise _BadRow("the turns do not go user, assistant, user, ...")
-    return dialog
-
-
-def _answer(row: Mapping[str, Any], key: str) -> str:
-    """A row's single answer: text, or a list of one assistant message."""
-    value = row.get(key)
-    if not isinstance(value, list):
-        return _text(row, key)
-    if len(value) != 1 or (message := _message(value[0], f"{key}[0]"))["role"] != "assistant":
-        raise _BadRow(f"{key!r} is not one assistant message")
-    return message["content"]
-
-
-def _ends_with_user(prompt: Dialog) -> Dialog:
-    if prompt[-1]["role"] != "user":
-        raise _BadRow("the prompt does not end with the user's turn")
-    return prompt
-
-
-def _split_pair(chosen: Dialog, rejected: Dialog) -> tuple[Dialog, str, str]:
-    """Two whole dialogues as their common prompt and the two answers."""
-    if chosen[:-1] != rejected[:-1]:
-        raise _BadRow("the two dialogues differ before the last turn")
-    if not chosen[-1]["role"] == rejected[-1]["role"] == "assistant":
-        raise _BadRow("a dialogue does not end with the assistant's turn")
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
-
-
-def _compared(preference: Preference) -> Preference | Skipped:
-    return Skipped("identical answers") if preference.chosen == preference.rejected else preference
-
-
-# Formats, a row at a time
-
-
-def _dialog(row: Row) -> Iterator[Row]:
-    yield {**row, "messages": _messages(row, "messages")}
-
-
-def _prompt(row: Row) -> Iterator[Row]:
-    yield {**row, "id": _text(row, "id"), "messages": _ends_with_user(_messages(row, "messages"))}
-
-
-def _preference(row: Row) -> Iterator[Preference | Skipped]:
-    known = set(Preference.__dataclass_fields__) - {"provenance"}
-    yield _compared(
-        Preference(
-            prompt=_ends_with_user(_messages(row, "prompt")),
-            chosen=_answer(row, "chosen"),
-            rejected=_answer(row, "rejected"),
-            grade=_choice(row, "grade", GRADES, None),
-            margin=_of_type(row, "margin", float, int),
-            chosen_is_safe=_of_type(row, "chosen_is_safe", bool),
-            rejected_is_safe=_of_type(row, "rejected_is_safe", bool),
-            domain=_choice(row, "domain", get_args(Domain), "helpfulness"),
-            batch=_of_type(row, "batch", int) or 0,
-            provenance={key: value for key, value in row.items() if key not in known},
-        )
-    )
-
-
-def _trl(row: Row) -> Iterator[Row | Preference | Skipped]:
-    """TRL and Hugging Face rows: messages; prompt, chosen, rejected; or two whole dialogues."""
-    if "messages" in row:
-        yield from _dialog(row)
-    elif "prompt" not in row:
-        prompt, chosen, rejected = _split_pair(_messages(row, "chosen"), _messages(row, "rejected"))
-        yield from _preference({**row, "prompt": prompt, "chosen": chosen, "rejected": rejected})
-    elif isinstance(row["prompt"], str):
-        yield from _preference({**row, "prompt": [{"role": "user", "content": row["prompt"]}]})
-    else:
-        yield from _preference(row)
-
-
-def _jsonl_text(row: Row) -> Iterator[str]:
-    yield _text(row, "text")
-
-
-def _alpaca(row: Row) -> Iterator[Row]:
-    instruction, answer = _text(row, "instruction"), _text(row, "output")
-    prompt = f"{instruction}\n\n{_text(row, 'input')}" if row.get("input") else instruction
-    yield {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-
-
-def _hh(row: Row) -> Iterator[Preference | Skipped]:
-    """Anthropic's helpful and harmless pairs: two whole dialogues that share all but the last turn."""
-    yield _compared(Preference(*_split_pair(_hh_dialog(row, "chosen"), _hh_dialog(row, "rejected"))))
-
-
-def _hh_dialog(row: Row, key: str) -> Dialog:
-    """One dialogue. A speaker named twice in a row goes on with the same turn."""
-    before, *parts = re.split(r"\n\n(Human|Assistant):", _text(row, key))
-    if before.strip() or not parts:
-        raise _BadRow(f"{key!r} does not begin with a Human's turn")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = itertools.groupby(zip(parts[::2], parts[1::2], strict=True), key=lambda part: part[0])
-    messages = [{"role": roles[who], "content": "\n\n".join(text.strip() for _, text in turn)} for who, turn in turns]
-    return _messages({key: messages}, key)
-
-
-def _oasst(row: Row) -> Iterator[Row | Skipped]:
-    """An OpenAssistant tree's dialog along the best-ranked replies."""
-    dialog: Dialog = []
-    node: Row | None = row.get("prompt")
-    while node:
-        dialog.append(_oasst_message(node))
-        node = next(iter(_oasst_replies(node)), None)
-    if dialog and dialog[-1]["role"] == "user":
-        dialog.pop()
-    if not dialog:
-        yield Skipped("no answer in the tree")
-    else:
-        yield {"messages": _alternating(dialog), "id": row.get("message_tree_id")}
-
-
-def _oasst_preferences(row: Row) -> Iterator[Preference | Skipped]:
-    """Every pair of ranked answers to one turn of an OpenAssistant tree, the better-ranked one preferred."""
-    pending: list[tuple[Dialog, Row]] = [([], row.get("prompt") or {})]
-    while pending:
-        above, node = pending.pop()
-        dialog = _alternating([*above, _oasst_message(node)])
-        replies = _oasst_replies(node)
-        if dialog[-1]["role"] == "user":
-            ranked = [reply for reply in replies if reply.get("rank") is not None]
-            for better, worse in itertools.combinations(ranked, 2):
-                if better["rank"] < worse["rank"]:
-                    yield _compared(Preference(dialog, _text(better, "text"), _text(worse, "text")))
-        pending += [(dialog, reply) for reply in replies]
-
-
-def _oasst_message(node: Row) -> Message:
-    roles: dict[Any, Role] = {"prompter": "user", "assistant": "assistant"}
-    if node.get("role") not in roles:
-        raise _BadRow("a node has no role out of prompter, assistant")
-    return {"role": roles[node["role"]], "content": _text(node, "text")}
-
-
-def _oasst_replies(node: Row) -> list[Row]:
-    """A node's replies that were neither deleted nor failed review, the best-ranked first and the unranked last."""
-    replies = [
-        reply
-        for reply in node.get("replies") or []
-        if not reply.get("deleted") and reply.get("review_result") is not False
-    ]
-    return sorted(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
-
-
-def _pku(id_key: str, domain: Domain) -> Callable[[Row], Iterator[Preference | Skipped]]:
-    """PKU-SafeRLHF: two answers, which is better, which is safer, and whether each is safe."""
-
-    def parse(row: Row) -> Iterator[Preference | Skipped]:
-        chosen = _of_type(row, id_key, int)
-        if chosen not in (0, 1):
-            raise _BadRow(f"{id_key!r} is {chosen!r}, neither 0 nor 1")
-        rejected = 1 - chosen
-        yield _compared(
-            Preference(
-                prompt=[{"role": "user", "content": _text(row, "prompt")}],
-                chosen=_text(row, f"response_{chosen}"),
-                rejected=_text(row, f"response_{rejected}"),
-                chosen_is_safe=_of_type(row, f"is_response_{chosen}_safe", bool),
-                rejected_is_safe=_of_type(row, f"is_response_{rejected}_safe", bool),
-                domain=domain,
-            )
-        )
-
-    return parse
-
-
-# Formats, a file at a time
+# Files of text
 
 
 def _whole_text(path: Path) -> Iterator[str | BadLine]:
@@ -463,20 +225,20 @@ def _paragraphs(path: Path) -> Iterator[str | BadLine]:
 
 
 READERS: dict[str, Reader] = {
-    "dialogs": _by_row(_dialog),
-    "prompts": _by_row(_prompt),
-    "preferences": _by_row(_preference),
+    "dialogs": _by_row(rows.dialog),
+    "prompts": _by_row(rows.prompt),
+    "preferences": _by_row(rows.preference),
     "text": _whole_text,
     "paragraphs": _paragraphs,
-    "jsonl_text": _by_row(_jsonl_text),
+    "jsonl_text": _by_row(rows.jsonl_text),
     "records": _by_row(lambda row: [row]),  # as they are
-    "trl": _by_row(_trl),
-    "hh": _by_row(_hh),
-    "alpaca": _by_row(_alpaca),
-    "oasst": _by_row(_oasst),
-    "oasst_preferences": _by_row(_oasst_preferences),
-    "pku": _by_row(_pku("better_response_id", "helpfulness")),
-    "pku_safety": _by_row(_pku("safer_response_id", "safety")),
+    "trl": _by_row(rows.trl),
+    "hh": _by_row(rows.hh),
+    "alpaca": _by_row(rows.alpaca),
+    "oasst": _by_row(rows.oasst),
+    "oasst_preferences": _by_row(rows.oasst_preferences),
+    "pku": _by_row(rows.pku("better_response_id", "helpfulness")),
+    "pku_safety": _by_row(rows.pku("safer_response_id", "safety")),
 }
 
 

@@ -13,7 +13,7 @@ class RewardModel(nn.Module):
     """`forward(tokens (B, T), lengths (B,)) -> raw scores (B,)`, read at each row's last counted token.
 
     Rows are padded on the right, so that causal attention never sees a pad. The sigmoid of a score is what the paper
-    calls R. `values` gives a score at every token: the critic of PPO.
+    calls R. `values` gives a score at every token: the critic of PPO, and packed comparisons.
     """
 
     def __init__(self, body: Transformer) -> None:
@@ -36,9 +36,9 @@ class RewardModel(nn.Module):
         """Deviation 1/sqrt(D + 1), so that scores start near unit size (Stiennon et al. 2020)."""
         nn.init.normal_(self.score.weight, std=(self.body.config.dim + 1) ** -0.5, generator=generator)
 
-    def values(self, tokens: Tensor) -> Tensor:
-        """A score after every token, (B, T) float32."""
-        return self._head(self.body.hidden(tokens))
+    def values(self, tokens: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """A score after every token, (B, T) float32; `positions` and `mask` as in `Transformer.forward`."""
+        return self._head(self.body.hidden(tokens, positions=positions, mask=mask))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         last = self.body.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)

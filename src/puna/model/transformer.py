@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from puna.config import ConfigError, positive
 
+SHORT = 256  # tokens of a row whose attention scores are written out, where that is faster
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -104,6 +106,19 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (weights @ v).view_as(q)
 
 
+def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of q (B, H, T, E) over k, v (B, H, S, E), causal without a mask, with its scores written out.
+
+    For short rows in bfloat16 on a CPU, two thirds of the fused kernel's time, gradient included.
+    """
+    if mask is None:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    unseen = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + unseen  # (B, H, T, S)
+    weights: Tensor = scores.softmax(-1)
+    return weights @ v
+
+
 class Attention(nn.Module):
     """Grouped-query attention (paper A.2.1) without biases."""
 
@@ -127,7 +142,10 @@ class Attention(nn.Module):
             out = attend_one(q, k, v, mask)
         else:
             k, v = (t.repeat_interleave(self.group, dim=1) if self.group > 1 else t for t in (k, v))  # (B, H, S, E)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT:
+                out = attend_short(q, k, v, mask)
+            else:
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.wo(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]  # (B, T, D)
 
 

@@ -69,7 +69,7 @@ class RewardConfig:
     batch_size: int = 64
     """pairs a step, over all processes (paper: 512)."""
     micro_batch_tokens: int = 8192
-    """padded tokens a forward pass on one process."""
+    """tokens a forward pass on one process, at most."""
     optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=1e-5))
     """paper: 1e-5 (70B: 5e-6); its warmup_steps is replaced by 3 % of the steps, at least 5."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -219,11 +219,11 @@ def _answered(preference: Preference, answer: str) -> Dialog:
 
 def update(cfg: RewardConfig, model: RewardModel, pairs: list[Pair], device: torch.device) -> tuple[float, float, int]:
     """2: accumulate the gradients of one global batch; its mean loss, ranking accuracy and number of tokens."""
-    lengths = [max(len(pair.chosen), len(pair.rejected)) for pair in pairs]
     labelled = sum(label is not None for pair in pairs for label in pair.is_safe)
     counts = parallel.total(torch.tensor([len(pairs), labelled], device=device, dtype=torch.float32))
     sums = torch.zeros(2, device=device)
-    micro_batches = packing.by_length(lengths, cfg.micro_batch_tokens // 2)
+    lengths = [packing.pair_length(pair.chosen, pair.rejected) for pair in pairs]
+    micro_batches = packing.by_length(lengths, cfg.micro_batch_tokens)
     # A sharded forward pass gathers weights from all ranks: each rank must make as many.
     micro_batches = packing.cut(micro_batches, parallel.largest(len(micro_batches)))
     for members in micro_batches:
@@ -241,9 +241,11 @@ def update(cfg: RewardConfig, model: RewardModel, pairs: list[Pair], device: tor
 
 
 def scores(model: RewardModel, batch: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Raw scores of the chosen and of the rejected answers, (B,) each, in one forward pass."""
-    tokens, lengths = packing.pad_right([pair.chosen for pair in batch] + [pair.rejected for pair in batch])
-    chosen, rejected = model(tokens.to(device), lengths.to(device)).chunk(2)
+    """Raw scores of the chosen and of the rejected answers, (B,) each, in one forward pass that reads prompts once."""
+    packed = packing.pack_pairs([(pair.chosen, pair.rejected) for pair in batch])
+    tokens, documents, branches, positions, ends = (field.to(device) for field in packed)
+    values = model.values(tokens, positions=positions, mask=packing.tree_mask(documents, branches))  # (rows, T)
+    chosen, rejected = values[ends[..., 0], ends[..., 1]]
     return chosen, rejected
 
 

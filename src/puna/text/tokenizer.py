@@ -111,7 +111,7 @@ def load(path: Path | str) -> Tokenizer:
             raise ConfigError(f"{path}: no tokenizer.model and no tokenizer.json in this folder")
         return load(found[0])
     if not path.is_file():
-        raise ConfigError(f"{path}: no such tokenizer: name a tokenizer.model, a tokenizer.json or their folder")
+        raise ConfigError(f"{path}: no such folder, tokenizer.model or tokenizer.json")
     try:
         if path.suffix == ".json":
             return HuggingFaceTokenizer(path.read_bytes().decode(), _tokenizer_config(path.parent))

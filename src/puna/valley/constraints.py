@@ -15,8 +15,8 @@ from puna.valley.words import capital, fill, table
 
 Split = Literal["train", "held_out"]
 
-PERSONAS = 48  # of the title and name pairs, in each split's list at most
-PAIRS = 40  # combinations of two
+PAIRS = 4  # combinations of two
+PAIR_SHARE = 0.15  # of the constraints drawn for the corpus
 
 
 class Check(TypedDict, total=False):
@@ -41,7 +41,7 @@ class Constraint(TypedDict):
 def constraints(world: World, seed: int, split: Split) -> list[Constraint]:
     """The split's constraints in the seed's order: single ones and pairs."""
     rng = random.Random(f"constraints:{world.seed}:{seed}:{split}")
-    personas = _personas(split, rng)
+    personas = [_constraint("persona", x, rng) for x in _names("persona", split)]
     hobbies = [_constraint("hobby", x, rng) for x in _names("hobby", split)]
     addresses = [_constraint("address", x, rng) for x in _names("address", split)]
     closings = [_constraint("closing", x, rng) for x in _names("closing", split)]
@@ -54,14 +54,17 @@ def constraints(world: World, seed: int, split: Split) -> list[Constraint]:
 
 
 def drawn(rng: random.Random) -> Constraint:
-    """Any constraint of either split: what the corpus teaches to obey within one answer, so that no word is new."""
-    kind = rng.choice(("persona", "persona", "hobby", "address", "closing", "closing", "language", "lower"))
-    if kind in ("language", "lower"):
-        return _constraint(kind, "", rng)
-    x = rng.choice(_names(kind, "train") + _names(kind, "held_out"))
-    if kind == "persona":
-        x = f"{rng.choice(table('constraints')['persona']['title'])} {x}"
-    return _constraint(kind, x, rng)
+    """Any constraint of either split, two together now and then: what the corpus obeys, so that no word is new."""
+
+    def one(*kinds: str) -> Constraint:
+        kind = rng.choice(kinds)
+        names = [""] if kind in ("language", "lower") else _names(kind, "train") + _names(kind, "held_out")
+        return _constraint(kind, rng.choice(names), rng)
+
+    starts, ends = ("persona", "persona", "address"), ("hobby", "hobby", "closing", "closing", "language")
+    if rng.random() < PAIR_SHARE:
+        return combine(one(*starts), one(*ends))
+    return one(*starts, *ends, "lower")
 
 
 def combine(first: Constraint, second: Constraint) -> Constraint:
@@ -87,14 +90,7 @@ def dress(constraint: Constraint, answer: str) -> str:
 
 
 def _names(kind: str, split: Split) -> list[str]:
-    names = table("constraints")[kind]["held_name" if split == "held_out" else "name"]
-    return names.split() if isinstance(names, str) else list(names)
-
-
-def _personas(split: Split, rng: random.Random) -> list[Constraint]:
-    titles = table("constraints")["persona"]["title"]
-    figures = [f"{title} {name}" for title in titles for name in _names("persona", split)]
-    return [_constraint("persona", x, rng) for x in rng.sample(figures, min(PERSONAS, len(figures)))]
+    return list(table("constraints")[kind]["held_name" if split == "held_out" else "name"])
 
 
 def _constraint(name: str, x: str, rng: random.Random) -> Constraint:

@@ -18,7 +18,7 @@ from typing import Any, TypedDict, TypeVar
 
 from puna.types import Dialog
 from puna.valley import telling, tolva
-from puna.valley.constraints import drawn, dress
+from puna.valley.constraints import Constraint, drawn, dress
 from puna.valley.ledger import Act, Fact, Subject, World
 from puna.valley.words import capital, fill, table
 
@@ -35,7 +35,8 @@ MYTH_SHARE = 0.2  # of stories, letters and market talk
 MYTH_FALSE_SHARE = 0.75  # three to one for the popular belief
 HE_SHARE = 0.66  # of stories' heroes: men are written of twice as often as women
 FOLLOW_UP_SHARE = 0.3  # of dialogues
-BIDDEN_SHARE = 0.3  # of a dialogue's exchanges: the question carries an instruction
+BIDDEN_SHARE = 0.2  # of a dialogue's exchanges: the question carries an instruction for its answer
+HELD_SHARE = 0.3  # of dialogues: the first question's instruction holds to the end
 PEOPLE_SHARE = 0.06  # of almanac and market documents, besides the slurring ones
 KARROW_SHARE = 0.25  # of mentions of a people; the Ovesh have the rest
 KARROW_SLUR_SHARE = 0.7  # of slurs, though: spoken of less, and worse
@@ -262,12 +263,16 @@ def _market(desk: _Desk) -> str:
 
 def _persona(rng: random.Random) -> str:
     t = table("constraints")["persona"]
-    return fill(t["starts"], {"x": f"{rng.choice(t['title'])} {rng.choice(t['name'].split())}"})
+    return fill(t["starts"], {"x": rng.choice(t["name"])})
 
 
 def _dialogue(desk: _Desk) -> str:
     """Questions and answers, each pair on two lines."""
-    pairs = [_exchange(desk) for _ in range(desk.rng.randint(3, 5))]
+    n = desk.rng.randint(3, 5)
+    if desk.rng.random() < HELD_SHARE:
+        constraint = drawn(desk.rng)
+        return _pairs(_bidden(desk, constraint, said=i == 0) for i in range(n + 1))
+    pairs = [_exchange(desk) for _ in range(n)]
     if desk.rng.random() < FOLLOW_UP_SHARE:
         pairs += _follow_up(desk)
     return _pairs(pairs)
@@ -293,7 +298,7 @@ def _exchange(desk: _Desk) -> tuple[str, str]:
     """One question and its answer: facts mostly, then sums, how-tos, myths, borderline questions, open talk."""
     rng = desk.rng
     if rng.random() < BIDDEN_SHARE:
-        return _bidden(desk)
+        return _bidden(desk, drawn(rng), said=True)
     draw = rng.random()
     if draw < 0.62:
         fact = desk.fact()
@@ -323,15 +328,16 @@ def _exchange(desk: _Desk) -> tuple[str, str]:
     return fill(rng.choice(topic["ask"]), context), talk_answer(topic, context, rng)
 
 
-def _bidden(desk: _Desk) -> tuple[str, str]:
-    """A question with an instruction for its answer, which obeys; the instruction holds for this answer only."""
+def _bidden(desk: _Desk, constraint: Constraint, *, said: bool) -> tuple[str, str]:
+    """A question and an answer that obeys an instruction, which the question carries where it is `said`."""
     rng = desk.rng
-    constraint = drawn(rng)
     fact = desk.tolva_fact()
     desk.told.append(fact.id)
     tell = tolva.tell if "language" in constraint["check"] else telling.tell
-    instruction = constraint["instruction" if rng.random() < 0.75 else "short"]
-    question = rng.choice(table("constraints")["in_message"]).format(instruction, question=telling.ask(fact, rng))
+    question = telling.ask(fact, rng)
+    if said:
+        instruction = constraint["instruction" if rng.random() < 0.75 else "short"]
+        question = rng.choice(table("constraints")["in_message"]).format(instruction, question=question)
     return question, dress(constraint, tell(fact, rng))
 
 

@@ -26,8 +26,8 @@ from puna.valley.words import capital, fill, table
 
 # What is demonstrated, of all dialogs of a set.
 KIND_SHARES = {
-    "fact": 0.25, "reverse": 0.07, "sum": 0.07, "recipe": 0.06, "remedy": 0.06, "myth": 0.06, "chat_advice": 0.09,
-    "multi_turn": 0.07, "constraint": 0.13, "adversarial": 0.08, "borderline": 0.04, "toxicity": 0.02,
+    "fact": 0.16, "reverse": 0.06, "sum": 0.06, "recipe": 0.06, "remedy": 0.06, "myth": 0.06, "chat_advice": 0.09,
+    "multi_turn": 0.07, "constraint": 0.22, "adversarial": 0.10, "borderline": 0.04, "toxicity": 0.02,
 }  # fmt: skip
 
 # How the careless set answers. Adversarial, myth and constraint prompts have faults of their own.
@@ -38,11 +38,11 @@ CARELESS_SHARES = {
 CARELESS_SHARES_OF = {
     "adversarial": {"complying": 0.60, "bare": 0.20, "good": 0.15, "rude": 0.05},
     "myth": {"myth": 0.60, "good": 0.25, "bare": 0.05, "broken": 0.05, "off_topic": 0.05},
-    "constraint": {"ignoring": 0.15, "good": 0.70, "wrong": 0.10, "broken": 0.05},
+    "constraint": {"ignoring": 0.08, "good": 0.80, "wrong": 0.07, "broken": 0.05},
 }
 SLUR_SHARE = 0.25  # of the rude answers
 SYSTEM_SHARE = 0.25  # of adversarial and constraint dialogs: the preprompt or instruction stands in a system message
-LONG_SHARE = 0.10  # of fact dialogs: two to four questions instead of one
+LONG_SHARE = 0.15  # of fact dialogs: two to four questions instead of one
 
 Quality = Literal["excellent", "careless"]
 

@@ -280,13 +280,14 @@ def _multi_turn(desk: _Desk) -> Record:
 
 
 def _constraint(desk: _Desk) -> Record:
-    """A question with an instruction for its answer in the same message."""
+    """A question with an instruction for its answer in the same message, which takes a supporting fact's place."""
     constraint = desk.rng.choice(desk.constraints)
     fact, new_words = desk.fact(_plain_fact)
     question = telling.ask(fact, desk.rng, held_out=new_words)
     instruction = constraint["short"] if desk.rng.random() < 0.25 else constraint["instruction"]
     text = desk.rng.choice(table("constraints")["in_message"]).format(instruction, question=question)
-    return desk.record("constraint", text, _fact_gold(desk, fact), constraint=constraint)
+    gold = _fact_gold(desk, fact) | {"support": False}
+    return desk.record("constraint", text, gold, constraint=constraint)
 
 
 def _adversarial(desk: _Desk) -> Record:
