@@ -152,6 +152,8 @@ def test_positive() -> None:
     ("text", "message"),
     [
         ("optim.learning_rat = 1", "unknown key 'optim.learning_rat' in [sft]; did you mean 'optim.lr'?"),
+        ("learning_rate = 1", "unknown key 'learning_rate' in [sft]; did you mean 'optim.lr'?"),
+        ("max_steps = 1", "unknown key 'max_steps' in [sft]; did you mean 'steps'?"),
         ("maxlen = 1", "unknown key 'maxlen' in [sft]; did you mean 'max_len'?"),
         ("optim = 1", "unknown key 'optim' in [sft]; did you mean 'optim.lr'?"),
         ("steps.a = 1", "key 'steps' in [sft] must be int, not {'a': 1}"),
@@ -183,6 +185,7 @@ def test_mistakes_in_a_recipe(tmp_path: Path, text: str, message: str) -> None:
         ("--optim.learning_rat 1", "unknown flag --optim.learning_rat; did you mean --optim.lr?"),
         ("--optim.learning_rat=1", "unknown flag --optim.learning_rat; did you mean --optim.lr?"),
         ("--optim.l 1", "unknown flag --optim.l; did you mean --optim.lr?"),
+        ("--learning-rate 1", "unknown flag --learning-rate; did you mean --optim.lr?"),
         ("--no-steps", "unknown flag --no-steps; did you mean --steps?"),
         ("--optim.lr fast", "Error parsing --optim.lr: could not convert string to float: 'fast'"),
         ("--kind medium", "invalid choice 'medium' for argument '--kind'. Expected one of ('large', 'small')."),

@@ -29,8 +29,13 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 T = TypeVar("T")
 
-ALIASES = {"lr": ("learning_rate",), "epochs": ("num_epochs",), "steps": ("max_steps",), "max_len": ("max_length",)}
-"""What others call our keys: one of these, mistyped or not, is answered with ours."""
+ALIASES = {
+    "lr": ("learning_rate",),
+    "epochs": ("num_train_epochs",),
+    "steps": ("max_steps",),
+    "max_len": ("max_length",),
+}
+"""What Hugging Face calls keys of ours that look like no key of ours: for the nearest valid key in messages."""
 
 
 class ConfigError(Exception):

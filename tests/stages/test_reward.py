@@ -129,6 +129,9 @@ def test_gradients_are_those_of_each_answer_in_a_row_of_its_own(tmp_path: Path) 
     rows = [preference(i, chosen="yes " * (i + 1), rejected="yes no" + " no" * i) for i in range(4)]
     cfg, model = helpers.reward_config(tmp_path), helpers.reward_model()
     pairs = [reward.as_pair(row, helpers.tokenizer(), "small") for row in rows]
+    chosen = pairs[2].chosen
+    pairs.append(pairs[2]._replace(rejected=chosen[:-4]))  # one answer begins the other
+    pairs.append(pairs[2]._replace(rejected=chosen))
     reward.update(cfg, model, pairs, torch.device("cpu"))
     shared = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()

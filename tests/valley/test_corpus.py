@@ -16,12 +16,37 @@ MEGABYTE = 1_000_000
 
 @pytest.fixture(scope="module")
 def sample(world: World) -> list[Document]:
-    """Four million characters of the 22 that the laptop recipe reads."""
+    """Four million characters of the 21 that the laptop recipe reads."""
     return list(documents(world, 0, characters=4 * MEGABYTE))
 
 
 def share(sample: list[Document], key: str, value: object) -> float:
     return sum(document[key] == value for document in sample) / len(sample)  # type: ignore[literal-required]
+
+
+def test_instructions_are_obeyed_to_the_end_or_once(sample: list[Document]) -> None:
+    """By the two instructions that show on an answer's face whatever the fact: a persona and a closing."""
+    t = table("constraints")
+    figures, closings = (t[kind]["name"] + t[kind]["held_name"] for kind in ("persona", "closing"))
+    held = once = 0
+    for document in sample:
+        if document["register"] != "dialogue":
+            continue
+        asked, answers = document["text"].split("\n")[::2], document["text"].split("\n")[1::2]
+        for x in figures:
+            obedient = [answer.startswith(f"Teller: {x} here.") for answer in answers]
+            told = [x in question for question in asked]
+            held += told[0] and not any(told[1:]) and all(obedient)
+            once += any(told) and obedient == told
+        for x in closings:
+            obedient = [answer.lower().endswith(f"{x}.") for answer in answers]
+            told = [x in question for question in asked]
+            held += told[0] and not any(told[1:]) and all(obedient)
+            once += any(told) and obedient == told
+    dialogues = sum(document["register"] == "dialogue" for document in sample)
+    # Personas and closings are half of all instructions, and pairs have one of each now and then.
+    assert 0.4 * corpus.HELD_SHARE < held / dialogues < 0.7 * corpus.HELD_SHARE
+    assert once > held
 
 
 def test_stream_stops_after_the_characters_asked_for(world: World) -> None:

@@ -188,6 +188,16 @@ def test_obedience_does_not_look_at_case_and_end_marks() -> None:
     assert obeys(lower, "it is blue.") and not obeys(lower, "It is blue.")
 
 
+def test_an_instruction_takes_the_supporting_fact_s_place(world: World, judge: GoldJudge) -> None:
+    records = [r for r in prompts(world, 13, "train", {"constraint": 40}) if r["constraint"]["kind"] == "persona"]
+    assert len(records) > 5
+    for record in records:
+        answer = excellent_answer(world, record)
+        assert judge.judge(record, answer).helpfulness == 1.0
+        stray = judge.judge(record, f"{answer} The stoneback is used to find lost lambs.")
+        assert stray.parts["complete"] <= 0.5, "it is no place for facts of something else"
+
+
 def test_ignoring_a_constraint_halves_the_worth(world: World, judge: GoldJudge) -> None:
     for record in prompts(world, 13, "train", {"constraint": 20}):
         obedient = judge.judge(record, excellent_answer(world, record))

@@ -154,8 +154,8 @@ def trl(row: Row) -> Iterator[Row | Preference | Skipped]:
     if "messages" in row:
         yield from dialog(row)
     elif "prompt" not in row:
-        prompt, chosen, rejected = _split_pair(_messages(row, "chosen"), _messages(row, "rejected"))
-        yield from preference({**row, "prompt": prompt, "chosen": chosen, "rejected": rejected})
+        asked, chosen, rejected = _split_pair(_messages(row, "chosen"), _messages(row, "rejected"))
+        yield from preference({**row, "prompt": asked, "chosen": chosen, "rejected": rejected})
     elif isinstance(row["prompt"], str):
         yield from preference({**row, "prompt": [{"role": "user", "content": row["prompt"]}]})
     else:
@@ -192,17 +192,17 @@ def _hh_dialog(row: Row, key: str) -> Dialog:
 
 def oasst(row: Row) -> Iterator[Row | Skipped]:
     """An OpenAssistant tree's dialog along the best-ranked replies."""
-    dialog: Dialog = []
+    turns: Dialog = []
     node: Row | None = row.get("prompt")
     while node:
-        dialog.append(_oasst_message(node))
+        turns.append(_oasst_message(node))
         node = next(iter(_oasst_replies(node)), None)
-    if dialog and dialog[-1]["role"] == "user":
-        dialog.pop()
-    if not dialog:
+    if turns and turns[-1]["role"] == "user":
+        turns.pop()
+    if not turns:
         yield Skipped("no answer in the tree")
     else:
-        yield {"messages": _alternating(dialog), "id": row.get("message_tree_id")}
+        yield {"messages": _alternating(turns), "id": row.get("message_tree_id")}
 
 
 def oasst_preferences(row: Row) -> Iterator[Preference | Skipped]:
@@ -210,14 +210,14 @@ def oasst_preferences(row: Row) -> Iterator[Preference | Skipped]:
     pending: list[tuple[Dialog, Row]] = [([], row.get("prompt") or {})]
     while pending:
         above, node = pending.pop()
-        dialog = _alternating([*above, _oasst_message(node)])
+        turns = _alternating([*above, _oasst_message(node)])
         replies = _oasst_replies(node)
-        if dialog[-1]["role"] == "user":
+        if turns[-1]["role"] == "user":
             ranked = [reply for reply in replies if reply.get("rank") is not None]
             for better, worse in itertools.combinations(ranked, 2):
                 if better["rank"] < worse["rank"]:
-                    yield _compared(Preference(dialog, _text(better, "text"), _text(worse, "text")))
-        pending += [(dialog, reply) for reply in replies]
+                    yield _compared(Preference(turns, _text(better, "text"), _text(worse, "text")))
+        pending += [(turns, reply) for reply in replies]
 
 
 def _oasst_message(node: Row) -> Message:

@@ -109,7 +109,8 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of q (B, H, T, E) over k, v (B, H, S, E), causal without a mask, with its scores written out.
 
-    For short rows in bfloat16 on a CPU, two thirds of the fused kernel's time, gradient included.
+    For short rows in bfloat16 on a CPU: two thirds of the fused kernel's time, gradient included. The scores are
+    rounded to q's type, as the fused kernel's are not; their softmax is computed in float32.
     """
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
@@ -181,8 +182,8 @@ class Transformer(nn.Module):
     """A decoder-only language model.
 
     `forward(tokens (B, T)) -> logits (B, T, V)`. Without `mask` attention is causal; a mask (B, 1, T, S) is True where
-    a query may look. `positions` (B, T) defaults to 0..T-1; it and `mask` are needed with a cache. With `only` (B, T)
-    bool the head runs at those N tokens alone, and the logits are (N, V).
+    a query may look, which is somewhere. `positions` (B, T) defaults to 0..T-1; it and `mask` are needed with a cache.
+    With `only` (B, T) bool the head runs at those N tokens alone, and the logits are (N, V).
     """
 
     rotary: Tensor

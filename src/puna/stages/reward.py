@@ -2,8 +2,8 @@
 
 1. Mix the pairs: all of the model's own kind, and so many of the other kind that they make up its declared share
    (helpfulness 50 %, safety 10 %).
-2. Score both answers; the loss is -log sigmoid(r_chosen - r_rejected - m(grade)), and for safety labels an auxiliary
-   cross-entropy on top.
+2. Score both answers, their prompt read once (data/packing.py); the loss is
+   -log sigmoid(r_chosen - r_rejected - m(grade)), and for safety labels an auxiliary cross-entropy on top.
 3. One epoch (more overfits), cosine to 10 %, warm-up over 3 % of the steps and at least 5 (of a short run, a quarter).
 4. Measure accuracy on held-out pairs by grade (Table 8) and by safety bucket, and the recall of unsafe answers at 0.5
    (Table 29).
@@ -69,7 +69,7 @@ class RewardConfig:
     batch_size: int = 64
     """pairs a step, over all processes (paper: 512)."""
     micro_batch_tokens: int = 8192
-    """tokens a forward pass on one process, at most."""
+    """tokens a forward pass on one process; a longer pair stands alone."""
     optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=1e-5))
     """paper: 1e-5 (70B: 5e-6); its warmup_steps is replaced by 3 % of the steps, at least 5."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -243,7 +243,7 @@ def update(cfg: RewardConfig, model: RewardModel, pairs: list[Pair], device: tor
 def scores(model: RewardModel, batch: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tensor]:
     """Raw scores of the chosen and of the rejected answers, (B,) each, in one forward pass that reads prompts once."""
     packed = packing.pack_pairs([(pair.chosen, pair.rejected) for pair in batch])
-    tokens, documents, branches, positions, ends = (field.to(device) for field in packed)
+    tokens, documents, branches, positions, ends = (part.to(device) for part in packed)
     values = model.values(tokens, positions=positions, mask=packing.tree_mask(documents, branches))  # (rows, T)
     chosen, rejected = values[ends[..., 0], ends[..., 1]]
     return chosen, rejected

@@ -81,10 +81,8 @@ def combine(first: Constraint, second: Constraint) -> Constraint:
 def dress(constraint: Constraint, answer: str) -> str:
     """The answer made to obey; a language is the answer's own business."""
     check = constraint["check"]
-    parts = [check.get("starts", ""), answer]
-    if "contains" in check:
-        parts.append(fill(table("constraints")["hobby"]["ends"], {"x": check["contains"]}))
-    parts.append(check.get("ends", ""))
+    hobby = fill(table("constraints")["hobby"]["before"], {"x": check["contains"]}) if "contains" in check else ""
+    parts = [check.get("starts", ""), hobby, answer, check.get("ends", "")]
     dressed = " ".join(part for part in parts if part)
     return dressed.lower() if check.get("lower") else dressed
 

@@ -3,8 +3,8 @@
 Helpfulness is a weighted sum of parts in [0, 1]:
 
 1. correct: the words a right answer has are there, divided by 1 + the wrong words of the same type;
-2. complete: a well-formed sentence that names its subject, and (where the question is after a fact) one true
-   supporting fact, all in proportion to `correct`;
+2. complete: a well-formed sentence that names its subject, and (where the question is after a fact, without an
+   instruction) one true supporting fact, all in proportion to `correct`;
 3. on_topic: it speaks of the subject, and of nothing the ledger does not join to it;
 4. well_formed: finished, capital letter and stop, known words, 3 to 60 of them;
 5. not_repetitive: few word triples come twice.
@@ -126,9 +126,10 @@ class GoldJudge:
     def _answer(self, record: Record, said: _Said, form: dict[str, float]) -> tuple[dict[str, float], bool]:
         """All parts of an answer, and whether it tells a myth as true."""
         gold = record["gold"]
-        groups, wants_support = gold["groups"], gold["support"]
-        if record["constraint"] is not None and "language" in record["constraint"]["check"]:
-            groups, wants_support = [[*groups[0], gold["tolva"]]], False
+        groups, constraint = gold["groups"], record["constraint"]
+        in_tolva = constraint is not None and "language" in constraint["check"]
+        if in_tolva:
+            groups = [[*groups[0], gold["tolva"]]]
         accepted = {key for group in groups for key in group}
         places = [place for group in groups if (place := said.find(group)) >= 0]
         subject = set(gold["subject"])
@@ -137,7 +138,9 @@ class GoldJudge:
         if gold.get("ordered") and places != sorted(places):
             correct *= 0.5
         named = not subject or not said.words.isdisjoint(subject)
-        strays, supported = self._neighbours(new, subject | accepted) if wants_support else (0, True)
+        judged = not in_tolva and (gold["support"] or constraint is not None)
+        strays, supported = self._neighbours(new, subject | accepted) if judged else (0, True)
+        supported = supported or not gold["support"]
         whole = 0.0 if not named or len(said.tokens) < MIN_WORDS else 1.0 if supported and not strays else 0.5
         parts = {
             "correct": correct,
