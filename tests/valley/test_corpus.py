@@ -16,7 +16,7 @@ MEGABYTE = 1_000_000
 
 @pytest.fixture(scope="module")
 def sample(world: World) -> list[Document]:
-    """Four million characters of the 21 that the laptop recipe reads."""
+    """Four million characters of the 22 that the laptop recipe reads."""
     return list(documents(world, 0, characters=4 * MEGABYTE))
 
 

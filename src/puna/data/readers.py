@@ -17,6 +17,7 @@ A new format is a function of one row (puna.data.rows) or of one path, and its l
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import logging
@@ -118,12 +119,18 @@ def _read_file(path: Path, reader: Reader, result: ReadResult, check: Callable[[
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{path}: broken gzip file: {error}") from None
     for line in bad[:LINES_NAMED]:
-        log.warning("%s; set aside", line)
+        _warn_once(f"{line}; set aside")
     if len(bad) > LINES_NAMED:
-        log.warning("%s: %d more lines set aside", path, len(bad) - LINES_NAMED)
+        _warn_once(f"{path}: {len(bad) - LINES_NAMED} more lines set aside")
     if bad and (n_good == 0 or len(bad) > max(1, LARGEST_BAD_SHARE * (n_good + len(bad)))):
         raise DataError(f"{path}: {len(bad)} of {n_good + len(bad)} lines are bad; line {bad[0].line}: {bad[0].reason}")
     result.bad.extend(bad)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Many stages of a run read the same file."""
+    log.warning(message)
 
 
 def _keep(bad: Sequence[BadLine], quarantine: Path) -> None:
