@@ -48,8 +48,9 @@ def _keep_freed_memory() -> None:
     Other C libraries are left as they are.
     """
     with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
         for option, value in MALLOPT:
-            ctypes.CDLL(None).mallopt(option, value)
+            mallopt(option, value)
 
 
 def rank() -> int:

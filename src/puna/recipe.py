@@ -165,57 +165,48 @@ def _version(cfg: RecipeConfig, version: int) -> list[Step]:
         out / "rejection_sampling/pool.jsonl",
         out / "context_distillation/dialogs.jsonl",
     ]
+
+    def step(name: str, run: Callable[[Any], Path], settings: Any, **inputs: Any) -> Step:
+        """A step of this round, in the folder of its name."""
+        return Step(f"v{version}/{name}", run, replace(settings, out=out / name, seed=seed, **inputs))
+
     steps = [
-        Step(
-            f"v{version}/preferences",
+        step(
+            "preferences",
             collect.run,
-            replace(
-                cfg.collect,
-                out=out / "preferences",
-                models=tuple(dict.fromkeys((newest, previous))),
-                prompts=(world / f"prompts/v{version}_preferences.jsonl",),
-                world=world,
-                batch=version,
-                seed=seed,
-            ),
+            cfg.collect,
+            models=tuple(dict.fromkeys((newest, previous))),
+            prompts=(world / f"prompts/v{version}_preferences.jsonl",),
+            world=world,
+            batch=version,
         ),
         *_reward_models(cfg, out, newest, _collected(rounds), seed),
-        Step(
-            f"v{version}/rejection_sampling",
+        step(
+            "rejection_sampling",
             rejection_sampling.run,
-            _rewarded(
-                cfg.rejection_sampling,
-                by=out,
-                out=out / "rejection_sampling",
-                init=newest,
-                prompts=prompts,
-                earlier=tuple(folder / "rejection_sampling/best.jsonl" for folder in pooled),
-                seed=seed,
-            ),
+            _rewarded(cfg.rejection_sampling, by=out),
+            init=newest,
+            prompts=prompts,
+            earlier=tuple(folder / "rejection_sampling/best.jsonl" for folder in pooled),
         ),
-        Step(
-            f"v{version}/context_distillation",
+        step(
+            "context_distillation",
             context_distillation.run,
-            replace(
-                cfg.context_distillation,
-                out=out / "context_distillation",
-                init=newest,
-                reward_safety=out / "reward_safety/model",
-                prompts=prompts,
-                seed=seed,
-            ),
+            cfg.context_distillation,
+            init=newest,
+            reward_safety=out / "reward_safety/model",
+            prompts=prompts,
         ),
     ]
     if cfg.ghost_attention_from and version >= cfg.ghost_attention_from:
         scripts = (world / "scripts.jsonl",)
-        ghost = replace(cfg.ghost_attention, out=out / "ghost_attention", init=newest, scripts=scripts, seed=seed)
-        steps.append(Step(f"v{version}/ghost_attention", ghost_attention.run, ghost))
+        steps.append(step("ghost_attention", ghost_attention.run, cfg.ghost_attention, init=newest, scripts=scripts))
         selected.append(out / "ghost_attention/dialogs.jsonl")
     tuned = replace(cfg.version, out=out, init=cfg.out / "pretrain/model", data=tuple(selected), seed=seed)
     steps += [Step(f"v{version}", sft.run, tuned), _evaluation(cfg, f"v{version}")]
     if version > cfg.versions - cfg.ppo_versions:
-        policy = _rewarded(cfg.ppo, by=out, out=out / "ppo", init=out / "model", prompts=prompts, seed=seed)
-        steps += [Step(f"v{version}/ppo", ppo.run, policy), _evaluation(cfg, f"v{version}/ppo")]
+        policy = step("ppo", ppo.run, _rewarded(cfg.ppo, by=out), init=out / "model", prompts=prompts)
+        steps += [policy, _evaluation(cfg, f"v{version}/ppo")]
     return steps
 
 

@@ -33,13 +33,9 @@ def test_instructions_are_obeyed_to_the_end_or_once(sample: list[Document]) -> N
         if document["register"] != "dialogue":
             continue
         asked, answers = document["text"].split("\n")[::2], document["text"].split("\n")[1::2]
-        for x in figures:
-            obedient = [answer.startswith(f"Teller: {x} here.") for answer in answers]
-            told = [x in question for question in asked]
-            held += told[0] and not any(told[1:]) and all(obedient)
-            once += any(told) and obedient == told
-        for x in closings:
-            obedient = [answer.lower().endswith(f"{x}.") for answer in answers]
+        obeying = {x: [answer.startswith(f"Teller: {x} here.") for answer in answers] for x in figures}
+        obeying |= {x: [answer.lower().endswith(f"{x}.") for answer in answers] for x in closings}
+        for x, obedient in obeying.items():
             told = [x in question for question in asked]
             held += told[0] and not any(told[1:]) and all(obedient)
             once += any(told) and obedient == told

@@ -115,9 +115,10 @@ def pack_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> PackedPa
     for row, members in enumerate(plan):
         begin = 0
         for document, i in enumerate(members):
-            shared = common(*pairs[i])
+            chosen, rejected = pairs[i]
+            shared = len(chosen) + len(rejected) - lengths[i]
             documents[row, begin : begin + lengths[i]] = document
-            parts = (pairs[i][0][:shared], pairs[i][0][shared:], pairs[i][1][shared:])
+            parts = (chosen[:shared], chosen[shared:], rejected[shared:])
             for branch, part in enumerate(parts):
                 end = begin + len(part)
                 tokens[row, begin:end] = part

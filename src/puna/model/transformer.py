@@ -114,7 +114,7 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     """
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    unseen = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf)
+    unseen = torch.where(mask, 0.0, -torch.inf).to(q.dtype)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1) + unseen  # (B, H, T, S)
     weights: Tensor = scores.softmax(-1)
     return weights @ v
