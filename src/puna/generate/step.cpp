@@ -1,0 +1,291 @@
+// One decode step of a Llama on a CPU: a few rows, one new token each, through all layers and the head in one call.
+//
+// Weights and cache are read where torch holds them; states and sums are float32 throughout. A row's numbers do not
+// depend on the other rows. kernel.py compiles this file and says what the structures hold; they must stay alike.
+//
+// R rows, D model width, H query heads, K key/value heads, E head width, V vocabulary.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <immintrin.h>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+struct Bf16 { uint16_t bits; };
+
+struct Matrix { const void *data; const float *scales; int32_t kind, rows, columns; };  // kind 0 fp32, 1 bf16, 2 int8
+struct Layer { const float *attention_norm, *ffn_norm; Matrix wq, wk, wv, wo, w1, w2, w3; };
+struct Model { const Layer *layers; const float *norm; Matrix output; int32_t n_layers, heads, kv_heads, width; float eps; };
+struct Cache {  // strides in numbers; a row's position s is at place s % page of the page table[row][s / page]
+    void *keys, *values;
+    const int64_t *table;
+    int64_t pages, page, layer_stride, page_stride, head_stride, place_stride;
+    int32_t is_bf16;
+};
+
+#ifdef __AVX512F__
+typedef __m512 Floats;
+static Floats load(const float *p) { return _mm512_loadu_ps(p); }
+static Floats load(const Bf16 *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+static Floats load(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+static Floats all(float x) { return _mm512_set1_ps(x); }
+static void store(float *p, Floats v) { _mm512_storeu_ps(p, v); }
+static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+#else
+typedef __m256 Floats;
+static Floats load(const float *p) { return _mm256_loadu_ps(p); }
+static Floats load(const Bf16 *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+static Floats load(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+static Floats all(float x) { return _mm256_set1_ps(x); }
+static void store(float *p, Floats v) { _mm256_storeu_ps(p, v); }
+static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+static float sum(Floats v) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    four = _mm_hadd_ps(four, four);
+    return _mm_cvtss_f32(_mm_hadd_ps(four, four));
+}
+#endif
+constexpr int LANES = sizeof(Floats) / sizeof(float);
+
+static float one(float x) { return x; }
+static float one(int8_t x) { return x; }
+static float one(Bf16 x) { uint32_t bits = (uint32_t)x.bits << 16; float y; memcpy(&y, &bits, 4); return y; }
+static void put(float *p, float x) { *p = x; }
+static void put(Bf16 *p, float x) {  // to the nearest, ties to even, as torch rounds
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    p->bits = std::isnan(x) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// Dots of R rows of x (R, count) with w; the order of a sum is the same for any R. One stream of weights with the next
+// ones asked for reads memory twice as fast as four rows side by side.
+template <int R, class W> static void dots(const float *x, const W *w, int count, float *out) {
+    constexpr int SUMS = 4, AHEAD = 4096, LINE = 64 / sizeof(W);
+    Floats sums[R][SUMS] = {};
+    int i = 0;
+    auto add = [&](int part) {
+        Floats weights = load(w + i + part * LANES);
+        for (int r = 0; r < R; r++)
+            sums[r][part] = multiply_add(weights, load(x + (int64_t)r * count + i + part * LANES), sums[r][part]);
+    };
+    for (; i + SUMS * LANES <= count; i += SUMS * LANES) {
+        for (int j = 0; j < SUMS * LANES; j += LINE) __builtin_prefetch((const char *)(w + i + j) + AHEAD);
+        for (int part = 0; part < SUMS; part++) add(part);
+    }
+    for (; i + LANES <= count; i += LANES) add(0);
+    for (int r = 0; r < R; r++) {
+        float rest = 0;
+        for (int j = i; j < count; j++) rest += one(w[j]) * x[(int64_t)r * count + j];
+        for (int part = 1; part < SUMS; part++) sums[r][0] += sums[r][part];
+        out[r] = sum(sums[r][0]) + rest;
+    }
+}
+
+// Calls give(row of x, row of w, dot) for rows begin..end of the matrix.
+template <int R, class W, class Give>
+static void product(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
+    float out[R];
+    for (int n = begin; n < end; n++) {
+        dots<R>(x, (const W *)m.data + (int64_t)n * m.columns, m.columns, out);
+        for (int r = 0; r < R; r++) give(first + r, n, m.scales ? out[r] * m.scales[n] : out[r]);
+    }
+}
+template <int R, class Give>
+static void product(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
+    if (m.kind == 0) product<R, float>(x, m, first, begin, end, give);
+    else if (m.kind == 1) product<R, Bf16>(x, m, first, begin, end, give);
+    else product<R, int8_t>(x, m, first, begin, end, give);
+}
+template <class Give>
+static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int begin, int end, const Give &give) {
+    int r = 0;
+    for (; r + 4 <= rows; r += 4) product<4>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
+    for (; r + 2 <= rows; r += 2) product<2>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
+    for (; r < rows; r++) product<1>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
+}
+
+// Threads that share a step's work. They spin while a step lasts and sleep between steps. Work is taken chunk by chunk,
+// and only for chunks that somebody took is anybody waited: a thread that another program displaced costs little.
+class Threads {
+    std::atomic<uint64_t> ticket{0};  // chunks << 32 | the next one
+    std::atomic<uint32_t> done{0}, stepping{0};
+    void (*work)(const void *, int) = nullptr;
+    const void *context = nullptr;
+    int started = 1, wanted = 1;
+
+    static void pause(int &spins) {
+        if (++spins % 1024 == 0) std::this_thread::yield();
+        else __builtin_ia32_pause();
+    }
+    void take() {
+        for (;;) {
+            uint64_t now = ticket.load(std::memory_order_acquire);
+            if ((uint32_t)now >= now >> 32) return;
+            now = ticket.fetch_add(1, std::memory_order_acq_rel);
+            if ((uint32_t)now >= now >> 32) return;
+            work(context, (uint32_t)now);
+            done.fetch_add(1, std::memory_order_release);
+        }
+    }
+
+  public:
+    std::mutex mutex;
+
+    void begin(int count) {
+        for (wanted = count; started < count; started++)
+            std::thread([this, number = started] {
+                for (int spins = 0;;) {
+                    stepping.wait(0);
+                    if (number < wanted) take();
+                    pause(spins);
+                }
+            }).detach();
+        if (count > 1) stepping.store(1), stepping.notify_all();
+    }
+    void end() { stepping.store(0); }
+
+    template <class F> void run(int chunks, const F &f) {
+        work = [](const void *f, int chunk) { (*(const F *)f)(chunk); };
+        context = &f;
+        done.store(0, std::memory_order_relaxed);
+        ticket.store((uint64_t)chunks << 32, std::memory_order_release);
+        take();
+        for (int spins = 0; done.load(std::memory_order_acquire) != (uint32_t)chunks;) pause(spins);
+    }
+    // f(begin, end) over `count` rows of so many numbers, in chunks of about 32 thousand.
+    template <class F> void rows(int count, int columns, const F &f) {
+        int each = std::max(1, 32768 / columns);
+        run((count + each - 1) / each, [&](int chunk) { f(chunk * each, std::min(count, (chunk + 1) * each)); });
+    }
+};
+static Threads &threads = *new Threads;  // never destroyed: its threads may outlive main
+
+static void normalise(const std::vector<float> &x, const float *weight, int rows, int dim, float eps, std::vector<float> &out) {
+    for (int r = 0; r < rows; r++) {
+        const float *from = &x[(int64_t)r * dim];
+        double squares = 0;
+        for (int i = 0; i < dim; i++) squares += from[i] * from[i];
+        float scale = 1 / std::sqrt((float)(squares / dim) + eps);
+        for (int i = 0; i < dim; i++) out[(int64_t)r * dim + i] = from[i] * scale * weight[i];
+    }
+}
+
+// Turns each neighbouring pair of every head by its angle; table (E / 2, 2) holds cos and sin.
+static void rotate(float *x, const float *table, int heads, int width) {
+    for (int h = 0; h < heads; h++)
+        for (int i = 0; i < width; i += 2, x += 2) {
+            float a = x[0], b = x[1];
+            x[0] = a * table[i] - b * table[i + 1];
+            x[1] = a * table[i + 1] + b * table[i];
+        }
+}
+
+// y += a x
+template <class W> static void add_scaled(float a, const W *x, int count, float *y) {
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) store(y + i, multiply_add(all(a), load(x + i), load(y + i)));
+    for (; i < count; i++) y[i] += a * one(x[i]);
+}
+
+// Attention of one head's query q (E,) over positions 0..last of a row, whose keys and values lie at these offsets.
+template <class C>
+static void attend(const float *q, const Cache &cache, const int64_t *pages, int64_t offset, int64_t last, int width, float *out) {
+    static thread_local std::vector<float> scores;
+    scores.resize(last + 1);
+    auto over_places = [&](const void *base, auto f) {
+        for (int64_t s = 0; s <= last;) {
+            const C *at = (const C *)base + offset + pages[s / cache.page] * cache.page_stride;
+            for (int64_t end = std::min(last + 1, s + cache.page); s < end; s++, at += cache.place_stride) f(s, at);
+        }
+    };
+    const float scale = 1 / std::sqrt((float)width);
+    float highest = -INFINITY, total = 0;
+    over_places(cache.keys, [&](int64_t s, const C *key) {
+        dots<1>(q, key, width, &scores[s]);
+        highest = std::max(highest, scores[s] *= scale);
+    });
+    std::fill_n(out, width, 0.0f);
+    over_places(cache.values, [&](int64_t s, const C *value) {
+        float weight = std::exp(scores[s] - highest);
+        total += weight;
+        add_scaled(weight, value, width, out);
+    });
+    for (int i = 0; i < width; i++) out[i] /= total;
+}
+
+template <class C>
+static void step(const Model &model, const Cache &cache, int rows, const int64_t *positions, const float *rotary,
+                 float *states, float *logits) {
+    const int dim = model.output.columns, width = model.width, heads = model.heads, kv = model.kv_heads;
+    const int hidden = model.layers->w1.rows, wide = heads * width, narrow = kv * width;
+    std::vector<float> x(states, states + (int64_t)rows * dim), h(x.size()), q(rows * wide), out(q.size());
+    std::vector<float> k(rows * narrow), v(k.size()), gate((int64_t)rows * hidden);
+    for (int l = 0; l < model.n_layers; l++) {
+        const Layer &layer = model.layers[l];
+        auto offset = [&](int head) { return l * cache.layer_stride + head * cache.head_stride; };
+        auto add = [&](int r, int n, float dot) { x[(int64_t)r * dim + n] += dot; };
+        normalise(x, layer.attention_norm, rows, dim, model.eps, h);
+        threads.rows(wide + 2 * narrow, dim, [&](int begin, int end) {
+            int first = 0;
+            for (auto [m, to] : {std::pair{&layer.wq, &q}, {&layer.wk, &k}, {&layer.wv, &v}}) {
+                multiply(h, rows, *m, std::clamp(begin - first, 0, m->rows), std::clamp(end - first, 0, m->rows),
+                         [&](int r, int n, float dot) { (*to)[r * m->rows + n] = dot; });
+                first += m->rows;
+            }
+        });
+        for (int r = 0; r < rows; r++) {
+            rotate(&q[r * wide], rotary + r * width, heads, width);
+            rotate(&k[r * narrow], rotary + r * width, kv, width);
+            int64_t page = cache.table[r * cache.pages + positions[r] / cache.page];
+            int64_t place = page * cache.page_stride + positions[r] % cache.page * cache.place_stride;
+            for (int i = 0; i < narrow; i++) {
+                int64_t to = offset(i / width) + place + i % width;
+                put((C *)cache.keys + to, k[r * narrow + i]);
+                put((C *)cache.values + to, v[r * narrow + i]);
+            }
+        }
+        threads.run(rows * heads, [&](int chunk) {
+            int r = chunk / heads, head = chunk % heads / (heads / kv);
+            attend<C>(&q[chunk * width], cache, cache.table + r * cache.pages, offset(head), positions[r], width, &out[chunk * width]);
+        });
+        threads.rows(dim, wide, [&](int begin, int end) { multiply(out, rows, layer.wo, begin, end, add); });
+        normalise(x, layer.ffn_norm, rows, dim, model.eps, h);
+        threads.rows(hidden, 2 * dim, [&](int begin, int end) {
+            multiply(h, rows, layer.w1, begin, end, [&](int r, int n, float dot) { gate[(int64_t)r * hidden + n] = dot; });
+            multiply(h, rows, layer.w3, begin, end, [&](int r, int n, float dot) {
+                float &g = gate[(int64_t)r * hidden + n];
+                g *= dot / (1 + std::exp(-g));
+            });
+        });
+        threads.rows(dim, hidden, [&](int begin, int end) { multiply(gate, rows, layer.w2, begin, end, add); });
+    }
+    normalise(x, model.norm, rows, dim, model.eps, h);
+    memcpy(states, h.data(), h.size() * sizeof(float));
+    if (logits)
+        threads.rows(model.output.rows, dim, [&](int begin, int end) {
+            multiply(h, rows, model.output, begin, end,
+                     [&](int r, int n, float dot) { logits[(int64_t)r * model.output.rows + n] = dot; });
+        });
+}
+
+// states (R, D): embeddings in, normalised last states out; rotary (R, E / 2, 2); logits (R, V), or null for none.
+extern "C" void puna_step(const Model *model, const Cache *cache, int rows, const int64_t *positions,
+                          const float *rotary, float *states, float *logits, int count) {
+    std::lock_guard<std::mutex> alone(threads.mutex);
+    threads.begin(count);
+    (cache->is_bf16 ? step<Bf16> : step<float>)(*model, *cache, rows, positions, rotary, states, logits);
+    threads.end();
+}

@@ -1,0 +1,245 @@
+"""A model's weights held for fast decoding: float32 or bfloat16 as they are, int8 or 4-bit through torch's kernels.
+
+`pack` makes a copy of a Transformer whose linear layers hold packed weights; norms stay float32, embeddings have the
+type of the activations. int8 has a scale an output channel, int4 a scale and a zero every `group` inputs; activations
+are never quantised. A few rows a step are bound by reading the weights, and stock products leave half the memory's
+rate unused on a CPU: there a packed model decodes with one compiled call a step (kernel.py), where the cache shows its
+pages. Other passes, and machines without a compiler, go through torch.
+
+Shapes: N outputs, D inputs of a layer; B rows, T tokens, L layers, K key/value heads, E head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from puna.config import ConfigError
+from puna.generate import kernel
+from puna.model.transformer import Cache, Transformer
+
+Kind = Literal["fp32", "bf16", "int8", "int4"]
+
+STEP_TOKENS = 16
+"""Tokens of a pass up to which the compiled step is used."""
+
+PACKED_ROWS = 16
+"""Rows up to which torch's int8 kernel beats a bfloat16 product with the weights written out."""
+
+
+NORMS = ("attention_norm", "ffn_norm")
+LINEARS = tuple(f"attention.w{x}" for x in "qkvo") + tuple(f"feed_forward.w{x}" for x in "123")
+"""A block's weights in the order of kernel.Layer."""
+
+GROUPS = (32, 64, 128, 256)
+"""Inputs that may share a scale, as torch's 4-bit kernel has it."""
+
+
+class Pages(NamedTuple):
+    """Where a cache holds what: position s of row b is at place s % P of the page table[b, s // P]."""
+
+    keys: Tensor  # (L, pages, K, P, E), strided as the cache likes, a head's numbers side by side
+    values: Tensor  # as the keys
+    table: Tensor  # (B, M) int64
+
+
+@runtime_checkable
+class PagedCache(Cache, Protocol):
+    """A cache that the compiled step can read and write: each row's tokens see all of its positions up to their own."""
+
+    def pages(self) -> Pages:
+        """The pages of the rows of the pass that comes, with room for its tokens."""
+        ...
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T with W = scales * int8, a scale an output channel."""
+
+    weight: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        scales = (weight.float().abs().amax(1) / 127).bfloat16().float()  # (N,), rounded as torch's kernel takes them
+        unit = scales.clamp(min=torch.finfo(torch.float32).tiny)
+        numbers = (weight.float() / unit[:, None]).round().clamp(-127, 127)
+        self.register_buffer("weight", numbers.to(torch.int8))  # (N, D)
+        self.register_buffer("scales", scales)
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether torch's kernel reads rows of this length rightly; it checks nothing itself."""
+        return weight.shape[1] % 16 == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        if len(rows) > PACKED_ROWS:
+            return F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
+        product: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales.to(x.dtype))
+        return product.view(*x.shape[:-1], -1)
+
+
+class Int4Linear(nn.Module):
+    """y = x W^T with W = scale * (4 bits - 8) + zero, a scale and a zero every `group` inputs of an output."""
+
+    weight: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: Tensor, group: int) -> None:
+        super().__init__()
+        self.group = group
+        groups = weight.float().reshape(len(weight), -1, group)  # (N, D / group, group)
+        low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+        scale = ((high - low) / 15).bfloat16()
+        zero = (low + 8 * scale.float()).bfloat16()
+        unit = scale.float().clamp(min=torch.finfo(torch.float32).tiny)
+        numbers = ((groups - zero.float()) / unit).round().add(8).clamp(0, 15).flatten(1).to(torch.int32)
+        self.register_buffer("weight", torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1))
+        self.register_buffer("scales", torch.cat((scale, zero), 2).transpose(0, 1).contiguous())  # (D / group, N, 2)
+
+    @staticmethod
+    def takes(weight: Tensor, group: int) -> bool:
+        """Whether torch's kernel takes this shape."""
+        return weight.shape[0] % 16 == 0 and weight.shape[1] % group == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, -2)
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.group, self.scales)
+        return product.view(*x.shape[:-1], -1)
+
+
+class PackedTransformer(Transformer):
+    """A Transformer for inference. `plain` names the layers that stayed bfloat16: no kernel takes their shape."""
+
+    plain: tuple[str, ...] = ()
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        states = self._step(tokens, positions, cache, head=False)
+        return super().hidden(tokens, positions=positions, mask=mask, cache=cache) if states is None else states
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: Cache | None = None,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        logits = self._step(tokens, positions, cache, head=True) if only is None else None
+        if logits is None:
+            return super().forward(tokens, positions=positions, mask=mask, cache=cache, only=only)
+        return logits
+
+    def _step(self, tokens: Tensor, positions: Tensor | None, cache: Cache | None, head: bool) -> Tensor | None:
+        """Hidden states (B, T, D), or logits (B, T, V), by the compiled step; None where it cannot run this pass."""
+        if positions is None or not isinstance(cache, PagedCache) or tokens.numel() > STEP_TOKENS or tokens.is_cuda:
+            return None
+        if (model := self._pointers) is None:
+            return None
+        keys, values, table = cache.pages()
+        rows = table.repeat_interleave(tokens.shape[1], 0).contiguous()
+        where = positions.flatten().contiguous()
+        assert keys.stride() == values.stride() and keys.stride(4) == 1, f"strides {keys.stride()}, {values.stride()}"
+        assert int(where.max()) < rows.shape[1] * keys.shape[3], f"position {int(where.max())} has no page"
+        places = (keys.data_ptr(), values.data_ptr(), rows.data_ptr(), rows.shape[1], keys.shape[3])
+        paged = kernel.Cache(*places, *keys.stride()[:4], keys.dtype == torch.bfloat16)
+        embedded = self.tok_embeddings(tokens)  # (B, T, D)
+        states = embedded.flatten(0, 1).to(torch.float32, copy=True)
+        logits = torch.empty(len(states), self.config.vocab_size) if head else None
+        kernel.step(model, paged, where, self.rotary[where], states, logits)
+        return (states if logits is None else logits).to(embedded.dtype).view(*tokens.shape, -1)
+
+    @functools.cached_property
+    def _pointers(self) -> kernel.Model | None:
+        """Where the weights are; None where there is no compiled step or it does not know a layer's kind."""
+        if kernel.library() is None or self.norm.weight.is_cuda:
+            return None
+        layers = []
+        for i in range(self.config.n_layers):
+            norms = [self.get_parameter(f"layers.{i}.{name}.weight").data_ptr() for name in NORMS]
+            matrices = [_matrix(self.get_submodule(f"layers.{i}.{name}")) for name in LINEARS]
+            if None in matrices:
+                return None
+            layers.append(kernel.Layer(*norms, *matrices))
+        shape = (self.config.n_layers, self.config.n_heads, self.config.n_kv_heads, self.config.head_dim)
+        arrayed, norm, output = (kernel.Layer * len(layers))(*layers), self.norm.weight.data_ptr(), _matrix(self.output)
+        return None if output is None else kernel.Model(arrayed, norm, output, *shape, self.config.norm_eps)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedTransformer:
+        self.__dict__.pop("_pointers", None)  # the weights may move
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_pointers"}  # a copy's are others
+
+
+def pack(model: Transformer, kind: Kind, *, group: int = 32) -> PackedTransformer:
+    """A copy of a model for inference. A tensor that already has its type is shared with the model, not copied: "fp32"
+    of a float32 model follows its training.
+
+    int8 and int4 are for CPUs. A layer whose shape torch's kernel does not take stays bfloat16 and is named in `plain`;
+    with int4 the head is int8. Raises ConfigError for another kind, a group torch has no kernel for, a GPU, or where
+    every layer would stay.
+    """
+    if kind not in get_args(Kind):
+        raise ConfigError(f"weights are {kind!r}: they can be {', '.join(get_args(Kind))}")
+    if group not in GROUPS:
+        raise ConfigError(f"a group has {group} inputs: it can have {', '.join(map(str, GROUPS))}")
+    device, dtype = model.tok_embeddings.weight.device, torch.float32 if kind == "fp32" else torch.bfloat16
+    if device.type != "cpu" and kind in ("int8", "int4"):
+        raise ConfigError(f"{kind} weights are for CPUs: hold bf16 on {device.type}")
+    with torch.device("meta"):
+        packed = PackedTransformer(model.config)
+    packed.rotary = model.rotary
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for name, weight in model.named_parameters():
+        module = name.removesuffix(".weight")
+        if module not in linears:
+            to = dtype if weight.ndim == 2 else torch.float32
+            packed.get_submodule(module).weight = nn.Parameter(weight.detach().to(to), requires_grad=False)
+    for name in linears:
+        held: Kind = "int8" if kind == "int4" and name == "output" else kind
+        packed.set_submodule(name, _linear(model.get_parameter(f"{name}.weight").detach(), held, group))
+    if isinstance(packed.output, nn.Linear) and model.config.tie_embeddings:
+        packed.output.weight = packed.tok_embeddings.weight
+    if kind in ("int8", "int4"):
+        packed.plain = tuple(name for name in linears if isinstance(packed.get_submodule(name), nn.Linear))
+        if len(packed.plain) == len(linears):
+            raise ConfigError(f"no layer of this model has a shape that {kind} weights can have: take bf16")
+    return packed.eval()
+
+
+def _linear(weight: Tensor, kind: Kind, group: int) -> nn.Module:
+    """A layer that holds this weight (N, D) as `kind`, or as bfloat16 where no kernel takes its shape."""
+    if kind == "int8" and Int8Linear.takes(weight):
+        return Int8Linear(weight)
+    if kind == "int4" and Int4Linear.takes(weight, group):
+        return Int4Linear(weight, group)
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    made.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    return made
+
+
+def _matrix(layer: nn.Module) -> kernel.Matrix | None:
+    """A layer's weight as the compiled step reads it."""
+    if isinstance(layer, Int8Linear):
+        return kernel.Matrix(layer.weight.data_ptr(), layer.scales.data_ptr(), 2, *layer.weight.shape)
+    if isinstance(layer, nn.Linear) and layer.weight.is_contiguous():
+        kind = {torch.float32: 0, torch.bfloat16: 1}.get(layer.weight.dtype)
+        return None if kind is None else kernel.Matrix(layer.weight.data_ptr(), None, kind, *layer.weight.shape)
+    return None
