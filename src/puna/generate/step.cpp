@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <climits>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -118,16 +119,18 @@ static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int
 }
 
 // Threads that share a step's work. They spin while a step lasts and sleep between steps. Work is taken chunk by chunk,
-// and only for chunks that somebody took is anybody waited: a thread that another program displaced costs little.
+// and only chunks that a thread took are waited for. Where other programs displace threads in the middle of one, half
+// of the threads sit the next steps out: a step on all of them would wait for the scheduler again and again.
 class Threads {
-    std::atomic<uint64_t> ticket{0};  // chunks << 32 | the next one
-    std::atomic<uint32_t> done{0}, stepping{0};
+    static constexpr int LONG = 1024, STEPS = 32;  // pauses, several chunks' time; steps between two attempts at more
+    std::atomic<uint64_t> ticket{0};               // chunks << 32 | the next one
+    std::atomic<uint32_t> done{0}, stepping{0};    // chunks; threads that share the step
     void (*work)(const void *, int) = nullptr;
     const void *context = nullptr;
-    int started = 1, wanted = 1;
+    int started = 1, sharing = INT_MAX, late = 0, calm = 0;
 
     static void pause(int &spins) {
-        if (++spins % 1024 == 0) std::this_thread::yield();
+        if (++spins % LONG == 0) std::this_thread::yield();
         else __builtin_ia32_pause();
     }
     void take() {
@@ -145,15 +148,18 @@ class Threads {
     std::mutex mutex;
 
     void begin(int count) {
-        for (wanted = count; started < count; started++)
-            std::thread([this, number = started] {
+        if (late > 1) sharing = std::max(1, std::min(sharing, count) / 2), calm = 0;
+        else if (++calm % STEPS == 0) sharing = std::min(count, 2 * std::min(sharing, count));
+        late = 0;
+        for (; started < count; started++)
+            std::thread([this, number = (uint32_t)started] {
                 for (int spins = 0;;) {
-                    stepping.wait(0);
-                    if (number < wanted) take();
+                    for (uint32_t now; (now = stepping.load()) <= number;) stepping.wait(now);
+                    take();
                     pause(spins);
                 }
             }).detach();
-        if (count > 1) stepping.store(1), stepping.notify_all();
+        stepping.store(std::min(sharing, count)), stepping.notify_all();
     }
     void end() { stepping.store(0); }
 
@@ -163,7 +169,9 @@ class Threads {
         done.store(0, std::memory_order_relaxed);
         ticket.store((uint64_t)chunks << 32, std::memory_order_release);
         take();
-        for (int spins = 0; done.load(std::memory_order_acquire) != (uint32_t)chunks;) pause(spins);
+        int spins = 0;
+        while (done.load(std::memory_order_acquire) != (uint32_t)chunks) pause(spins);
+        late += spins >= LONG;
     }
     // f(begin, end) over `count` rows of so many numbers, in chunks of about 32 thousand.
     template <class F> void rows(int count, int columns, const F &f) {

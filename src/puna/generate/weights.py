@@ -109,7 +109,9 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.weight, self.group, self.scales)
+        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows, self.weight, self.group, self.scales.to(x.dtype)
+        )
         return product.view(*x.shape[:-1], -1)
 
 
@@ -164,8 +166,8 @@ class PackedTransformer(Transformer):
 
     @functools.cached_property
     def _pointers(self) -> kernel.Model | None:
-        """Where the weights are; None where there is no compiled step or it does not know a layer's kind."""
-        if kernel.library() is None or self.norm.weight.is_cuda:
+        """Where the weights are; None where there is no compiled step or it does not read some layer's type."""
+        if kernel.library() is None or self.norm.weight.is_cuda or self.norm.weight.dtype != torch.float32:
             return None
         layers = []
         for i in range(self.config.n_layers):
@@ -237,7 +239,7 @@ def _linear(weight: Tensor, kind: Kind, group: int) -> nn.Module:
 
 def _matrix(layer: nn.Module) -> kernel.Matrix | None:
     """A layer's weight as the compiled step reads it."""
-    if isinstance(layer, Int8Linear):
+    if isinstance(layer, Int8Linear) and layer.scales.dtype == torch.float32:
         return kernel.Matrix(layer.weight.data_ptr(), layer.scales.data_ptr(), 2, *layer.weight.shape)
     if isinstance(layer, nn.Linear) and layer.weight.is_contiguous():
         kind = {torch.float32: 0, torch.bfloat16: 1}.get(layer.weight.dtype)
