@@ -98,13 +98,12 @@ def test_fp32_is_the_model_and_shares_its_weights() -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("rows", [1, 40])
 @pytest.mark.parametrize(
     ("kind", "error", "agreement"), [("bf16", 0.02, 0.97), ("int8", 0.04, 0.9), ("int4", 0.35, 0.5)]
 )
-def test_packed_weights_are_near_the_model(kind: Kind, error: float, agreement: float, rows: int) -> None:
+def test_packed_weights_are_near_the_model(kind: Kind, error: float, agreement: float) -> None:
     model = helpers.model(**WIDE)
-    expected, found = model(tokens(rows)), weights.pack(model, kind)(tokens(rows)).float()
+    expected, found = model(tokens(40)), weights.pack(model, kind)(tokens(40)).float()
     assert (found - expected).norm() < error * expected.norm()
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() >= agreement
 
