@@ -25,7 +25,9 @@ DIGEST = 32  # bytes of SHA-256, behind the library's own in its file
 
 
 class Matrix(ctypes.Structure):
-    """A linear layer's weight (rows, columns): `kind` 0 float32, 1 bfloat16, 2 int8 with a float32 scale a row."""
+    """A linear layer's weight (rows, columns): `kind` 0 float32, 1 bfloat16, 2 int8 with a float32 scale a row, 3 int4
+    as torch packs it, with a bfloat16 scale and zero (columns / group, rows, 2).
+    """
 
     _fields_ = [
         ("data", ctypes.c_void_p),
@@ -33,6 +35,7 @@ class Matrix(ctypes.Structure):
         ("kind", ctypes.c_int32),
         ("rows", ctypes.c_int32),
         ("columns", ctypes.c_int32),
+        ("group", ctypes.c_int32),
     ]
 
 
@@ -106,6 +109,13 @@ def step(model: Model, cache: Cache, positions: Tensor, rotary: Tensor, states: 
         None if logits is None else logits.data_ptr(),
     ]
     loaded.puna_step(model, cache, len(positions), *pointers, torch.get_num_threads())
+
+
+def block() -> int:
+    """Rows of a 4-bit weight that lie together."""
+    loaded = library()
+    assert loaded is not None, "there is no compiled step"
+    return int(loaded.puna_block())
 
 
 def _path() -> Path:

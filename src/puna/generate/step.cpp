@@ -18,7 +18,7 @@
 
 struct Bf16 { uint16_t bits; };
 
-struct Matrix { const void *data; const float *scales; int32_t kind, rows, columns; };  // kind 0 fp32, 1 bf16, 2 int8
+struct Matrix { const void *data, *scales; int32_t kind, rows, columns, group; };  // kind 0 fp32, 1 bf16, 2 int8, 3 int4
 struct Layer { const float *attention_norm, *ffn_norm; Matrix wq, wk, wv, wo, w1, w2, w3; };
 struct Model { const Layer *layers; const float *norm; Matrix output; int32_t n_layers, heads, kv_heads, width; float eps; };
 struct Cache {  // strides in numbers; a row's position s is at place s % page of the page table[row][s / page]
@@ -39,6 +39,15 @@ static Floats load(const int8_t *p) {
 }
 static Floats all(float x) { return _mm512_set1_ps(x); }
 static void store(float *p, Floats v) { _mm512_storeu_ps(p, v); }
+static Floats nibbles(const uint8_t *p, int shift) {  // less 8
+    const Floats value = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    __m512i bytes = _mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)), shift);
+    return _mm512_permutexvar_ps(bytes, value);  // by the lowest four bits
+}
+static Floats bf16_of_pairs(const Bf16 *p, bool second) {  // of 2 LANES numbers, every second one
+    auto pairs = _mm512_loadu_si512((const __m512i *)p);
+    return _mm512_castsi512_ps(second ? _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(pairs, 16));
+}
 static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
 #else
@@ -52,6 +61,14 @@ static Floats load(const int8_t *p) {
 }
 static Floats all(float x) { return _mm256_set1_ps(x); }
 static void store(float *p, Floats v) { _mm256_storeu_ps(p, v); }
+static Floats nibbles(const uint8_t *p, int shift) {
+    __m256i bytes = _mm256_srli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)), shift);
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(bytes, _mm256_set1_epi32(15)), _mm256_set1_epi32(8)));
+}
+static Floats bf16_of_pairs(const Bf16 *p, bool second) {  // of 2 LANES numbers, every second one
+    auto pairs = _mm256_loadu_si256((const __m256i *)p);
+    return _mm256_castsi256_ps(second ? _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000)) : _mm256_slli_epi32(pairs, 16));
+}
 static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 static float sum(Floats v) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -59,7 +76,7 @@ static float sum(Floats v) {
     return _mm_cvtss_f32(_mm_hadd_ps(four, four));
 }
 #endif
-constexpr int LANES = sizeof(Floats) / sizeof(float);
+constexpr int LANES = sizeof(Floats) / sizeof(float), BLOCK = 4 * LANES;  // rows that lie together in int4
 
 static float one(float x) { return x; }
 static float one(int8_t x) { return x; }
@@ -95,20 +112,57 @@ template <int R, class W> static void dots(const float *x, const W *w, int count
     }
 }
 
+// As `dots`, with BLOCK rows of int4, out[r * BLOCK + n]. For each column lie 2 LANES bytes: low halves are the first
+// rows, high halves the others. A scale and a zero of a row stand side by side for every group of columns.
+template <int R> static void block(const float *x, const Matrix &m, int first, float *out) {
+    const uint8_t *w = (const uint8_t *)m.data + (int64_t)first * m.columns / 2;
+    Floats totals[R][4] = {};
+    for (int begin = 0; begin < m.columns; begin += m.group) {
+        Floats sums[R][4] = {}, ones[R] = {};
+        for (int i = begin; i < begin + m.group; i++, w += 2 * LANES) {
+            Floats held[4];
+            for (int part = 0; part < 4; part++) held[part] = nibbles(w + part % 2 * LANES, part / 2 * 4);
+            for (int r = 0; r < R; r++) {
+                Floats number = all(x[(int64_t)r * m.columns + i]);
+                ones[r] += number;
+                for (int part = 0; part < 4; part++) sums[r][part] = multiply_add(held[part], number, sums[r][part]);
+            }
+        }
+        const Bf16 *scales = (const Bf16 *)m.scales + 2 * ((int64_t)begin / m.group * m.rows + first);
+        for (int part = 0; part < 4; part++)
+            for (int r = 0; r < R; r++) {
+                Floats &total = totals[r][part];
+                total = multiply_add(bf16_of_pairs(scales + 2 * part * LANES, false), sums[r][part], total);
+                total = multiply_add(bf16_of_pairs(scales + 2 * part * LANES, true), ones[r], total);
+            }
+    }
+    memcpy(out, totals, sizeof totals);
+}
+
 // Calls give(row of x, row of w, dot) for rows begin..end of the matrix.
 template <int R, class W, class Give>
 static void product(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
     float out[R];
     for (int n = begin; n < end; n++) {
         dots<R>(x, (const W *)m.data + (int64_t)n * m.columns, m.columns, out);
-        for (int r = 0; r < R; r++) give(first + r, n, m.scales ? out[r] * m.scales[n] : out[r]);
+        for (int r = 0; r < R; r++) give(first + r, n, m.scales ? out[r] * ((const float *)m.scales)[n] : out[r]);
+    }
+}
+template <int R, class Give>
+static void product_int4(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
+    float out[R * BLOCK];
+    for (; begin < end; begin += BLOCK) {
+        block<R>(x, m, begin, out);
+        for (int r = 0; r < R; r++)
+            for (int n = 0; n < BLOCK; n++) give(first + r, begin + n, out[r * BLOCK + n]);
     }
 }
 template <int R, class Give>
 static void product(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
     if (m.kind == 0) product<R, float>(x, m, first, begin, end, give);
     else if (m.kind == 1) product<R, Bf16>(x, m, first, begin, end, give);
-    else product<R, int8_t>(x, m, first, begin, end, give);
+    else if (m.kind == 2) product<R, int8_t>(x, m, first, begin, end, give);
+    else product_int4<R>(x, m, first, begin, end, give);
 }
 template <class Give>
 static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int begin, int end, const Give &give) {
@@ -173,9 +227,9 @@ class Threads {
         while (done.load(std::memory_order_acquire) != (uint32_t)chunks) pause(spins);
         late += spins >= LONG;
     }
-    // f(begin, end) over `count` rows of so many numbers, in chunks of about 32 thousand.
+    // f(begin, end) over `count` rows of so many numbers, in chunks of about 32 thousand and of whole int4 blocks.
     template <class F> void rows(int count, int columns, const F &f) {
-        int each = std::max(1, 32768 / columns);
+        int each = std::max(1, 32768 / columns / BLOCK) * BLOCK;
         run((count + each - 1) / each, [&](int chunk) { f(chunk * each, std::min(count, (chunk + 1) * each)); });
     }
 };
@@ -288,6 +342,8 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
                      [&](int r, int n, float dot) { logits[(int64_t)r * model.output.rows + n] = dot; });
         });
 }
+
+extern "C" int puna_block() { return BLOCK; }
 
 // states (R, D): embeddings in, normalised last states out; rotary (R, E / 2, 2); logits (R, V), or null for none.
 extern "C" void puna_step(const Model *model, const Cache *cache, int rows, const int64_t *positions,

@@ -240,8 +240,23 @@ def _linear(weight: Tensor, kind: Kind, group: int) -> nn.Module:
 def _matrix(layer: nn.Module) -> kernel.Matrix | None:
     """A layer's weight as the compiled step reads it."""
     if isinstance(layer, Int8Linear) and layer.scales.dtype == torch.float32:
-        return kernel.Matrix(layer.weight.data_ptr(), layer.scales.data_ptr(), 2, *layer.weight.shape)
+        return kernel.Matrix(layer.weight.data_ptr(), layer.scales.data_ptr(), 2, *layer.weight.shape, 0)
+    if isinstance(layer, Int4Linear) and layer.scales.dtype == torch.bfloat16 and _packs_in_blocks(len(layer.weight)):
+        rows, columns = len(layer.weight), 2 * layer.weight.shape[1]
+        return kernel.Matrix(layer.weight.data_ptr(), layer.scales.data_ptr(), 3, rows, columns, layer.group)
     if isinstance(layer, nn.Linear) and layer.weight.is_contiguous():
         kind = {torch.float32: 0, torch.bfloat16: 1}.get(layer.weight.dtype)
-        return None if kind is None else kernel.Matrix(layer.weight.data_ptr(), None, kind, *layer.weight.shape)
+        return None if kind is None else kernel.Matrix(layer.weight.data_ptr(), None, kind, *layer.weight.shape, 0)
     return None
+
+
+@functools.cache
+def _packs_in_blocks(rows: int) -> bool:
+    """Whether torch lays out 4-bit weights of so many rows as the compiled step expects it for this processor."""
+    block = kernel.block()
+    if rows % block:
+        return False
+    numbers = torch.arange(2 * block * 32, dtype=torch.int32).view(2, 2, block // 2, 32) * 7 % 16
+    low, high = numbers.transpose(2, 3).unbind(1)  # (2, 32, block / 2): a block, a column, a row
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers.view(2 * block, 32), 1)
+    return torch.equal(packed.flatten(), (low + 16 * high).flatten().to(torch.uint8))
