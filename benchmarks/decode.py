@@ -49,7 +49,7 @@ class Slots(KVCache):
     """A row a sequence: one page each."""
 
     def pages(self) -> Pages:
-        return Pages(self.keys, self.values, torch.arange(self.keys.shape[1])[:, None])
+        return Pages(self.keys.unbind(), self.values.unbind(), torch.arange(self.keys.shape[1])[:, None])
 
 
 def ours(model: PackedTransformer, prompt: list[int]) -> Decode:

@@ -37,14 +37,14 @@ class Paged:
         raise AssertionError("the compiled step was not used")
 
     def pages(self) -> Pages:
-        return Pages(self.keys, self.values, self.table)
+        return Pages(self.keys.unbind(), self.values.unbind(), self.table)
 
 
 class Slots(KVCache):
     """A row a sequence: one page each."""
 
     def pages(self) -> Pages:
-        return Pages(self.keys, self.values, torch.arange(self.keys.shape[1])[:, None])
+        return Pages(self.keys.unbind(), self.values.unbind(), torch.arange(self.keys.shape[1])[:, None])
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_a_row_steps_alone_as_beside_others(kind: Kind) -> None:
     together = stepped(packed, ids)
     for row in range(7):
         assert torch.equal(stepped(packed, ids[row : row + 1])[0], together[row])
-    assert torch.equal(stepped(packed, ids[:2], width=7), together[:2])  # several tokens of a row at once
+    assert torch.equal(stepped(packed, ids[:1], width=7), together[:1])  # several tokens of a row at once
 
 
 @torch.inference_mode()

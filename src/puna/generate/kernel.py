@@ -62,14 +62,12 @@ class Model(ctypes.Structure):
 
 
 class Cache(ctypes.Structure):
-    """Keys and values, float32 or bfloat16, in pages; strides count numbers."""
+    """Keys and values, float32 or bfloat16, in pages: a pointer a layer; strides count numbers."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "table")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("pages", "page", "layer_stride", "page_stride", "head_stride", "place_stride")
-        ),
+        *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("keys", "values")),
+        ("table", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("pages", "page", "page_stride", "head_stride", "place_stride")),
         ("is_bf16", ctypes.c_int32),
     ]
 

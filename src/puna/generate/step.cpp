@@ -22,9 +22,9 @@ struct Matrix { const void *data, *scales; int32_t kind, rows, columns, group; }
 struct Layer { const float *attention_norm, *ffn_norm; Matrix wq, wk, wv, wo, w1, w2, w3; };
 struct Model { const Layer *layers; const float *norm; Matrix output; int32_t n_layers, heads, kv_heads, width; float eps; };
 struct Cache {  // strides in numbers; a row's position s is at place s % page of the page table[row][s / page]
-    void *keys, *values;
+    void *const *keys, *const *values;  // a pointer a layer
     const int64_t *table;
-    int64_t pages, page, layer_stride, page_stride, head_stride, place_stride;
+    int64_t pages, page, page_stride, head_stride, place_stride;
     int32_t is_bf16;
 };
 
@@ -262,25 +262,26 @@ template <class W> static void add_scaled(float a, const W *x, int count, float 
     for (; i < count; i++) y[i] += a * one(x[i]);
 }
 
-// Attention of one head's query q (E,) over positions 0..last of a row, whose keys and values lie at these offsets.
+// Attention of one head's query q (E,) over positions 0..last of a row, whose keys and values lie in these pages.
 template <class C>
-static void attend(const float *q, const Cache &cache, const int64_t *pages, int64_t offset, int64_t last, int width, float *out) {
+static void attend(const float *q, const Cache &cache, int layer, int head, const int64_t *pages, int64_t last, int width,
+                   float *out) {
     static thread_local std::vector<float> scores;
     scores.resize(last + 1);
     auto over_places = [&](const void *base, auto f) {
         for (int64_t s = 0; s <= last;) {
-            const C *at = (const C *)base + offset + pages[s / cache.page] * cache.page_stride;
+            const C *at = (const C *)base + pages[s / cache.page] * cache.page_stride + head * cache.head_stride;
             for (int64_t end = std::min(last + 1, s + cache.page); s < end; s++, at += cache.place_stride) f(s, at);
         }
     };
     const float scale = 1 / std::sqrt((float)width);
     float highest = -INFINITY, total = 0;
-    over_places(cache.keys, [&](int64_t s, const C *key) {
+    over_places(cache.keys[layer], [&](int64_t s, const C *key) {
         dots<1>(q, key, width, &scores[s]);
         highest = std::max(highest, scores[s] *= scale);
     });
     std::fill_n(out, width, 0.0f);
-    over_places(cache.values, [&](int64_t s, const C *value) {
+    over_places(cache.values[layer], [&](int64_t s, const C *value) {
         float weight = std::exp(scores[s] - highest);
         total += weight;
         add_scaled(weight, value, width, out);
@@ -297,7 +298,6 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
     std::vector<float> k(rows * narrow), v(k.size()), gate((int64_t)rows * hidden);
     for (int l = 0; l < model.n_layers; l++) {
         const Layer &layer = model.layers[l];
-        auto offset = [&](int head) { return l * cache.layer_stride + head * cache.head_stride; };
         auto add = [&](int r, int n, float dot) { x[(int64_t)r * dim + n] += dot; };
         normalise(x, layer.attention_norm, rows, dim, model.eps, h);
         threads.rows(wide + 2 * narrow, dim, [&](int begin, int end) {
@@ -314,14 +314,14 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
             int64_t page = cache.table[r * cache.pages + positions[r] / cache.page];
             int64_t place = page * cache.page_stride + positions[r] % cache.page * cache.place_stride;
             for (int i = 0; i < narrow; i++) {
-                int64_t to = offset(i / width) + place + i % width;
-                put((C *)cache.keys + to, k[r * narrow + i]);
-                put((C *)cache.values + to, v[r * narrow + i]);
+                int64_t to = place + i / width * cache.head_stride + i % width;
+                put((C *)cache.keys[l] + to, k[r * narrow + i]);
+                put((C *)cache.values[l] + to, v[r * narrow + i]);
             }
         }
         threads.run(rows * heads, [&](int chunk) {
             int r = chunk / heads, head = chunk % heads / (heads / kv);
-            attend<C>(&q[chunk * width], cache, cache.table + r * cache.pages, offset(head), positions[r], width, &out[chunk * width]);
+            attend<C>(&q[chunk * width], cache, l, head, cache.table + r * cache.pages, positions[r], width, &out[chunk * width]);
         });
         threads.rows(dim, wide, [&](int begin, int end) { multiply(out, rows, layer.wo, begin, end, add); });
         normalise(x, layer.ffn_norm, rows, dim, model.eps, h);

@@ -11,8 +11,9 @@ Shapes: N outputs, D inputs of a layer; B rows, T tokens, L layers, K key/value 
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
 
 import torch
@@ -25,12 +26,11 @@ from puna.model.transformer import Cache, Transformer
 
 Kind = Literal["fp32", "bf16", "int8", "int4"]
 
-STEP_TOKENS = 16
-"""Tokens of a pass up to which the compiled step is used."""
+STEP_TOKENS = 8
+"""Tokens of a pass up to which the compiled step is used: at 16, torch is faster in bfloat16."""
 
 PACKED_ROWS = 16
 """Rows up to which torch's int8 kernel beats a bfloat16 product with the weights written out."""
-
 
 NORMS = ("attention_norm", "ffn_norm")
 LINEARS = tuple(f"attention.w{x}" for x in "qkvo") + tuple(f"feed_forward.w{x}" for x in "123")
@@ -43,13 +43,13 @@ GROUPS = (32, 64, 128, 256)
 class Pages(NamedTuple):
     """Where a cache holds what: position s of row b is at place s % P of the page table[b, s // P]."""
 
-    keys: Tensor  # (L, pages, K, P, E), strided as the cache likes, a head's numbers side by side
-    values: Tensor  # as the keys
+    keys: Sequence[Tensor]  # of each layer (pages, K, P, E), all strided alike, a head's numbers side by side
+    values: Sequence[Tensor]  # as the keys
     table: Tensor  # (B, M) int64
 
 
 @runtime_checkable
-class PagedCache(Cache, Protocol):
+class PagedCache(Protocol):
     """A cache that the compiled step can read and write: each row's tokens see all of its positions up to their own."""
 
     def pages(self) -> Pages:
@@ -145,7 +145,7 @@ class PackedTransformer(Transformer):
             return super().forward(tokens, positions=positions, mask=mask, cache=cache, only=only)
         return logits
 
-    def _step(self, tokens: Tensor, positions: Tensor | None, cache: Cache | None, head: bool) -> Tensor | None:
+    def _step(self, tokens: Tensor, positions: Tensor | None, cache: object, head: bool) -> Tensor | None:
         """Hidden states (B, T, D), or logits (B, T, V), by the compiled step; None where it cannot run this pass."""
         if positions is None or not isinstance(cache, PagedCache) or tokens.numel() > STEP_TOKENS or tokens.is_cuda:
             return None
@@ -154,10 +154,13 @@ class PackedTransformer(Transformer):
         keys, values, table = cache.pages()
         rows = table.repeat_interleave(tokens.shape[1], 0).contiguous()
         where = positions.flatten().contiguous()
-        assert keys.stride() == values.stride() and keys.stride(4) == 1, f"strides {keys.stride()}, {values.stride()}"
-        assert int(where.max()) < rows.shape[1] * keys.shape[3], f"position {int(where.max())} has no page"
-        places = (keys.data_ptr(), values.data_ptr(), rows.data_ptr(), rows.shape[1], keys.shape[3])
-        paged = kernel.Cache(*places, *keys.stride()[:4], keys.dtype == torch.bfloat16)
+        strides, page = keys[0].stride(), keys[0].shape[2]
+        assert all(x.stride() == strides for x in (*keys, *values)) and strides[3] == 1, f"strides {strides}"
+        assert int(where.max()) < rows.shape[1] * page, f"position {int(where.max())} has no page"
+        parts = ((ctypes.c_void_p * len(part))(*(x.data_ptr() for x in part)) for part in (keys, values))
+        assert keys[0].dtype in (torch.float32, torch.bfloat16), f"the cache holds {keys[0].dtype}"
+        is_bf16 = keys[0].dtype == torch.bfloat16
+        paged = kernel.Cache(*parts, rows.data_ptr(), rows.shape[1], page, *strides[:3], is_bf16)
         embedded = self.tok_embeddings(tokens)  # (B, T, D)
         states = embedded.flatten(0, 1).to(torch.float32, copy=True)
         logits = torch.empty(len(states), self.config.vocab_size) if head else None
