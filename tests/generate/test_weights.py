@@ -55,7 +55,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         kernel.library.cache_clear()
         if kernel.library() is None:
             pytest.skip("no g++, or no AVX2")
-        assert weights._packs_in_blocks(64)  # else torch's layout is another than the step's
         yield
     kernel.library.cache_clear()
 
@@ -78,6 +77,9 @@ def tokens(rows: int, length: int = 20, vocab: int = 101) -> Tensor:
 
 def stepped(model: PackedTransformer, ids: Tensor, width: int = 1) -> Tensor:
     """Logits (B, T, V), `width` tokens a row at a time."""
+    is_int4 = isinstance(model.get_submodule("layers.0.attention.wq"), weights.Int4Linear)
+    if is_int4 and not weights._packs_in_blocks(64):
+        pytest.skip("torch lays out 4-bit weights for another processor than the compiler's")
     cache, parts = Paged(model.config, len(ids), model.tok_embeddings.weight.dtype), []
     for start in range(0, ids.shape[1], width):
         part = ids[:, start : start + width]
