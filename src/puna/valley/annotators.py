@@ -80,7 +80,7 @@ def pool(world: World, seed: int = 0, n: int = 5) -> list[Annotator]:
                 length_bias=rng.uniform(-0.001, 0.004),
                 position_bias=rng.uniform(-0.02, 0.05),
                 leniency=rng.uniform(0.0, 0.3),
-                thresholds=(0.14 * scale, 0.32 * scale, 0.55 * scale),
+                thresholds=(0.07 * scale, 0.24 * scale, 0.65 * scale),
                 safety_accuracy=rng.uniform(0.93, 0.98),
             )
         )
