@@ -23,6 +23,7 @@ from puna.types import Completion, Dialog
 BULK_BATCH_SIZE = 128
 """Measured on two cores with a 3-million-parameter model: 64 is a fifth slower, 256 no faster."""
 
+
 def open_engine(folder: Path, device: torch.device) -> LocalEngine:
     """An engine on a model folder for bulk sampling: bfloat16 where the machine computes in it, a wide batch."""
     model = huggingface.load_model(folder, dtype=parallel.dtype("bf16", device)).to(device)
@@ -136,9 +137,7 @@ class LocalEngine:
 
     def _scheduler(self) -> Scheduler:
         """A new one each time: what an old one has cached may be of weights that have changed since."""
-        return Scheduler(
-            self.model, self.tokenizer.decode, self.tokenizer.eos_id, max_batch_size=self.max_batch_size
-        )
+        return Scheduler(self.model, self.tokenizer.decode, self.tokenizer.eos_id, max_batch_size=self.max_batch_size)
 
     def _completion(self, answer: Answer) -> Completion:
         finished = answer.finish == "stop"

@@ -173,7 +173,9 @@ class PromptPass:
         rows = np.repeat(np.arange(len(lengths)), lengths)
         columns = np.concatenate([np.arange(n) for n in lengths])
         places = columns + np.repeat(np.asarray(starts), lengths)
-        into = np.array([blocks[row][place // BLOCK] for row, place in zip(rows, places, strict=True)])
+        into = np.concatenate(
+            [np.repeat(held, BLOCK)[start : start + n] for held, start, n in zip(blocks, starts, lengths, strict=True)]
+        )
         self._from = self._tensor(rows), self._tensor(columns)
         self._to = self._tensor(into), self._tensor(places % BLOCK)
         self._past: Tensor | None = None
@@ -281,16 +283,16 @@ class DecodePass:
         q_of = (q * q.shape[-1] ** -0.5).view(q.shape[0], k.shape[1], -1, q.shape[-1])  # (B, K, G, E)
         chosen, reader, mask = self._lone
         if isinstance(chosen, int):
-            found = [_part(q_of.index_select(0, reader), keys[:chosen], values[:chosen], mask)]
+            lone = keys[:chosen], values[:chosen]
         else:
-            selected = (part.index_select(0, chosen) for part in (keys, values))
-            found = [_part(q_of.index_select(0, reader), *selected, mask)]
+            lone = keys.index_select(0, chosen), values.index_select(0, chosen)
+        found = [_part(q_of.index_select(0, reader), *lone, mask)]
         if self._shared is not None:
             blocks, members, mask = self._shared
             many = q_of.index_select(0, members.flatten()).view(*members.shape, *q_of.shape[1:])  # (N, M, K, G, E)
             many = many.transpose(1, 2).flatten(2, 3)  # (N, K, M G, E)
-            selected = (part.index_select(0, blocks) for part in (keys, values))
-            found.append([_by_member(x, members.shape[1]) for x in _part(many, *selected, mask)])
+            shared = keys.index_select(0, blocks), values.index_select(0, blocks)
+            found.append([_by_member(x, members.shape[1]) for x in _part(many, *shared, mask)])
         return self._merged(found).to(q.dtype).view_as(q)
 
     def _merged(self, found: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -330,4 +332,4 @@ def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Tensor]:
 
 def _by_member(x: Tensor, members: int) -> Tensor:
     """(N, K, M G, ...) -> (N M, K, G, ...)."""
-    return x.unflatten(2, (members, -1)).transpose(1, 2).flatten(0, 1)
+    return x.view(*x.shape[:2], members, -1, *x.shape[3:]).transpose(1, 2).flatten(0, 1)

@@ -159,9 +159,8 @@ class LiveEngine:
         for client in new:
             self._clients[client.request.number] = client
             self._scheduler.submit(client.request)
-        for number in cancelled:
-            client = self._clients.get(number)
-            for answer in self._scheduler.cancel(client.request) if client else ():
+        for client in [self._clients[number] for number in set(cancelled) if number in self._clients]:
+            for answer in self._scheduler.cancel(client.request):
                 self._tell(client, answer, ())
         return True
 

@@ -122,7 +122,8 @@ def adjust(logits: Tensor, sampling: Sampling, seen: Sequence[int]) -> Tensor:
         logits = logits.index_copy(0, ids, new)
     if sampling.logit_bias:
         ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-        logits = logits.index_add(0, ids, torch.tensor(list(sampling.logit_bias.values()), device=logits.device))
+        bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=logits.device)
+        logits = logits.index_add(0, ids, bias)
     return logits
 
 

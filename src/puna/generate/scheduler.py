@@ -24,8 +24,8 @@ from torch import Tensor
 
 from puna.config import ConfigError
 from puna.generate.kv_cache import BLOCK, BlockCache, DecodePass, Full, PromptPass, blocks_of
-from puna.generate.sampling import Settings, adjust, sample, uniforms
-from puna.generate.sequence import Answer, Request, TextStream, Token
+from puna.generate.sampling import Sampling, Settings, adjust, sample, uniforms
+from puna.generate.sequence import Answer, Finish, Request, TextStream, Token
 from puna.model.transformer import Transformer
 
 PREFILL_TOKENS = 2048
@@ -277,49 +277,49 @@ class Scheduler:
 
     def _draw(self) -> list[Answer]:
         """One token for every sequence; those that ended leave their slots."""
-        logits = self._logits
-        adjusted = [
-            (i, row) for i, row in enumerate(self._running)
-            if row.answer.request.sampling.repetition_penalty != 1 or row.answer.request.sampling.logit_bias
-        ]  # fmt: skip
-        if adjusted:
-            logits = logits.float()
-            for i, row in adjusted:
-                seen = row.answer.request.prompt + row.answer.tokens
-                logits[i] = adjust(logits[i], row.answer.request.sampling, seen)
+        logits = self._adjusted()
         uniform = torch.tensor([row.uniform[len(row.answer.tokens)] for row in self._running], device=self._device)
-        tokens, logprobs = sample(logits, uniform, self._settings)
-        self._tokens = tokens
-        stopped: list[_Running] = []
-        drawn = zip(self._running, tokens.tolist(), logprobs.tolist(), strict=True)
-        for i, (row, token, logprob) in enumerate(drawn):
-            answer = row.answer
-            answer.tokens.append(token)
-            answer.logprobs.append(logprob)
-            sampling = answer.request.sampling
-            if token == self._eos_id or token in sampling.stop_ids:
-                answer.finish = "stop"
-            elif answer.text is not None and answer.text.stops(token):
-                answer.finish = "stop"
-            elif len(answer.tokens) == answer.limit:
-                answer.finish = "length"
-            if answer.finish:
-                stopped.append(row)
-            if self._watch:
-                self._watch(answer, Token(token, logprob, self._top(logits[i], sampling.top_logprobs, i)))
-        for row in stopped:
-            assert all(map(math.isfinite, row.answer.logprobs)), (
-                f"request {row.answer.request.number}: the model's logits are not finite"
-            )
-        self._remove(stopped)
-        return [row.answer for row in stopped]
+        self._tokens, logprobs = sample(logits, uniform, self._settings)
+        drawn = list(zip(self._running, self._tokens.tolist(), logprobs.tolist(), strict=True))
+        for row, token, logprob in drawn:
+            row.answer.tokens.append(token)
+            row.answer.logprobs.append(logprob)
+            row.answer.finish = self._finish(row.answer, token)
+        if self._watch:
+            for i, (row, token, logprob) in enumerate(drawn):
+                top = self._top(logits[i], row.answer.request.sampling)
+                self._watch(row.answer, Token(token, logprob, top))
+        ended = [row for row in self._running if row.answer.finish]
+        for row in ended:
+            number, finite = row.answer.request.number, all(map(math.isfinite, row.answer.logprobs))
+            assert finite, f"request {number}: the model's logits are not finite"
+        self._remove(ended)
+        return [row.answer for row in ended]
 
-    def _top(self, logits: Tensor, n: int, row: int) -> tuple[tuple[int, float], ...]:
-        """The n likeliest tokens and their log-probabilities."""
-        if not n:
+    def _adjusted(self) -> Tensor:
+        """The logits (B, V) with the penalties and biases of the rows that have any."""
+        logits = self._logits
+        for i, row in enumerate(self._running):
+            sampling = row.answer.request.sampling
+            if sampling.repetition_penalty != 1 or sampling.logit_bias:
+                logits = logits.float()
+                logits[i] = adjust(logits[i], sampling, row.answer.request.prompt + row.answer.tokens)
+        return logits
+
+    def _finish(self, answer: Answer, token: int) -> Finish | None:
+        """Whether the token just drawn ends the answer, and how."""
+        if token == self._eos_id or token in answer.request.sampling.stop_ids:
+            return "stop"
+        if answer.text is not None and answer.text.stops(token):
+            return "stop"
+        return "length" if len(answer.tokens) == answer.limit else None
+
+    def _top(self, logits: Tensor, sampling: Sampling) -> tuple[tuple[int, float], ...]:
+        """The likeliest tokens and their log-probabilities, as many as were asked for."""
+        if not sampling.top_logprobs:
             return ()
-        temperature = float(self._settings.temperature[row]) or 1.0
-        values, ids = (logits.float() / temperature).log_softmax(-1).topk(min(n, len(logits)))
+        logprobs = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
+        values, ids = logprobs.topk(min(sampling.top_logprobs, len(logprobs)))
         return tuple(zip(ids.tolist(), values.tolist(), strict=True))
 
     def _remove(self, rows: Sequence[_Running]) -> None:

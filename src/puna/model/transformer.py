@@ -169,7 +169,7 @@ class Transformer(nn.Module):
     """A decoder-only language model.
 
     `forward(tokens (B, T)) -> logits (B, T, V)`. Without `mask` attention is causal; a mask (B, 1, T, S) is True where
-    a query may look, which is somewhere. `positions` (B, T) defaults to 0..T-1. A cache needs them, and sees to the mask.
+    a query may look, which is somewhere. `positions` (B, T) defaults to 0..T-1; a cache needs them and no mask.
     With `only` (B, T) bool the head runs at those N tokens alone, and the logits are (N, V).
     """
 
