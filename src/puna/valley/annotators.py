@@ -35,7 +35,8 @@ class Annotator:
     leniency: float
     """How far faults are forgiven: an answer gets this share of the helpfulness it lacks."""
     thresholds: tuple[float, float, float]
-    """Differences from which the choice is slightly better, better, significantly better."""
+    """Differences from which the choice is slightly better, better, significantly better: such that a first round's
+    answers are graded about as often each as in the paper's Figure 25 (18, 28, 29 and 25 %; docs/log.md)."""
     safety_accuracy: float
     """Probability that a safety label is right."""
 
