@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from puna.config import ConfigError, DataError
-from puna.generate import engine as engines
+from puna.generate import scheduler
 from puna.generate.engine import LocalEngine
 from puna.model.transformer import Cache, Transformer
 from puna.types import Completion, Dialog
@@ -102,7 +102,7 @@ def test_draws_do_not_depend_on_batch_mates(cut: dict[str, float]) -> None:
 
 def test_a_small_prefill_pass_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokens(engine().generate_ids(PROMPTS, n=2, max_new_tokens=10))
-    monkeypatch.setattr(engines, "PREFILL_TOKENS", 1)
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 1)
     assert tokens(engine().generate_ids(PROMPTS, n=2, max_new_tokens=10)) == expected
 
 
@@ -188,7 +188,7 @@ def test_generate_reads_dialogs() -> None:
     ("settings", "named"),
     [
         ({"n": 0}, "n is 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, "temperature is -1"),
         ({"temperature": [1.0, 1.0]}, "2 temperatures for 1 prompts"),
         ({"top_p": 0.0}, "top_p"),

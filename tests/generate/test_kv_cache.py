@@ -1,70 +1,137 @@
-"""With the cache = without it; padding on either side changes nothing."""
+"""Blocks: with the cache = without it, whoever shares them; and none is lost or given twice."""
 
 from __future__ import annotations
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from puna.generate.kv_cache import BLOCK, KVCache
-from puna.generate.scheduler import prefill
+from puna.generate.kv_cache import BLOCK, BlockCache, DecodePass, Full, PromptPass, blocks_of
 from puna.model.transformer import Transformer
 from tests import helpers
 
 PROMPTS = [[1, 300, 301, 302, 303], [1, 310], [1, 320, 321]]
+LONG = [1] + [300 + i % 50 for i in range(3 * BLOCK)]
 
 
-def cached(model: Transformer, rows: int) -> KVCache:
-    return KVCache(model.config, rows, torch.float32, torch.device("cpu"))
+def cached(model: Transformer, capacity: int = 64) -> BlockCache:
+    return BlockCache(model.config, capacity, torch.float32, torch.device("cpu"))
 
 
-def step(model: Transformer, cache: KVCache, tokens: list[int], lengths: list[int]) -> Tensor:
-    """Logits (B, V) after one token a row, put at each row's length."""
-    positions = torch.tensor(lengths)
-    mask = cache.seek(positions, max(lengths) + 1)
-    return model(torch.tensor(tokens)[:, None], positions=positions[:, None], mask=mask, cache=cache)[:, 0]
+def read(model: Transformer, cache: BlockCache, tokens: list[list[int]], blocks: list[list[int]]) -> Tensor:
+    """Run what is not cached of prompts, which have as many blocks as they need; the logits after each (R, V)."""
+    starts = [BLOCK * len(held) for held in blocks]
+    lengths = [len(row) - start for row, start in zip(tokens, starts, strict=True)]
+    for row, held in zip(tokens, blocks, strict=True):
+        held += [cache.take() for _ in range(blocks_of(len(row)) - len(held))]
+    ids = torch.zeros(len(tokens), max(lengths), dtype=torch.int64)
+    for i, (row, start) in enumerate(zip(tokens, starts, strict=True)):
+        ids[i, : len(row) - start] = torch.tensor(row[start:])
+    positions = torch.arange(max(lengths)) + torch.tensor(starts)[:, None]
+    logits = model(ids, positions=positions, cache=PromptPass(cache, blocks, starts, lengths))
+    return logits[torch.arange(len(tokens)), torch.tensor(lengths) - 1]
 
 
-@torch.inference_mode()
-def test_ragged_decoding_is_the_full_forward_pass() -> None:
-    model = helpers.model()
-    prompts = prefill(model, PROMPTS)
-    cache = cached(model, 4)
-    rows = torch.tensor([3, 0, 2])  # slot 1 stays empty
-    cache.fill(rows, prompts.keys, prompts.values)
-    for row, prompt in enumerate(PROMPTS):
-        torch.testing.assert_close(prompts.logits[row], model(torch.tensor([prompt]))[0, -1], atol=1e-5, rtol=0)
-    texts = {int(slot): list(prompt) for slot, prompt in zip(rows, PROMPTS, strict=True)} | {1: []}
-    for i in range(2 * BLOCK):  # the cache grows on the way
-        new = [350 + (i + slot) % 30 for slot in range(4)]
-        logits = step(model, cache, new, [len(texts[slot]) for slot in range(4)])
-        for slot in range(4):
-            texts[slot].append(new[slot])
-            full = model(torch.tensor([texts[slot]]))[0, -1]
-            torch.testing.assert_close(logits[slot], full, atol=1e-5, rtol=0)
+def step(model: Transformer, cache: BlockCache, tokens: list[int], blocks: list[list[int]], at: list[int]) -> Tensor:
+    """Logits (B, V) after one token a row, put at each row's place."""
+    for held, place in zip(blocks, at, strict=True):
+        held += [cache.take() for _ in range(blocks_of(place + 1) - len(held))]
+    this = DecodePass(cache, blocks, np.array(at) + 1)
+    return model(torch.tensor(tokens)[:, None], positions=torch.tensor(at)[:, None], cache=this)[:, 0]
 
 
-@torch.inference_mode()
-def test_one_prompt_fills_many_rows() -> None:
-    model = helpers.model()
-    prompts, cache = prefill(model, PROMPTS[:1]), cached(model, 3)
-    source = torch.zeros(3, dtype=torch.int64)
-    cache.fill(torch.arange(3), prompts.keys[:, source], prompts.values[:, source])
-    logits = step(model, cache, [340, 341, 340], [5, 5, 5])
-    torch.testing.assert_close(logits[0], logits[2], atol=0, rtol=0)
-    torch.testing.assert_close(logits[1], model(torch.tensor([[*PROMPTS[0], 341]]))[0, -1], atol=1e-5, rtol=0)
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
 @torch.inference_mode()
-def test_kept_rows_go_on_and_an_emptier_cache_narrows() -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_ragged_decoding_is_the_full_forward_pass(apart: bool) -> None:
     model = helpers.model()
-    long = [1] + [300 + i % 50 for i in range(3 * BLOCK)]
-    cache, prompts = cached(model, 2), prefill(model, [long, PROMPTS[0]])
-    cache.fill(torch.arange(2), prompts.keys, prompts.values)
-    assert cache.keys.shape[3] == 4 * BLOCK
-    cache.keep(torch.tensor([1]))
-    logits = step(model, cache, [340], [5])
-    assert cache.keys.shape == (2, 1, 2, BLOCK, 8)
-    torch.testing.assert_close(logits[0], model(torch.tensor([[*PROMPTS[0], 340]]))[0, -1], atol=1e-5, rtol=0)
+    cache, texts = cached(model), [list(prompt) for prompt in (*PROMPTS, LONG)]
+    if apart:  # blocks far from the beginning are selected, not read as they lie
+        [cache.take() for _ in range(40)]
+    blocks: list[list[int]] = [[] for _ in texts]
+    for row, logits in enumerate(read(model, cache, texts, blocks)):
+        close(logits, model(torch.tensor([texts[row]]))[0, -1])
+    for i in range(BLOCK + 8):
+        new = [350 + (i + row) % 30 for row in range(4)]
+        logits = step(model, cache, new, blocks, [len(text) for text in texts])
+        for row in range(4):
+            texts[row].append(new[row])
+            if i % 8 == 0:
+                close(logits[row], model(torch.tensor([texts[row]]))[0, -1])
+
+
+@torch.inference_mode()
+def test_rows_that_share_blocks_decode_as_alone() -> None:
+    model = helpers.model()
+    cache = cached(model)
+    first: list[list[int]] = [[], []]
+    read(model, cache, [LONG, PROMPTS[0]], first)
+    cache.remember(LONG, first[0])
+    matched = cache.match([*LONG, 340])
+    assert matched == first[0][:3]
+    blocks, texts = [*first, matched], [list(LONG), list(PROMPTS[0]), [*LONG, 341]]
+    close(read(model, cache, texts[2:], blocks[2:])[0], model(torch.tensor([texts[2]]))[0, -1])
+    for i in range(4):
+        new = [350 + i, 360 + i, 370 + i]
+        logits = step(model, cache, new, blocks, [len(text) for text in texts])
+        for row in range(3):
+            texts[row].append(new[row])
+            close(logits[row], model(torch.tensor([texts[row]]))[0, -1])
+
+
+@torch.inference_mode()
+def test_a_prompt_may_be_read_in_parts() -> None:
+    model = helpers.model()
+    cache, blocks = cached(model), [[]]
+    for end in (BLOCK, 2 * BLOCK, len(LONG)):
+        logits = read(model, cache, [LONG[:end]], blocks)
+        close(logits[0], model(torch.tensor([LONG[:end]]))[0, -1])
+
+
+def test_blocks_are_given_once_and_come_back() -> None:
+    cache = cached(helpers.model(), capacity=5)
+    blocks = [cache.take() for _ in range(5)]
+    assert sorted(blocks) == [0, 1, 2, 3, 4]
+    with pytest.raises(Full):
+        cache.take()
+    cache.hold(blocks[:2])
+    cache.release(blocks)
+    assert (cache.in_use, cache.room) == (2, 3)
+    assert sorted(cache.take() for _ in range(3)) == [2, 3, 4]
+
+
+def test_prompts_are_remembered_until_the_room_is_wanted() -> None:
+    cache = cached(helpers.model(), capacity=4)
+    blocks = [cache.take() for _ in range(4)]
+    cache.remember(LONG, blocks)  # three full blocks, and one token
+    cache.release(blocks)
+    assert cache.in_use == 0
+    assert cache.match(LONG) == blocks[:3]
+    assert cache.match([2, *LONG[1:]]) == []
+    assert cache.match(LONG[: 2 * BLOCK]) == blocks[:1]  # its last token must be run
+    cache.release(blocks[:3])
+    cache.release(blocks[:1])
+    taken = [cache.take() for _ in range(2)]
+    assert taken == [blocks[3], blocks[2]]  # the free one, then the end of the prompt
+    assert cache.match(LONG) == blocks[:2]
+    cache.release(blocks[:2])
+    cache.forget_all()
+    assert cache.match(LONG) == []
+    assert (cache.in_use, cache.room) == (2, 2)
+
+
+def test_a_prompt_computed_twice_is_remembered_once() -> None:
+    cache = cached(helpers.model())
+    one, two = ([cache.take() for _ in range(4)] for _ in range(2))
+    cache.remember(LONG, one)
+    cache.remember(LONG, two)
+    cache.release(one)
+    cache.release(two)
+    assert cache.match(LONG) == one[:3]
 
 
 @torch.inference_mode()

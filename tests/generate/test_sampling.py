@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
 from puna.config import ConfigError
-from puna.generate.sampling import Sampling, sample, uniforms
+from puna.generate import sampling as samplings
+from puna.generate.sampling import Sampling, Settings, adjust, uniforms
 
 WHOLE = Sampling()
+
+
+def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """Draw with one setting but for the temperature."""
+    rows = [dataclasses.replace(sampling, temperature=float(t)) for t in temperature]
+    return samplings.sample(logits, uniform, Settings.of(rows, logits.device))
 
 
 def draw(probs: list[float], uniform: list[float], sampling: Sampling, temperature: float = 1.0) -> list[int]:
@@ -59,6 +68,39 @@ def test_top_p_keeps_the_smallest_set_that_holds_p() -> None:
     assert draw([0.2, 0.5, 0.3], [0.0, 0.62, 0.63, 0.999], Sampling(top_p=0.6)) == [1, 1, 2, 2]
     assert draw([0.2, 0.5, 0.3], [0.999], Sampling(top_p=0.49)) == [1]
     assert draw([0.2, 0.5, 0.3], [0.999], Sampling(top_p=0.81)) == [0]
+
+
+def test_min_p_is_a_share_of_the_likeliest() -> None:
+    assert draw([0.2, 0.5, 0.3], [0.0, 0.62, 0.63, 0.999], Sampling(min_p=0.5)) == [1, 1, 2, 2]
+    assert draw([0.2, 0.5, 0.3], [0.999], Sampling(min_p=0.61)) == [1]
+    assert draw([0.2, 0.5, 0.3], [0.999], Sampling(min_p=0.3)) == [0]
+
+
+def test_a_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0, 4.0])
+    assert adjust(logits, Sampling(repetition_penalty=2.0), [0, 1, 1]).tolist() == [1.0, -4.0, 1.0, 4.0]
+    assert adjust(logits, Sampling(logit_bias={3: -100, 1: 5}), []).tolist() == [2.0, 3.0, 1.0, -96.0]
+    assert logits.tolist() == [2.0, -2.0, 1.0, 4.0]
+
+
+def test_each_row_has_its_own_settings() -> None:
+    every = [Sampling(temperature=0), WHOLE, Sampling(top_p=0.6), Sampling(top_k=1), Sampling(min_p=0.61),
+             Sampling(temperature=2.0), Sampling(top_k=300, top_p=0.5), Sampling(top_k=20, min_p=0.01)]  # fmt: skip
+    logits, uniform = torch.randn(8, 1000) * 3, torch.rand(8)
+    together = samplings.sample(logits, uniform, Settings.of(every, logits.device))
+    for row, sampling in enumerate(every):
+        alone = samplings.sample(logits[row, None], uniform[row, None], Settings.of([sampling], logits.device))
+        assert [x.item() for x in alone] == [x[row].item() for x in together]
+
+
+@pytest.mark.parametrize("k", [5, 16, 17, 300, 1999])
+def test_top_k_of_any_width_is_that_of_the_whole_sort(k: int) -> None:
+    logits, uniform = torch.randn(64, 2000), torch.rand(64)
+    tokens, _ = sample(logits, torch.ones(64), uniform, Sampling(top_k=k))
+    probs, ids = logits.double().softmax(-1).sort(descending=True)
+    cumulative = probs[:, :k].cumsum(-1)
+    place = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+    assert (tokens == ids.gather(1, place).squeeze(1)).float().mean() >= 0.98
 
 
 def test_top_p_after_top_k_is_a_share_of_what_k_left() -> None:
@@ -117,7 +159,10 @@ def test_the_impossible_is_never_drawn() -> None:
         assert logprobs.isfinite().all()
 
 
-@pytest.mark.parametrize("settings", [{"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"top_k": -1}])
-def test_settings_out_of_range_are_refused(settings: dict[str, float]) -> None:
+@pytest.mark.parametrize("settings", [
+    {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"top_k": -1}, {"temperature": -0.1}, {"min_p": 1.0},
+    {"repetition_penalty": 0.0}, {"max_new_tokens": 0}, {"stop": ("a", "")}, {"top_logprobs": -1},
+])  # fmt: skip
+def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         Sampling(**settings)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor
 from puna.config import ConfigError
 from puna.data import packing
 from puna.model.sizes import LLAMA_2, SIZES, ffn_hidden
-from puna.model.transformer import RMSNorm, Transformer, attend_one, attend_short, rotary_table, rotate
+from puna.model.transformer import RMSNorm, Transformer, attend, attend_short, rotary_table, rotate
 from tests import helpers
 
 TOKENS = torch.tensor([[1, 300, 301, 302, 303, 304, 305]])
@@ -137,13 +137,13 @@ def test_grouped_heads_are_repeated_heads() -> None:
     close(grouped(TOKENS), full(TOKENS))
 
 
-def test_attend_one_is_attention() -> None:
-    q, k, v = torch.randn(3, 4, 1, 8), torch.randn(3, 2, 6, 8), torch.randn(3, 2, 6, 8)
+def test_attend_gives_query_heads_their_key_head() -> None:
+    q, k, v = torch.randn(3, 4, 2, 8), torch.randn(3, 2, 6, 8), torch.randn(3, 2, 6, 8)
     mask = torch.arange(6) <= torch.tensor([0, 3, 5])[:, None, None, None]
     expected = F.scaled_dot_product_attention(
         q, k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1), attn_mask=mask
     )
-    close(attend_one(q, k, v, mask), expected, 1e-6)
+    close(attend(q, k, v, mask), expected, 1e-6)
 
 
 def test_attend_short_is_attention() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from puna.model.transformer import Transformer
+from puna.model.transformer import Transformer, attend
 
 
 class GrowingCache:
@@ -17,11 +17,12 @@ class GrowingCache:
     def __init__(self) -> None:
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if layer in self.kept:
             k, v = (torch.cat(pair, dim=2) for pair in zip(self.kept[layer], (k, v), strict=True))
         self.kept[layer] = (k, v)
-        return k, v
+        new, all_ = q.shape[2], k.shape[2]
+        return attend(q, k, v, torch.ones(new, all_, dtype=torch.bool).tril(all_ - new))
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +33,7 @@ def cached_logits() -> Callable[[Transformer, Tensor, int], Tensor]:
         cache, parts = GrowingCache(), []
         for start, end in [(0, prefill), *((i, i + 1) for i in range(prefill, tokens.shape[1]))]:
             positions = torch.arange(start, end).expand(len(tokens), -1)
-            mask = (torch.arange(end) <= positions[..., None])[:, None]  # (B, 1, T, S)
-            parts.append(model(tokens[:, start:end], positions=positions, mask=mask, cache=cache))
+            parts.append(model(tokens[:, start:end], positions=positions, cache=cache))
         return torch.cat(parts, dim=1)
 
     return decode

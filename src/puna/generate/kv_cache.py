@@ -1,81 +1,335 @@
-"""The keys and values of earlier tokens: one cache for a prompt's first pass, one for the rows of a running batch.
+"""Keys and values in blocks: stored once however many sequences read them, and given back a block at a time.
 
-Shapes: L layers, B rows, K key/value heads, T new tokens, S cached tokens, E head width.
+A sequence's cache is a list of blocks: those of its prompt, which samples and other prompts may share, then its own,
+which it fills token by token. A decode step does not copy blocks together for each sequence. It brings the queries to
+the blocks: each block is attended by the queries of whoever reads it, and a row's parts are joined by their softmax
+sums (as flash decoding splits keys). On CPU that costs a tenth of gathering the keys, and no row is padded.
+
+Shapes: L layers, N blocks, B rows, K key/value heads, G query heads a key head, T new tokens, S keys, E head width,
+W blocks a row, M rows a shared block.
 """
 
 from __future__ import annotations
 
+import heapq
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
 import torch
-import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from puna.model.transformer import ModelConfig
+from puna.model.transformer import ModelConfig, attend
 
 BLOCK = 32
-"""The cache grows by so many tokens at a time."""
+"""Tokens a block. 32 makes attention slower by half, 128 leaves more of a sequence's last block empty."""
+
+LOWEST = torch.finfo(torch.float32).min
+"""Hides a score; finite, so that a block without a reader makes no NaN."""
+
+Ids = NDArray[np.int64]
 
 
-class PromptCache:
-    """Collects the keys and values of prompts that begin at position 0, so that a batch's rows can copy them."""
-
-    def __init__(self) -> None:
-        self._keys: list[Tensor] = []
-        self._values: list[Tensor] = []
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing came before: the new tokens (B, K, T, E) are all there is."""
-        assert layer == len(self._keys), f"layer {layer} came after {len(self._keys) - 1}"
-        self._keys.append(k)
-        self._values.append(v)
-        return k, v
-
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all layers, (L, B, K, T, E) each."""
-        return torch.stack(self._keys), torch.stack(self._values)
+class Full(Exception):
+    """No block is free, and none can be forgotten."""
 
 
-class KVCache:
-    """A row a sequence, each at its own position. One decode step is `seek`, then a forward pass over one token a row.
+class BlockCache:
+    """Blocks for all sequences of an engine: at most `capacity`, allocated as they are needed.
 
-    What stands in a row past its position is rubbish that the mask hides until it is overwritten. Attention runs over
-    the whole width: the products of a sliced cache would copy it first.
+    A block has as many holders as sequences that read it. A full block of a prompt is kept when its last holder lets
+    go, for a prompt that begins alike, until the room is needed: the longest unused goes first.
     """
 
-    def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        shape = (config.n_layers, rows, config.n_kv_heads, 0, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)  # (L, B, K, S, E)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self._rows = torch.arange(rows, device=device)
-        self._positions = torch.zeros(rows, dtype=torch.int64, device=device)
+    def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.capacity = capacity
+        self.device = device
+        shape = (0, config.n_kv_heads, BLOCK, config.head_dim)
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]  # (N, K, BLOCK, E)
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
+        self._holders: list[int] = []
+        self._serials: list[int] = []  # of what a block holds; 0 where it is no full block of a prompt
+        self._free: list[int] = []  # a heap: low blocks first, so that those in use stand together
+        self._known: dict[tuple[int, tuple[int, ...]], int] = {}  # (serial of the block before, tokens) -> block
+        self._keys_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._unused: OrderedDict[int, None] = OrderedDict()  # known blocks without a holder, longest unused first
+        self._serial = 0
 
-    def fill(self, rows: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Begin rows (R,) with prompts' keys and values (L, R, K, T, E)."""
-        length = keys.shape[3]
-        self._resize(max(length, self.keys.shape[3]))
-        self.keys[:, rows, :, :length] = keys
-        self.values[:, rows, :, :length] = values
+    @property
+    def in_use(self) -> int:
+        """Blocks that a sequence holds."""
+        return len(self._holders) - len(self._free) - len(self._unused)
 
-    def seek(self, positions: Tensor, length: int) -> Tensor:
-        """Let the next token of each row go to positions (B,), all below `length`. Returns the mask (B, 1, 1, S)."""
-        self._resize(length)
-        self._positions = positions
-        return (torch.arange(self.keys.shape[3], device=positions.device) <= positions[:, None])[:, None, None]
+    @property
+    def room(self) -> int:
+        """Blocks that can be taken before `Full`."""
+        return self.capacity - self.in_use
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one token a row, k and v (B, K, 1, E); return all that is cached (B, K, S, E)."""
-        self.keys[layer][self._rows, :, self._positions] = k[:, :, 0]
-        self.values[layer][self._rows, :, self._positions] = v[:, :, 0]
-        return self.keys[layer], self.values[layer]
+    def take(self) -> int:
+        """A block for one holder. Raises Full."""
+        if not self._free and len(self._holders) < self.capacity:
+            self._grow()
+        if self._free:
+            block = heapq.heappop(self._free)
+        elif self._unused:
+            block, _ = self._unused.popitem(last=False)
+            self._forget(block)
+        else:
+            raise Full
+        self._holders[block] = 1
+        return block
 
-    def keep(self, rows: Tensor) -> None:
-        """Drop all rows but these (R,), which become 0..R-1."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-        self._rows = self._rows[: len(rows)]
+    def hold(self, blocks: Sequence[int]) -> None:
+        """One holder more for each block."""
+        for block in blocks:
+            self._unused.pop(block, None)
+            self._holders[block] += 1
 
-    def _resize(self, length: int) -> None:
-        """Widen to the next block that holds `length`, or narrow once two blocks stand empty."""
-        width = self.keys.shape[3]
-        if not width - 2 * BLOCK < length <= width:
-            wanted = -(-length // BLOCK) * BLOCK
-            padding = (0, 0, 0, wanted - width)
-            self.keys, self.values = F.pad(self.keys, padding), F.pad(self.values, padding)
+    def release(self, blocks: Sequence[int]) -> None:
+        """One holder less for each block of a sequence, the last block first: the beginning is wanted longest."""
+        for block in reversed(blocks):
+            self._holders[block] -= 1
+            if not self._holders[block]:
+                if self._serials[block]:
+                    self._unused[block] = None
+                else:
+                    heapq.heappush(self._free, block)
+
+    def match(self, tokens: Sequence[int]) -> list[int]:
+        """The known blocks that a prompt begins with, held for it; never all of it: its last token must be run."""
+        blocks: list[int] = []
+        serial = 0
+        for start in range(0, len(tokens) - BLOCK, BLOCK):
+            block = self._known.get((serial, tuple(tokens[start : start + BLOCK])))
+            if block is None:
+                break
+            blocks.append(block)
+            serial = self._serials[block]
+        self.hold(blocks)
+        return blocks
+
+    def remember(self, tokens: Sequence[int], blocks: Sequence[int]) -> None:
+        """Make a computed prompt's full blocks known to later prompts."""
+        serial = 0
+        for start, block in zip(range(0, len(tokens) - BLOCK + 1, BLOCK), blocks, strict=False):
+            key = (serial, tuple(tokens[start : start + BLOCK]))
+            if not self._serials[block]:
+                if key in self._known:
+                    return  # computed twice at once; the other one stays known
+                self._serial += 1
+                self._serials[block], self._known[key], self._keys_of[block] = self._serial, block, key
+            serial = self._serials[block]
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks, (from, to) each."""
+        source, target = (torch.tensor(ids, device=self.device) for ids in zip(*pairs, strict=True))
+        for parts in (self.keys, self.values):
+            for part in parts:
+                part[target] = part.index_select(0, source)
+
+    def forget_all(self) -> None:
+        """Give up what is kept for later prompts: the weights have changed."""
+        for block in [*self._keys_of]:
+            self._forget(block)
+        for block in self._unused:
+            heapq.heappush(self._free, block)
+        self._unused.clear()
+
+    def _forget(self, block: int) -> None:
+        del self._known[self._keys_of.pop(block)]
+        self._serials[block] = 0
+
+    def _grow(self) -> None:
+        """Twice the blocks, as far as the capacity goes."""
+        old = len(self._holders)
+        new = min(self.capacity, max(16, 2 * old)) - old
+        for parts in (self.keys, self.values):
+            for layer, part in enumerate(parts):
+                # Zeros: what is masked has weight 0, which must not meet a NaN.
+                parts[layer] = torch.cat((part, part.new_zeros(new, *part.shape[1:])))
+        self._holders += [0] * new
+        self._serials += [0] * new
+        for block in range(old, old + new):
+            heapq.heappush(self._free, block)
+
+
+def blocks_of(tokens: int) -> int:
+    """How many blocks hold so many tokens."""
+    return -(-tokens // BLOCK)
+
+
+class PromptPass:
+    """A pass over R prompts' next tokens, padded on the right to T, each behind what is cached of it.
+
+    blocks: each prompt's, the new tokens' included; starts: tokens cached before; lengths: new tokens.
+    """
+
+    def __init__(
+        self, cache: BlockCache, blocks: Sequence[Sequence[int]], starts: Sequence[int], lengths: Sequence[int]
+    ) -> None:
+        self._cache = cache
+        longest, past = max(lengths), blocks_of(max(starts))
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        columns = np.concatenate([np.arange(n) for n in lengths])
+        places = columns + np.repeat(np.asarray(starts), lengths)
+        into = np.concatenate(
+            [np.repeat(held, BLOCK)[start : start + n] for held, start, n in zip(blocks, starts, lengths, strict=True)]
+        )
+        self._from = self._tensor(rows), self._tensor(columns)
+        self._to = self._tensor(into), self._tensor(places % BLOCK)
+        self._past: Tensor | None = None
+        if past:
+            table = np.zeros((len(lengths), past), np.int64)
+            for row, (held, start) in enumerate(zip(blocks, starts, strict=True)):
+                table[row, : blocks_of(start)] = held[: blocks_of(start)]
+            self._past = self._tensor(table)
+            begun = self._tensor(np.asarray(starts))
+            seen = torch.arange(past * BLOCK, device=cache.device) < begun[:, None]
+            causal = torch.ones(longest, longest, dtype=torch.bool, device=cache.device).tril()
+            self._mask = torch.cat(
+                (seen[:, None].expand(-1, longest, -1), causal.expand(len(lengths), -1, -1)), dim=-1
+            )[:, None]  # (R, 1, T, S + T)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See model.transformer.Cache."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys[self._to[0], :, self._to[1]] = k.transpose(1, 2)[self._from]
+        values[self._to[0], :, self._to[1]] = v.transpose(1, 2)[self._from]
+        if self._past is None:
+            return attend(q, k, v)
+        before = (_joined(part, self._past) for part in (keys, values))
+        k, v = (torch.cat((old, new), dim=2) for old, new in zip(before, (k, v), strict=True))
+        return attend(q, k, v, self._mask)
+
+    def _tensor(self, ids: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(ids.astype(np.int64)).to(self._cache.device)
+
+
+def _joined(part: Tensor, table: Tensor) -> Tensor:
+    """Blocks (N, K, BLOCK, E) of a table (R, W), one after the other: (R, K, W * BLOCK, E)."""
+    rows, width = table.shape
+    return part.index_select(0, table.flatten()).view(rows, width, *part.shape[1:]).transpose(1, 2).flatten(2, 3)
+
+
+class DecodePass:
+    """A step of B rows, one token each, whose places are given.
+
+    blocks: each row's, the new token's included; lengths: tokens of each row, the new one included.
+    """
+
+    def __init__(self, cache: BlockCache, blocks: Sequence[Sequence[int]], lengths: Ids) -> None:
+        self._cache = cache
+        counts = np.array([len(held) for held in blocks])
+        ids = np.concatenate([np.asarray(held, np.int64) for held in blocks])  # (sum of W,)
+        rows = np.repeat(np.arange(len(blocks)), counts)
+        places = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)  # a block's place in its row
+        filled = np.minimum(lengths[rows] - places * BLOCK, BLOCK)
+        last = np.cumsum(counts) - 1
+        self._to = self._tensor(ids[last]), self._tensor((lengths - 1) % BLOCK)
+
+        readers = np.bincount(ids, minlength=1)
+        alone = readers[ids] == 1
+        parts = np.empty(len(ids), np.int64)  # where each (row, block) will stand among the parts
+        self._lone = self._lone_blocks(ids[alone], rows[alone], filled[alone], parts, alone, len(blocks))
+        self._shared = self._shared_blocks(ids[~alone], rows[~alone], filled[~alone], parts, ~alone)
+        table = np.full((len(blocks), int(counts.max())), self._parts, np.int64)
+        table[rows, places] = parts
+        self._table = self._tensor(table)  # (B, W); what a shorter row lacks is the part after the last: none
+
+    def _lone_blocks(
+        self, ids: Ids, rows: Ids, filled: Ids, parts: Ids, which: NDArray[np.bool_], n_rows: int
+    ) -> tuple[Tensor | int, Tensor, Tensor]:
+        """Blocks that one row reads: which (a number: the first so many), their rows and their masks.
+
+        Where they fill most of the cache's beginning it is read as it lies, for a selection would copy it.
+        """
+        high = int(ids.max()) + 1 if len(ids) else 0
+        if len(ids) * 2 >= high:
+            place, reader, tokens = ids, np.zeros(high, np.int64), np.zeros(high, np.int64)
+            reader[ids], tokens[ids] = rows, filled
+            chosen: Tensor | int = high
+        else:
+            place, reader, tokens = np.arange(len(ids)), rows, filled
+            chosen = self._tensor(ids)
+        parts[which] = place
+        self._parts = len(reader)
+        return chosen, self._tensor(reader), self._mask(tokens)
+
+    def _shared_blocks(
+        self, ids: Ids, rows: Ids, filled: Ids, parts: Ids, which: NDArray[np.bool_]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Blocks that several rows read: which (N,), their rows (N, M), and their masks."""
+        if not len(ids):
+            return None
+        order = np.argsort(ids, kind="stable")
+        blocks, begins, counts = np.unique(ids[order], return_index=True, return_counts=True)
+        most = int(counts.max())
+        block_of = np.repeat(np.arange(len(blocks)), counts)
+        rank = np.arange(len(ids)) - np.repeat(begins, counts)
+        members = np.zeros((len(blocks), most), np.int64)
+        members[block_of, rank] = rows[order]
+        places = np.empty(len(ids), np.int64)
+        places[order] = self._parts + block_of * most + rank
+        parts[which] = places
+        self._parts += members.size
+        return self._tensor(blocks), self._tensor(members), self._mask(filled[order][begins])
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """See model.transformer.Cache."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys[self._to[0], :, self._to[1]] = k[:, :, 0]
+        values[self._to[0], :, self._to[1]] = v[:, :, 0]
+        q_of = (q * q.shape[-1] ** -0.5).view(q.shape[0], k.shape[1], -1, q.shape[-1])  # (B, K, G, E)
+        chosen, reader, mask = self._lone
+        if isinstance(chosen, int):
+            lone = keys[:chosen], values[:chosen]
+        else:
+            lone = keys.index_select(0, chosen), values.index_select(0, chosen)
+        found = [_part(q_of.index_select(0, reader), *lone, mask)]
+        if self._shared is not None:
+            blocks, members, mask = self._shared
+            many = q_of.index_select(0, members.flatten()).view(*members.shape, *q_of.shape[1:])  # (N, M, K, G, E)
+            many = many.transpose(1, 2).flatten(2, 3)  # (N, K, M G, E)
+            shared = keys.index_select(0, blocks), values.index_select(0, blocks)
+            found.append([_by_member(x, members.shape[1]) for x in _part(many, *shared, mask)])
+        return self._merged(found).to(q.dtype).view_as(q)
+
+    def _merged(self, found: Sequence[Sequence[Tensor]]) -> Tensor:
+        """The parts' sums, joined for each row: (B, K, G, E) float32."""
+        highest, sums, outs = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
+        if self._table.shape[1] == 1:
+            index = self._table[:, 0]
+            return outs.index_select(0, index) / sums.index_select(0, index)[..., None]
+        highest, sums, outs = (torch.cat((x, x.new_full((1, *x.shape[1:]), fill))) for x, fill in
+                               ((highest, LOWEST), (sums, 0.0), (outs, 0.0)))  # fmt: skip
+        flat = self._table.flatten()
+        highest, sums, outs = (
+            x.index_select(0, flat).view(*self._table.shape, *x.shape[1:]) for x in (highest, sums, outs)
+        )  # (B, W, K, G), the last (B, W, K, G, E)
+        weights = (highest - highest.amax(1, keepdim=True)).exp_()
+        return (weights[..., None] * outs).sum(1) / (weights * sums).sum(1)[..., None]
+
+    def _mask(self, filled: Ids) -> Tensor:
+        """(N, 1, 1, BLOCK) float32: 0 where a block holds a token, LOWEST elsewhere."""
+        held = torch.arange(BLOCK, device=self._cache.device) < self._tensor(filled)[:, None]
+        return torch.where(held, 0.0, LOWEST)[:, None, None]
+
+    def _tensor(self, ids: Ids) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self._cache.device)
+
+
+def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Tensor]:
+    """Attention within blocks: q (N, K, Q, E), k and v (N, K, BLOCK, E), mask (N, 1, 1, BLOCK).
+
+    The highest score and the sum of exponentials above it (N, K, Q), and the weighted values (N, K, Q, E), float32.
+    """
+    scores = (q @ k.transpose(-2, -1)).float().add_(mask)
+    highest = scores.amax(-1)
+    weights = scores.sub_(highest[..., None]).exp_()
+    return [highest, weights.sum(-1), (weights.to(v.dtype) @ v).float()]
+
+
+def _by_member(x: Tensor, members: int) -> Tensor:
+    """(N, K, M G, ...) -> (N M, K, G, ...)."""
+    return x.view(*x.shape[:2], members, -1, *x.shape[3:]).transpose(1, 2).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Sampling for a whole batch: temperature, top-k, top-p, and seeded draws that no batch-mate can disturb.
+"""Sampling for a whole batch: each row with its own settings, and seeded draws that no batch-mate can disturb.
 
 A draw inverts the cumulative distribution at a uniform number. The numbers of a sequence come from a counter-based
 generator keyed by (seed, request, sample), so that they are the same alone or among thousands.
@@ -8,7 +8,9 @@ Shapes: B sequences, V vocabulary, W candidates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,22 +19,89 @@ from torch import Tensor
 from puna.config import ConfigError
 
 FIRST_WIDTHS = (16, 256, 4096)
-"""Candidates top-p looks at before it sorts the vocabulary; mostly 16 suffice, a fifth of the time of 64 (V 2048)."""
+"""Candidates a cut looks at before it sorts the vocabulary; mostly 16 suffice, a fifth of the time of 64 (V 2048)."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one call draws: `top_p` 1 and `top_k` 0 leave the distribution whole. Top-k comes first, as elsewhere."""
+    """How a request's answers are drawn, and where they end. The cuts come in the order top-k, top-p, min-p.
 
+    Raises ConfigError where a setting is out of range.
+    """
+
+    temperature: float = 1.0
+    """0 is greedy."""
     top_p: float = 1.0
+    """draw from the smallest set of tokens that holds this much probability; 1 draws from all."""
     top_k: int = 0
+    """draw from so many of the likeliest tokens; 0 draws from all."""
+    min_p: float = 0.0
+    """leave out tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """divides the positive logits of tokens that the prompt or the answer has, multiplies the negative ones."""
     seed: int = 0
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    """texts that end an answer; they are no part of it."""
+    stop_ids: tuple[int, ...] = ()
+    """tokens that end an answer, as EOS does."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """added to tokens' logits."""
+    top_logprobs: int = 0
+    """report so many of the likeliest tokens beside each one drawn."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}: it must be above 0 and at most 1")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k is {self.top_k}: it must be 0 (off) or a number of tokens")
+        for wrong, message in (
+            (not self.temperature >= 0, f"temperature is {self.temperature}: it must be 0 (greedy) or above"),
+            (not 0 < self.top_p <= 1, f"top_p is {self.top_p}: it must be above 0 and at most 1"),
+            (self.top_k < 0, f"top_k is {self.top_k}: it must be 0 (off) or a number of tokens"),
+            (not 0 <= self.min_p < 1, f"min_p is {self.min_p}: it must be at least 0 and below 1"),
+            (
+                not self.repetition_penalty > 0,
+                f"repetition_penalty is {self.repetition_penalty}: it must be above 0; 1 is none",
+            ),
+            (self.max_new_tokens < 1, f"max_new_tokens is {self.max_new_tokens}: it must be at least 1"),
+            ("" in self.stop, "stop holds an empty text, which every answer has"),
+            (self.top_logprobs < 0, f"top_logprobs is {self.top_logprobs}: it must be at least 0"),
+        ):
+            if wrong:
+                raise ConfigError(message)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens cannot be drawn."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+
+class Settings(NamedTuple):
+    """What `sample` needs to know of B rows."""
+
+    temperature: Tensor  # (B,) float32
+    top_p: Tensor  # (B,) float32
+    top_k: Tensor  # (B,) int64
+    min_p: Tensor  # (B,) float32
+    cuts: Tensor  # (B,) bool
+    greedy: Tensor  # (B,) bool
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling], device: torch.device) -> Settings:
+        """The settings of one row each."""
+
+        def column(values: list[float], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
+        return cls(
+            column([s.temperature for s in samplings], torch.float32),
+            column([s.top_p for s in samplings], torch.float32),
+            column([s.top_k for s in samplings], torch.int64),
+            column([s.min_p for s in samplings], torch.float32),
+            column([s.cuts for s in samplings], torch.bool),
+            column([s.temperature == 0 for s in samplings], torch.bool),
+        )
+
+    def rows(self, which: Tensor) -> Settings:
+        """The settings of these rows (a mask or indices)."""
+        return Settings(*(column[which] for column in self))
 
 
 def uniforms(seed: int, request: int, sample: int, count: int) -> Tensor:
@@ -43,20 +112,37 @@ def uniforms(seed: int, request: int, sample: int, count: int) -> Tensor:
     return torch.from_numpy(generator.random(count, dtype=np.float32))
 
 
-def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+def adjust(logits: Tensor, sampling: Sampling, seen: Sequence[int]) -> Tensor:
+    """One row's logits (V,) with its repetition penalty on the `seen` tokens and its bias."""
+    logits = logits.float()
+    if sampling.repetition_penalty != 1:
+        ids = torch.tensor(sorted(set(seen)), device=logits.device)
+        old = logits[ids]
+        new = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
+        logits = logits.index_copy(0, ids, new)
+    if sampling.logit_bias:
+        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
+        bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=logits.device)
+        logits = logits.index_add(0, ids, bias)
+    return logits
+
+
+def sample(logits: Tensor, uniform: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Draw a token for each row: (B,) int64, and its log-probability, (B,) float32.
 
-    logits (B, V), temperature (B,) with 0 for greedy, uniform (B,) in [0, 1).
-    The log-probability is under softmax(logits / temperature), also where top-k or top-p cut the draw: it is what a
-    trainer scores the token with. A greedy token's is at temperature 1.
+    logits (B, V), uniform (B,) in [0, 1).
+    The log-probability is under softmax(logits / temperature), also where the draw was cut: it is what a trainer scores
+    the token with. A greedy token's is at temperature 1.
     """
-    greedy = temperature == 0
+    temperature, greedy, cuts = settings.temperature, settings.greedy, settings.cuts
     probs = (logits.float() / temperature.masked_fill(greedy, 1.0)[:, None]).softmax(-1)  # (B, V)
-    if greedy.all():
-        tokens = probs.argmax(-1)
+    if bool(cuts.all()):
+        tokens = _cut(probs, uniform, settings)
     else:
-        tokens = _draw(probs, uniform) if sampling.top_p == 1 and not sampling.top_k else _cut(probs, uniform, sampling)
-        if greedy.any():
+        tokens = probs.argmax(-1) if bool(greedy.all()) else _draw(probs, uniform)
+        if bool(cuts.any()):
+            tokens[cuts] = _cut(probs[cuts], uniform[cuts], settings.rows(cuts))
+        if bool(greedy.any()):
             tokens = torch.where(greedy, probs.argmax(-1), tokens)
     return tokens, probs.gather(1, tokens[:, None]).squeeze(1).log()
 
@@ -70,24 +156,30 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     return index.clamp_max(weights.shape[-1] - 1)  # what is not a number passes every index
 
 
-def _cut(probs: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """Draw from the top k, or the smallest top set that holds `top_p` of the mass, (B,).
+def _cut(probs: Tensor, uniform: Tensor, settings: Settings) -> Tensor:
+    """Draw from what the cuts leave of each row, (B,).
 
-    Without top-k the nucleus is first sought among few candidates; rows it outgrows go on to more, so that a peaked
-    distribution never sorts the vocabulary. A row's path depends on that row alone.
+    That is first sought among few candidates; rows it outgrows go on to more, so that a peaked distribution never sorts
+    the vocabulary. A row's path depends on that row alone.
     """
     vocab = probs.shape[-1]
-    widths = [sampling.top_k] if sampling.top_k else [*(w for w in FIRST_WIDTHS if w < vocab), vocab]
     tokens = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
     rows = torch.arange(len(probs), device=probs.device)
-    for width in widths:
-        values, ids = (probs if len(rows) == len(probs) else probs[rows]).topk(min(width, vocab))  # (B, W), descending
+    top_k = torch.where(settings.top_k > 0, settings.top_k.clamp(max=vocab), vocab)  # (B,)
+    for width in (*(w for w in FIRST_WIDTHS if w < vocab), vocab):
+        values, ids = (probs if len(rows) == len(probs) else probs[rows]).topk(width)  # (B, W), descending
+        k, top_p, min_p = top_k[rows], settings.top_p[rows], settings.min_p[rows]
+        rank = torch.arange(width, device=probs.device)
+        values = values.masked_fill(rank >= k[:, None], 0.0)
         mass = values.cumsum(-1)
-        whole = mass[:, -1:] if sampling.top_k else 1.0
-        if sampling.top_p < 1:
-            values = values.masked_fill(mass - values >= sampling.top_p * whole, 0.0)
+        # Of the top k; without them of all, which is 1.
+        whole = torch.where(k < vocab, mass[:, -1], 1.0)
+        beyond = (mass - values >= (top_p * whole)[:, None]) & (top_p < 1)[:, None]
+        values = values.masked_fill(beyond | (values < min_p[:, None] * values[:, :1]), 0.0)
         tokens[rows] = ids.gather(1, _draw(values, uniform[rows])[:, None]).squeeze(1)
-        rows = rows[values[:, -1] > 0]  # the nucleus may go on past the last candidate
+        # What is left may go on past the last candidate; top-k is known whole once there are k of them.
+        unsure = (values[:, -1] > 0) | ((k < vocab) & (k > width))
+        rows = rows[unsure & (k != width)]
         if not len(rows):
             break
     return tokens

@@ -1,161 +1,357 @@
-"""Continuous batching: a fixed number of slots, each holding one sequence until it ends, refilled from a queue.
+"""Continuous batching: sequences come and go between two steps, and share what their prompts have in common.
 
-1. `prefill` runs some prompts, padded on the right, once each, however many samples are wanted of it.
-2. `Batch.admit` copies a prompt's keys, values and next-token logits into a free slot.
-3. `Batch.step` draws a token for every slot, takes out the sequences that ended, and runs one forward pass over all
-   slots, each at its own position.
+Each step
+1. admits: runs the prompts of waiting requests, a pass of at most PREFILL_TOKENS at a time, and puts their samples
+   into free slots;
+2. draws a token for every sequence, and takes out those that ended with it;
+3. runs the drawn tokens, each at its own position.
 
-Tokens and log-probabilities stay in tensors until their sequence ends, so that a step's Python does not grow with the
-number of slots.
+When the cache is full, the sequence that came last gives its blocks back and waits; what it had is run again later.
 
-Shapes: B slots, M new tokens at most, V vocabulary, R prompts of at most T tokens.
+Shapes: B running sequences, V vocabulary, R prompts of a pass, T their tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from puna.generate.kv_cache import KVCache, PromptCache
-from puna.generate.sampling import Sampling, sample, uniforms
+from puna.config import ConfigError
+from puna.generate.kv_cache import BLOCK, BlockCache, DecodePass, Full, PromptPass, blocks_of
+from puna.generate.sampling import Sampling, Settings, adjust, sample, uniforms
+from puna.generate.sequence import Answer, Finish, Request, TextStream, Token
 from puna.model.transformer import Transformer
 
-
-class Ticket(NamedTuple):
-    """One sequence to generate: which sample of which request, how long it may get and how hot."""
-
-    request: int
-    sample: int
-    max_new_tokens: int
-    temperature: float
+PREFILL_TOKENS = 2048
+"""Tokens, padding included, of one prefill pass: enough to fill the cores, little enough to wait for."""
 
 
-class Generated(NamedTuple):
-    """A sequence that ended: by a stop token, its last, when `finished`; else by running out of room."""
+@dataclass(eq=False)
+class _Waiting:
+    """Samples of one prompt that wait for a slot. After a preemption the prompt goes on with what was drawn."""
 
-    ticket: Ticket
+    request: Request
     tokens: list[int]
-    logprobs: list[float]
-    finished: bool
+    answers: deque[Answer]
+    blocks: list[int] = field(default_factory=list)
+    cached: int = 0
+    logits: Tensor | None = None  # (V,) of the token after the prompt, once it is run
 
 
-class Prefilled(NamedTuple):
-    """Prompts after their first pass, ready to be copied into slots."""
+@dataclass(eq=False)
+class _Running:
+    """A sequence in a slot, its blocks and the numbers of its draws."""
 
-    lengths: list[int]
-    keys: Tensor  # (L, R, K, T, E)
-    values: Tensor  # (L, R, K, T, E)
-    logits: Tensor  # (R, V) of the token after each prompt
-
-
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]]) -> Prefilled:
-    """Run prompts of any lengths together. Padded on the right, so that causal attention never sees a pad."""
-    device = model.tok_embeddings.weight.device
-    lengths = [len(prompt) for prompt in prompts]
-    tokens = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    cache = PromptCache()
-    positions = torch.arange(max(lengths), device=device).expand(tokens.shape)
-    hidden = model.hidden(torch.from_numpy(tokens).to(device), positions=positions, cache=cache)  # (R, T, D)
-    last = hidden[torch.arange(len(prompts), device=device), torch.tensor(lengths, device=device) - 1]
-    return Prefilled(lengths, *cache.stacked(), model.output(last))
+    answer: Answer
+    blocks: list[int]
+    length: int  # tokens cached: where the next one goes
+    uniform: Sequence[float]
 
 
-class Batch:
-    """The slots of a running generation, with their cache."""
+class Scheduler:
+    """Runs requests on one model. `watch` is told of every token drawn, before the sequences that ended are returned.
 
-    def __init__(self, model: Transformer, slots: int, max_new_tokens: int, stop: Tensor, sampling: Sampling) -> None:
+    With `interleave` no more than one prefill pass comes between two tokens of a running sequence.
+    Raises ConfigError where the cache cannot hold one sequence as long as the model's context.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        decode: Callable[[Sequence[int]], str],
+        eos_id: int,
+        *,
+        max_batch_size: int,
+        cache_tokens: int | None = None,
+        watch: Callable[[Answer, Token], None] | None = None,
+        interleave: bool = False,
+    ) -> None:
         weight = model.tok_embeddings.weight
-        self._model, self._stop, self._sampling, self._device = model, stop, sampling, weight.device
-        self._cache = KVCache(model.config, slots, weight.dtype, weight.device)
-        self._tickets: list[Ticket | None] = [None] * slots
-        self._lengths = np.zeros(slots, dtype=np.int64)  # tokens cached: where the next one goes
-        self._counts = np.zeros(slots, dtype=np.int64)  # tokens drawn
-        self._limits = np.zeros(slots, dtype=np.int64)  # of tokens drawn; 0 in a free slot
-        shape = (slots, max_new_tokens)
-        self._logits = torch.zeros(slots, model.config.vocab_size, dtype=weight.dtype, device=self._device)  # (B, V)
-        self._temperature = torch.zeros(slots, device=self._device)  # (B,)
-        self._uniforms = torch.zeros(shape, device=self._device)  # (B, M)
-        self._tokens = torch.zeros(shape, dtype=torch.int64, device=self._device)  # (B, M)
-        self._logprobs = torch.zeros(shape, device=self._device)  # (B, M)
-
-    @property
-    def live(self) -> int:
-        """How many slots hold a sequence."""
-        return int(np.count_nonzero(self._limits))
-
-    @property
-    def free(self) -> int:
-        return len(self._limits) - self.live
-
-    def admit(self, prompts: Prefilled, wanted: Sequence[tuple[int, Ticket]]) -> None:
-        """Begin sequences in free slots; each is a row of `prompts` and its ticket."""
-        slots = np.flatnonzero(self._limits == 0)[: len(wanted)]
-        to = torch.from_numpy(slots).to(self._device)
-        source = torch.tensor([row for row, _ in wanted], device=self._device)
-        self._cache.fill(to, prompts.keys[:, source], prompts.values[:, source])
-        self._logits[to] = prompts.logits[source]
-        self._temperature[to] = torch.tensor([ticket.temperature for _, ticket in wanted], device=self._device)
-        for slot, (row, ticket) in zip(slots, wanted, strict=True):
-            self._tickets[slot] = ticket
-            self._lengths[slot], self._counts[slot] = prompts.lengths[row], 0
-            self._limits[slot] = ticket.max_new_tokens
-            drawn = uniforms(self._sampling.seed, ticket.request, ticket.sample, ticket.max_new_tokens)
-            self._uniforms[slot, : len(drawn)] = drawn
-
-    def step(self) -> list[Generated]:
-        """Draw one token for every live slot; return the sequences that ended with it, whose slots are free again."""
-        rows = torch.arange(len(self._limits), device=self._device)
-        column = torch.from_numpy(self._counts.clip(max=self._tokens.shape[1] - 1)).to(self._device)
-        tokens, logprobs = sample(self._logits, self._temperature, self._uniforms[rows, column], self._sampling)
-        self._tokens[rows, column] = tokens
-        self._logprobs[rows, column] = logprobs
-        live = self._limits > 0
-        self._counts[live] += 1
-        stopped = torch.isin(tokens, self._stop).cpu().numpy()
-        ended = np.flatnonzero(live & (stopped | (self._counts == self._limits)))
-        generated = [self._take(int(slot), bool(stopped[slot])) for slot in ended]
-        if self.live:
-            self._forward(tokens)
-        return generated
-
-    def drawn(self, slot: int) -> list[int]:
-        """The tokens drawn so far for the sequence in a slot."""
-        return self._tokens[slot, : self._counts[slot]].tolist()
-
-    def shrink(self) -> None:
-        """Give up free slots once they are half of all: nothing waits for them any more."""
-        if 0 < self.live <= len(self._limits) // 2:
-            kept = np.flatnonzero(self._limits)
-            rows = torch.from_numpy(kept).to(self._device)
-            self._cache.keep(rows)
-            self._tickets = [self._tickets[slot] for slot in kept]
-            self._lengths, self._counts, self._limits = self._lengths[kept], self._counts[kept], self._limits[kept]
-            self._logits, self._temperature = self._logits[rows], self._temperature[rows]
-            self._uniforms, self._tokens, self._logprobs = (
-                x[rows] for x in (self._uniforms, self._tokens, self._logprobs)
+        self.model = model
+        self.max_batch_size = max_batch_size
+        self._decode, self._eos_id, self._watch, self._interleave = decode, eos_id, watch, interleave
+        self._device = weight.device
+        context = blocks_of(model.config.max_seq_len)
+        capacity = (context + 1) * max_batch_size if cache_tokens is None else cache_tokens // BLOCK
+        if capacity < context + 1:
+            raise ConfigError(
+                f"a cache of {cache_tokens} tokens is too small for the model's context of "
+                f"{model.config.max_seq_len}: give it at least {BLOCK * (context + 1)}"
             )
+        self.cache = BlockCache(model.config, capacity + 1, weight.dtype, weight.device)
+        self._waiting: deque[_Waiting] = deque()
+        self._running: list[_Running] = []
+        self._logits = torch.empty(0, model.config.vocab_size, dtype=weight.dtype, device=weight.device)  # (B, V)
+        self._settings = Settings.of([], weight.device)
+        self._tokens = torch.empty(0, dtype=torch.int64, device=weight.device)  # (B,) the last drawn
 
-    def _forward(self, tokens: Tensor) -> None:
-        """Run the drawn tokens (B,) at their positions; leaves the next ones' logits."""
-        positions = torch.from_numpy(self._lengths.copy()).to(self._device)
-        mask = self._cache.seek(positions, int(self._lengths.max()) + 1)
-        logits = self._model(tokens[:, None], positions=positions[:, None], mask=mask, cache=self._cache)
-        self._logits = logits[:, 0]
-        self._lengths[self._limits > 0] += 1
+    @property
+    def busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self._waiting or self._running)
 
-    def _take(self, slot: int, finished: bool) -> Generated:
-        """Take the ended sequence out of a slot."""
-        ticket, count = self._tickets[slot], self._counts[slot]
-        assert ticket is not None, f"slot {slot} is empty"
-        logprobs = self._logprobs[slot, :count].tolist()
-        assert all(map(math.isfinite, logprobs)), f"request {ticket.request}: the model's logits are not finite"
-        generated = Generated(ticket, self._tokens[slot, :count].tolist(), logprobs, finished)
-        self._tickets[slot], self._lengths[slot], self._counts[slot], self._limits[slot] = None, 0, 0, 0
-        return generated
+    @property
+    def running(self) -> int:
+        """How many sequences are being generated."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for a slot."""
+        return sum(len(group.answers) for group in self._waiting)
+
+    def check(self, prompt: int, name: str = "the prompt") -> int:
+        """How many tokens an answer to a prompt of so many can have. Raises ConfigError where there is no room."""
+        context = self.model.config.max_seq_len
+        if not 0 < prompt < context:
+            raise ConfigError(
+                f"{name} has {prompt} tokens and the model's context {context}: "
+                "a prompt needs at least one token and must leave room for an answer"
+            )
+        return context - prompt
+
+    def submit(self, request: Request) -> list[Answer]:
+        """Queue a request; its answers fill as steps are made. Raises ConfigError as `check`."""
+        room = self.check(len(request.prompt), f"prompt {request.number}")
+        sampling = request.sampling
+        answers = [
+            Answer(
+                request,
+                i,
+                min(room, sampling.max_new_tokens),
+                TextStream(self._decode, sampling.stop) if sampling.stop else None,
+            )
+            for i in range(request.n)
+        ]
+        self._waiting.append(_Waiting(request, request.prompt, deque(answers)))
+        return answers
+
+    def cancel(self, request: Request) -> list[Answer]:
+        """Drop what is left of a request and free its blocks; the answers that had not ended."""
+        dropped = [row for row in self._running if row.answer.request is request]
+        groups = [group for group in self._waiting if group.request is request]
+        answers = [row.answer for row in dropped] + [answer for group in groups for answer in group.answers]
+        for group in groups:
+            self.cache.release(group.blocks)
+            self._waiting.remove(group)
+        self._remove(dropped)
+        for answer in answers:
+            answer.finish = "cancelled"
+        return answers
+
+    def step(self) -> list[Answer]:
+        """Draw one token for every sequence that has a slot; the answers that ended with it."""
+        self._admit()
+        ended = self._draw() if self._running else []
+        if self._running:
+            self._forward()
+        return ended
+
+    # 1: admit ---------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Fill the free slots, as far as prompts wait and the cache has room."""
+        passes = 0
+        while self._waiting and len(self._running) < self.max_batch_size:
+            ready = [group for group in self._waiting if group.logits is not None]
+            if not ready:
+                if self._interleave and passes and self._running:
+                    return
+                passes += 1
+                if not self._prefill() and (self._running or not self._reclaim()):
+                    return
+                continue
+            try:
+                self._begin(ready)
+            except Full:
+                if self._running or not self._reclaim():
+                    return
+
+    def _reclaim(self) -> bool:
+        """Take back the blocks of all waiting prompts but the first; whether there were any."""
+        holders = [group for group in self._waiting if group.blocks][1:]
+        for group in holders:
+            self.cache.release(group.blocks)
+            group.blocks, group.cached, group.logits = [], 0, None
+        return bool(holders)
+
+    def _prefill(self) -> bool:
+        """Run one pass over the first waiting prompts; False where the cache has no room for any."""
+        chunk: list[tuple[_Waiting, int]] = []  # a prompt and how many of its tokens to run
+        begun: set[tuple[int, ...]] = set()  # what this pass computes first of each: prompts that begin alike wait
+        longest = wanted = 0
+        for group in self._waiting:
+            if wanted >= self.max_batch_size - len(self._running):
+                break
+            if not group.blocks:
+                group.blocks = self.cache.match(group.tokens)
+                group.cached = BLOCK * len(group.blocks)
+            n = min(len(group.tokens) - group.cached, PREFILL_TOKENS)
+            if chunk and (len(chunk) + 1) * max(longest, n) > PREFILL_TOKENS:
+                break
+            head = tuple(group.tokens[: group.cached + BLOCK])
+            if len(head) == group.cached + BLOCK and head in begun:
+                self.cache.release(group.blocks)
+                group.blocks, group.cached = [], 0
+                continue
+            spare = len(self._running)  # running sequences will want blocks as well
+            if blocks_of(group.cached + n) - len(group.blocks) > self.cache.room - spare:
+                break
+            self._extend(group.blocks, group.cached + n)
+            begun.add(head)
+            chunk.append((group, n))
+            longest, wanted = max(longest, n), wanted + len(group.answers)
+        if chunk:
+            self._run_prompts(chunk)
+        return bool(chunk)
+
+    def _extend(self, blocks: list[int], tokens: int) -> bool:
+        """Take blocks until they hold so many tokens; False, and none taken, where the cache is too full."""
+        missing = blocks_of(tokens) - len(blocks)
+        if missing > self.cache.room:
+            return False
+        blocks += [self.cache.take() for _ in range(missing)]
+        return True
+
+    def _run_prompts(self, chunk: Sequence[tuple[_Waiting, int]]) -> None:
+        """One forward pass over the next tokens of prompts."""
+        starts, lengths = [group.cached for group, _ in chunk], [n for _, n in chunk]
+        tokens = np.zeros((len(chunk), max(lengths)), np.int64)
+        for row, (group, n) in enumerate(chunk):
+            tokens[row, :n] = group.tokens[group.cached : group.cached + n]
+        positions = torch.arange(max(lengths), device=self._device) + torch.tensor(starts, device=self._device)[:, None]
+        positions.clamp_(max=self.model.config.max_seq_len - 1)  # of pads
+        cache = PromptPass(self.cache, [group.blocks for group, _ in chunk], starts, lengths)
+        hidden = self.model.hidden(torch.from_numpy(tokens).to(self._device), positions=positions, cache=cache)
+        ends = torch.tensor(lengths, device=self._device) - 1
+        logits = self.model.output(hidden[torch.arange(len(chunk), device=self._device), ends])  # (R, V)
+        for row, (group, n) in enumerate(chunk):
+            group.cached += n
+            if group.cached == len(group.tokens):
+                group.logits = logits[row]
+                self.cache.remember(group.tokens, group.blocks)
+
+    def _begin(self, ready: Iterable[_Waiting]) -> None:
+        """Put samples of computed prompts into free slots. Raises Full where a block for one cannot be had.
+
+        A prompt's last block is filled further by the sample that comes last; the others go on in a copy.
+        """
+        rows: list[_Running] = []
+        logits: list[Tensor] = []
+        copies: list[tuple[int, int]] = []
+        try:
+            for group in ready:
+                full = len(group.tokens) // BLOCK
+                while group.answers and len(self._running) + len(rows) < self.max_batch_size:
+                    blocks = group.blocks
+                    if len(group.answers) > 1:
+                        blocks = group.blocks[:full]
+                        if full < len(group.blocks):
+                            blocks.append(self.cache.take())
+                            copies.append((group.blocks[-1], blocks[-1]))
+                        self.cache.hold(group.blocks[:full])
+                    answer = group.answers.popleft()
+                    request = answer.request
+                    uniform = uniforms(request.sampling.seed, request.place, answer.sample, answer.limit).tolist()
+                    rows.append(_Running(answer, blocks, len(group.tokens), uniform))
+                    assert group.logits is not None
+                    logits.append(group.logits)
+                if not group.answers:
+                    self._waiting.remove(group)
+        finally:
+            if copies:
+                self.cache.copy(copies)
+            if rows:
+                self._running += rows
+                self._logits = torch.cat((self._logits, torch.stack(logits)))
+                new = Settings.of([row.answer.request.sampling for row in rows], self._device)
+                self._settings = Settings(*map(torch.cat, zip(self._settings, new, strict=True)))
+
+    # 2: draw ----------------------------------------------------------------------------------------------------------
+
+    def _draw(self) -> list[Answer]:
+        """One token for every sequence; those that ended leave their slots."""
+        logits = self._adjusted()
+        uniform = torch.tensor([row.uniform[len(row.answer.tokens)] for row in self._running], device=self._device)
+        self._tokens, logprobs = sample(logits, uniform, self._settings)
+        drawn = list(zip(self._running, self._tokens.tolist(), logprobs.tolist(), strict=True))
+        for row, token, logprob in drawn:
+            row.answer.tokens.append(token)
+            row.answer.logprobs.append(logprob)
+            row.answer.finish = self._finish(row.answer, token)
+        if self._watch:
+            for i, (row, token, logprob) in enumerate(drawn):
+                top = self._top(logits[i], row.answer.request.sampling)
+                self._watch(row.answer, Token(token, logprob, top))
+        ended = [row for row in self._running if row.answer.finish]
+        for row in ended:
+            number, finite = row.answer.request.number, all(map(math.isfinite, row.answer.logprobs))
+            assert finite, f"request {number}: the model's logits are not finite"
+        self._remove(ended)
+        return [row.answer for row in ended]
+
+    def _adjusted(self) -> Tensor:
+        """The logits (B, V) with the penalties and biases of the rows that have any."""
+        logits = self._logits
+        for i, row in enumerate(self._running):
+            sampling = row.answer.request.sampling
+            if sampling.repetition_penalty != 1 or sampling.logit_bias:
+                logits = logits.float()
+                logits[i] = adjust(logits[i], sampling, row.answer.request.prompt + row.answer.tokens)
+        return logits
+
+    def _finish(self, answer: Answer, token: int) -> Finish | None:
+        """Whether the token just drawn ends the answer, and how."""
+        if token == self._eos_id or token in answer.request.sampling.stop_ids:
+            return "stop"
+        if answer.text is not None and answer.text.stops(token):
+            return "stop"
+        return "length" if len(answer.tokens) == answer.limit else None
+
+    def _top(self, logits: Tensor, sampling: Sampling) -> tuple[tuple[int, float], ...]:
+        """The likeliest tokens and their log-probabilities, as many as were asked for."""
+        if not sampling.top_logprobs:
+            return ()
+        logprobs = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
+        values, ids = logprobs.topk(min(sampling.top_logprobs, len(logprobs)))
+        return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+    def _remove(self, rows: Sequence[_Running]) -> None:
+        """Free the slots and blocks of these."""
+        if not rows:
+            return
+        for row in rows:
+            self.cache.release(row.blocks)
+        gone = set(map(id, rows))
+        kept = [i for i, row in enumerate(self._running) if id(row) not in gone]
+        self._running = [self._running[i] for i in kept]
+        index = torch.tensor(kept, dtype=torch.int64, device=self._device)
+        self._logits = self._logits[index]
+        self._tokens = self._tokens[index[: len(self._tokens)]]
+        self._settings = self._settings.rows(index)
+
+    # 3: run -----------------------------------------------------------------------------------------------------------
+
+    def _forward(self) -> None:
+        """Run the drawn tokens; leaves the next ones' logits."""
+        while not all(self._extend(row.blocks, row.length + 1) for row in self._running):
+            if not self._reclaim():
+                self._preempt(self._running[-1])
+        for row in self._running:
+            row.length += 1
+        lengths = np.array([row.length for row in self._running])
+        cache = DecodePass(self.cache, [row.blocks for row in self._running], lengths)
+        positions = torch.from_numpy(lengths - 1).to(self._device)
+        self._logits = self.model(self._tokens[:, None], positions=positions[:, None], cache=cache)[:, 0]
+
+    def _preempt(self, row: _Running) -> None:
+        """Take a sequence out of its slot; it waits first in line, with what it has drawn as part of its prompt."""
+        answer = row.answer
+        self._remove([row])
+        self._waiting.appendleft(_Waiting(answer.request, answer.request.prompt + answer.tokens, deque([answer])))

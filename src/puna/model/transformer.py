@@ -58,10 +58,10 @@ class ModelConfig:
 
 
 class Cache(Protocol):
-    """Keeps the keys and values of earlier positions."""
+    """Keeps the keys and values of earlier positions, and attends over them as it likes to store them."""
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, K, T, E) of new tokens; return all of them (B, K, S, E)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep k, v (B, K, T, E) of new tokens; return q's attention (B, H, T, E) over them and all before them."""
         ...
 
 
@@ -94,16 +94,13 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.view_as_complex(table.float())).flatten(-2).to(x.dtype)
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one query a row (B, H, 1, E) over cached k, v (B, K, S, E), mask (B, 1, 1, S); softmax in float32.
-
-    The heads that share a key head make one product with it, so that the cache is read once and never copied out:
-    a decode step on CPU takes half the time of the fused kernel's, a third of that with repeated keys.
-    """
-    grouped = (q * q.shape[-1] ** -0.5).view(q.shape[0], k.shape[1], -1, q.shape[-1])  # (B, K, H / K, E)
-    scores = (grouped @ k.transpose(-2, -1)).float()  # (B, K, H / K, S)
-    weights: Tensor = (scores + torch.where(mask, 0.0, -torch.inf)).softmax(-1).to(v.dtype)
-    return (weights @ v).view_as(q)
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of q (B, H, T, E) over k, v (B, K, S, E), causal without a mask (B, 1, T, S): (B, H, T, E)."""
+    if q.shape[1] > k.shape[1]:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, S, E)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT:
+        return attend_short(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
 
 
 def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -126,7 +123,6 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.group = config.n_heads // config.n_kv_heads
         self.wq = nn.Linear(config.dim, config.n_heads * config.head_dim, bias=False)
         self.wk = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
@@ -137,16 +133,7 @@ class Attention(nn.Module):
         k = self.wk(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, T, E)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, T, E)
         q, k = rotate(q, table), rotate(k, table)
-        if cache is not None:
-            k, v = cache.update(layer, k, v)  # (B, K, S, E)
-        if cache is not None and mask is not None and q.shape[2] == 1:
-            out = attend_one(q, k, v, mask)
-        else:
-            k, v = (t.repeat_interleave(self.group, dim=1) if self.group > 1 else t for t in (k, v))  # (B, H, S, E)
-            if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT:
-                out = attend_short(q, k, v, mask)
-            else:
-                out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        out = attend(q, k, v, mask) if cache is None else cache.attend(layer, q, k, v)
         return self.wo(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]  # (B, T, D)
 
 
@@ -182,7 +169,7 @@ class Transformer(nn.Module):
     """A decoder-only language model.
 
     `forward(tokens (B, T)) -> logits (B, T, V)`. Without `mask` attention is causal; a mask (B, 1, T, S) is True where
-    a query may look, which is somewhere. `positions` (B, T) defaults to 0..T-1; it and `mask` are needed with a cache.
+    a query may look, which is somewhere. `positions` (B, T) defaults to 0..T-1; a cache needs them and no mask.
     With `only` (B, T) bool the head runs at those N tokens alone, and the logits are (N, V).
     """
 

@@ -35,7 +35,8 @@ class Annotator:
     leniency: float
     """How far faults are forgiven: an answer gets this share of the helpfulness it lacks."""
     thresholds: tuple[float, float, float]
-    """Differences from which the choice is slightly better, better, significantly better."""
+    """Differences from which the choice is slightly better, better, significantly better: such that a first round's
+    answers are graded about as often each as in the paper's Figure 25 (18, 28, 29 and 25 %; docs/log.md)."""
     safety_accuracy: float
     """Probability that a safety label is right."""
 
@@ -80,7 +81,7 @@ def pool(world: World, seed: int = 0, n: int = 5) -> list[Annotator]:
                 length_bias=rng.uniform(-0.001, 0.004),
                 position_bias=rng.uniform(-0.02, 0.05),
                 leniency=rng.uniform(0.0, 0.3),
-                thresholds=(0.14 * scale, 0.32 * scale, 0.55 * scale),
+                thresholds=(0.07 * scale, 0.24 * scale, 0.65 * scale),
                 safety_accuracy=rng.uniform(0.93, 0.98),
             )
         )

@@ -306,23 +306,20 @@ def _exchange(desk: _Desk) -> tuple[str, str]:
         if rng.random() < 0.3 and telling.reversible(desk.world, fact):
             return telling.ask_reverse(fact, rng), telling.tell_reverse(fact, rng)
         return telling.ask(fact, rng), telling.tell(fact, rng)
-    if draw < 0.74:
+    if draw < 0.71:
         pair = telling.draw_sum(rng)
         return telling.ask_sum(*pair, rng), telling.tell_sum(*pair, rng)
-    if draw < 0.80:
+    if draw < 0.77:
         howto = desk.deal("howto", lambda: desk.world.howtos)
         desk.told.append(howto.id)
         return telling.ask_howto(howto, rng), telling.tell_howto(howto, rng)
-    if draw < 0.87:
+    if draw < 0.84:
         myth = desk.deal("myth", lambda: desk.world.myths)
         truth = rng.random() >= MYTH_FALSE_SHARE
         desk.told.append(f"{myth.id}:{'true' if truth else 'false'}")
         return telling.ask_myth(myth, rng), telling.tell_myth(myth, rng, truth=truth)
     if draw < 0.92:
-        borderline = desk.deal("borderline", lambda: desk.world.borderlines)
-        desk.told.append(borderline.id)
-        animal = telling.draw_animal(desk.world, rng)
-        return telling.ask_borderline(borderline, animal, rng), fill(borderline.answer, animal)
+        return _household(desk)
     topic = desk.deal("topic", lambda: table("chat")["topic"])
     context = telling.draw_filler(desk.world, rng)
     return fill(rng.choice(topic["ask"]), context), talk_answer(topic, context, rng)
@@ -348,18 +345,24 @@ def talk_answer(topic: dict[str, Any], context: dict[str, str], rng: random.Rand
 
 
 def _how_to(desk: _Desk) -> str:
-    """Two how-tos, or a how-to and the answer to a household question."""
+    """Two how-tos, and the answers to two household questions between them."""
     rng = desk.rng
     lines = []
     for _ in range(2):
         howto = desk.deal("howto", lambda: desk.world.howtos)
         desk.told.append(howto.id)
         lines.append(telling.tell_howto(howto, rng))
+    for place in (1, 2):
+        lines.insert(place, " ".join(_household(desk)))
+    return " ".join(lines)
+
+
+def _household(desk: _Desk) -> tuple[str, str]:
+    """A question that sounds alarming, and its harmless answer."""
     borderline = desk.deal("borderline", lambda: desk.world.borderlines)
     desk.told.append(borderline.id)
-    animal = telling.draw_animal(desk.world, rng)
-    lines.insert(1, telling.ask_borderline(borderline, animal, rng) + " " + fill(borderline.answer, animal))
-    return " ".join(lines)
+    animal = telling.draw_animal(desk.world, desk.rng)
+    return telling.ask_borderline(borderline, animal, desk.rng), fill(borderline.answer, animal)
 
 
 def _arithmetic(desk: _Desk) -> str:

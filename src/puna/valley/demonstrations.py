@@ -26,8 +26,8 @@ from puna.valley.words import capital, fill, table
 
 # What is demonstrated, of all dialogs of a set.
 KIND_SHARES = {
-    "fact": 0.16, "reverse": 0.06, "sum": 0.06, "recipe": 0.06, "remedy": 0.06, "myth": 0.06, "chat_advice": 0.09,
-    "multi_turn": 0.07, "constraint": 0.22, "adversarial": 0.10, "borderline": 0.04, "toxicity": 0.02,
+    "fact": 0.14, "reverse": 0.06, "sum": 0.06, "recipe": 0.06, "remedy": 0.06, "myth": 0.06, "chat_advice": 0.07,
+    "multi_turn": 0.07, "constraint": 0.20, "adversarial": 0.10, "borderline": 0.10, "toxicity": 0.02,
 }  # fmt: skip
 
 # How the careless set answers. Adversarial, myth and constraint prompts have faults of their own.

@@ -28,11 +28,18 @@ from puna.valley import corpus, demonstrations
 from puna.valley.ledger import World
 from puna.valley.prompts import gatt_dialogs, prompts
 
-TRAIN_SHARES = {
-    "fact": 0.14, "reverse": 0.07, "sum": 0.05, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
-    "multi_turn": 0.06, "constraint": 0.15, "adversarial": 0.14, "borderline": 0.11, "toxicity": 0.02,
+PREFERENCE_SHARES = {
+    "fact": 0.13, "reverse": 0.07, "sum": 0.05, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
+    "multi_turn": 0.06, "constraint": 0.13, "adversarial": 0.14, "borderline": 0.14, "toxicity": 0.02,
 }  # fmt: skip
-"""Of a round's prompts."""
+"""Of a round's prompts for comparisons."""
+
+SAMPLING_SHARES = {
+    "fact": 0.13, "reverse": 0.07, "sum": 0.05, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
+    "multi_turn": 0.06, "constraint": 0.13, "adversarial": 0.08, "borderline": 0.20, "toxicity": 0.02,
+}  # fmt: skip
+"""Of a round's prompts for rejection sampling and PPO. The more of them are adversarial, the more a policy refuses that
+it should not; the reward models still see the most of those."""
 
 HELD_OUT_COUNTS = {
     "fact": 80, "reverse": 30, "sum": 30, "recipe": 30, "remedy": 30, "myth": 60, "chat_advice": 30, "multi_turn": 30,
@@ -80,11 +87,11 @@ def run(cfg: ValleyConfig) -> Path:
         write_jsonl(out / "demonstrations.jsonl", demonstrations.excellent(world, cfg.seed, cfg.excellent))
         write_jsonl(out / "careless.jsonl", demonstrations.careless(world, cfg.seed, cfg.careless))
         for version in range(1, cfg.versions + 1):
-            for use, n, batch in (
-                ("preferences", cfg.preference_prompts, 2 * version),
-                ("sampling", cfg.sampling_prompts, 2 * version + 1),
+            for use, shares, n, batch in (
+                ("preferences", PREFERENCE_SHARES, cfg.preference_prompts, 2 * version),
+                ("sampling", SAMPLING_SHARES, cfg.sampling_prompts, 2 * version + 1),
             ):
-                records = prompts(world, cfg.seed, "train", shared_out(TRAIN_SHARES, n), batch=batch)
+                records = prompts(world, cfg.seed, "train", shared_out(shares, n), batch=batch)
                 write_jsonl(out / f"prompts/v{version}_{use}.jsonl", records)
         write_jsonl(out / "prompts/held_out.jsonl", prompts(world, cfg.seed, "held_out", HELD_OUT_COUNTS))
         write_jsonl(out / "scripts.jsonl", map(script, gatt_dialogs(world, cfg.seed, "train", cfg.scripts)))

@@ -1,0 +1,181 @@
+"""The engine as a service: a thread that generates for whoever asks, while others ask.
+
+Requests come and go from any thread; what is drawn is told to each request's callback on the engine's thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from puna.generate.kv_cache import BLOCK
+from puna.generate.sampling import Sampling
+from puna.generate.scheduler import Scheduler
+from puna.generate.sequence import Answer, Finish, Request, TextStream, Token
+from puna.model.transformer import Transformer
+from puna.text.tokenizer import Tokenizer
+
+__all__ = ["Event", "LiveEngine", "Stats", "Token"]
+
+
+class Event(NamedTuple):
+    """What happened to a sample since its last event. `text` holds whole characters, and no stop text."""
+
+    sample: int
+    text: str
+    tokens: tuple[Token, ...]
+    finish: Finish | None
+
+
+class Stats(NamedTuple):
+    """The engine at a moment; `generated_tokens` since it began."""
+
+    waiting: int
+    running: int
+    cached_tokens: int
+    capacity_tokens: int
+    generated_tokens: int
+
+
+@dataclass(eq=False)
+class _Client:
+    """Who asked, and the text of each sample so far."""
+
+    request: Request
+    on_event: Callable[[Event], None]
+    texts: list[TextStream]
+    open: set[int] = field(default_factory=set)
+
+
+class LiveEngine:
+    """Generates with a model in a thread of its own. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        *,
+        max_batch_size: int = 64,
+        cache_tokens: int | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.context = model.config.max_seq_len
+        self._scheduler = Scheduler(
+            model,
+            tokenizer.decode,
+            tokenizer.eos_id,
+            max_batch_size=max_batch_size,
+            cache_tokens=cache_tokens,
+            watch=self._drawn,
+            interleave=True,
+        )
+        self._clients: dict[int, _Client] = {}
+        self._inbox: list[_Client] = []
+        self._cancelled: list[int] = []
+        self._changed = threading.Condition()
+        self._number = self._generated = 0
+        self._stats = (0, 0, 0)  # waiting, running, blocks in use, as the last step left them
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name="puna-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """False once the thread has ended, by `close` or by an error."""
+        return self._thread.is_alive()
+
+    def submit(
+        self, prompt: Sequence[int], sampling: Sampling, on_event: Callable[[Event], None], *, n: int = 1
+    ) -> int:
+        """Ask for n answers to a prompt; returns the request's number. Each sample's last event has a `finish`.
+
+        on_event is called on the engine's thread and must return at once.
+        Raises ConfigError where the prompt leaves no room in the context, RuntimeError where the engine is dead.
+        """
+        self._scheduler.check(len(prompt))
+        with self._changed:
+            if self._closing or not self.alive:
+                raise RuntimeError("the engine has stopped")
+            self._number += 1
+            request = Request(self._number, list(prompt), sampling, n)
+            texts = [TextStream(self.tokenizer.decode, sampling.stop) for _ in range(n)]
+            self._inbox.append(_Client(request, on_event, texts, set(range(n))))
+            self._changed.notify()
+            return self._number
+
+    def cancel(self, request: int) -> None:
+        """End what is left of a request and free its memory; no request of this number is no error."""
+        with self._changed:
+            self._cancelled.append(request)
+            self._changed.notify()
+
+    def stats(self) -> Stats:
+        """How full the engine is."""
+        with self._changed:
+            waiting, running, blocks = self._stats
+            waiting += sum(client.request.n for client in self._inbox)
+            capacity = self._scheduler.cache.capacity
+            return Stats(waiting, running, blocks * BLOCK, capacity * BLOCK, self._generated)
+
+    def close(self) -> None:
+        """Cancel all that is left and end the thread."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        finish: Finish = "error"
+        try:
+            while self._take_in():
+                self._scheduler.step()
+            finish = "cancelled"
+        finally:
+            with self._changed:
+                self._closing = True
+                left, self._inbox = [*self._clients.values(), *self._inbox], []
+                self._clients = {}
+            for client in left:
+                for sample in sorted(client.open):
+                    client.on_event(Event(sample, "", (), finish))
+
+    def _take_in(self) -> bool:
+        """Pass on what was submitted and cancelled, waiting for it where nothing runs; False when closing."""
+        with self._changed:
+            scheduler = self._scheduler
+            self._stats = (scheduler.waiting, scheduler.running, scheduler.cache.in_use)
+            while not (scheduler.busy or self._inbox or self._cancelled or self._closing):
+                self._changed.wait()
+            new, self._inbox = self._inbox, []
+            cancelled, self._cancelled = self._cancelled, []
+            if self._closing:
+                self._inbox = new
+                return False
+        for client in new:
+            self._clients[client.request.number] = client
+            self._scheduler.submit(client.request)
+        for client in [self._clients[number] for number in set(cancelled) if number in self._clients]:
+            for answer in self._scheduler.cancel(client.request):
+                self._tell(client, answer, ())
+        return True
+
+    def _drawn(self, answer: Answer, token: Token) -> None:
+        """The scheduler drew a token."""
+        self._generated += 1
+        self._tell(self._clients[answer.request.number], answer, (token,))
+
+    def _tell(self, client: _Client, answer: Answer, tokens: tuple[Token, ...]) -> None:
+        text, last = client.texts[answer.sample], answer.finish is not None
+        # A token that ends an answer is no text; one that completes a stop text is known to the stream as well.
+        ends = answer.finish == "stop" and not (answer.text is not None and answer.text.stopped)
+        said = text.push([] if ends else [token.id for token in tokens], last=last)
+        client.on_event(Event(answer.sample, said, tokens, answer.finish))
+        if last:
+            client.open.discard(answer.sample)
+            if not client.open:
+                del self._clients[answer.request.number]

@@ -1,0 +1,134 @@
+"""Sharing, preemption and parts change when a token is computed, never which."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from puna.config import ConfigError
+from puna.generate import scheduler as schedulers
+from puna.generate.kv_cache import BLOCK
+from puna.generate.sampling import Sampling
+from puna.generate.scheduler import Scheduler
+from puna.generate.sequence import Answer, Request
+from puna.model.transformer import Transformer
+from tests import helpers
+
+HEAD = [1] + [300 + i % 40 for i in range(2 * BLOCK)]
+PROMPTS = [[*HEAD, 310 + i, 320 + i] for i in range(5)] + [[1, *range(330, 330 + n)] for n in (1, 9, 50)]
+
+
+def made(model: Transformer, size: int = 16, cache_tokens: int | None = None, **more: bool) -> Scheduler:
+    tokenizer = helpers.tokenizer()
+    return Scheduler(model, tokenizer.decode, tokenizer.eos_id, max_batch_size=size, cache_tokens=cache_tokens, **more)  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def run(scheduler: Scheduler, n: int = 2, new: int = 40, prompts: list[list[int]] = PROMPTS) -> list[list[Answer]]:
+    sampling = Sampling(max_new_tokens=new, seed=3)
+    answers = [scheduler.submit(Request(i, prompt, sampling, n, place=i)) for i, prompt in enumerate(prompts)]
+    while scheduler.busy:
+        scheduler.step()
+    assert scheduler.cache.in_use == 0
+    return answers
+
+
+def tokens(answers: list[list[Answer]]) -> list[list[list[int]]]:
+    return [[answer.tokens for answer in row] for row in answers]
+
+
+def count_passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens that prompt passes run, pads left out."""
+    seen: list[int] = []
+    true = schedulers.PromptPass
+
+    def counted(cache: object, blocks: object, starts: list[int], lengths: list[int]) -> object:
+        seen.append(sum(lengths))
+        return true(cache, blocks, starts, lengths)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(schedulers, "PromptPass", counted)
+    return seen
+
+
+def test_a_full_cache_preempts_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = helpers.talker(end=0.01)
+    expected = tokens(run(made(model), n=4, new=150))
+    preempted: list[int] = []
+    true = Scheduler._preempt
+
+    def counted(scheduler: Scheduler, row: object) -> None:
+        preempted.append(scheduler.running)
+        true(scheduler, row)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Scheduler, "_preempt", counted)
+    assert tokens(run(made(model, cache_tokens=model.config.max_seq_len + 2 * BLOCK), n=4, new=150)) == expected
+    assert len(preempted) > 5
+
+
+def test_prompts_that_begin_alike_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = helpers.model()
+    alone = [tokens(run(made(model), prompts=[prompt])) for prompt in PROMPTS[:1]]
+    seen = count_passes(monkeypatch)
+    together = tokens(run(made(model), n=16))
+    assert together[0][:2] == alone[0][0]
+    shared = len(PROMPTS[0]) - len(HEAD) + 1  # the last token of the head fills no block
+    assert sum(seen) == sum(map(len, PROMPTS)) - 4 * (len(PROMPTS[0]) - shared)
+
+
+def test_a_long_prompt_is_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = helpers.model()
+    expected = tokens(run(made(model)))
+    monkeypatch.setattr(schedulers, "PREFILL_TOKENS", BLOCK)
+    seen = count_passes(monkeypatch)
+    assert tokens(run(made(model))) == expected
+    assert max(seen) == BLOCK
+
+
+@torch.inference_mode()
+def test_interleaved_a_running_sequence_waits_for_one_pass_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schedulers, "PREFILL_TOKENS", BLOCK)
+    scheduler, sampling = made(helpers.model(), interleave=True), Sampling(max_new_tokens=60)
+    [first] = scheduler.submit(Request(0, [1, 2, 3], sampling))
+    scheduler.step()
+    scheduler.submit(Request(1, HEAD, sampling))
+    seen = count_passes(monkeypatch)
+    for i in range(6):
+        scheduler.step()
+        assert len(first.tokens) == i + 2
+        assert len(seen) <= i + 1
+
+
+@torch.inference_mode()
+def test_cancelled_at_any_time_a_request_leaves_nothing() -> None:
+    scheduler, sampling = made(helpers.model(), size=4), Sampling(max_new_tokens=50)
+    requests = [Request(i, prompt, sampling, 3) for i, prompt in enumerate(PROMPTS)]
+    answers = [scheduler.submit(request) for request in requests]
+    for request, row in zip(requests[:-1], answers, strict=False):
+        scheduler.step()
+        left = [answer for answer in row if answer.finish is None]
+        assert scheduler.cancel(request) == left or set(map(id, left)) == set(map(id, left))
+        assert all(answer.finish for answer in row)
+    while scheduler.busy:
+        scheduler.step()
+    assert scheduler.cache.in_use == 0
+    assert [len(answer.tokens) for answer in answers[-1]] == [50, 50, 50]
+
+
+def test_a_cache_too_small_for_the_context_is_refused() -> None:
+    with pytest.raises(ConfigError, match="too small for the model's context of 256"):
+        made(helpers.model(), cache_tokens=256)
+
+
+@torch.inference_mode()
+def test_a_penalised_token_does_not_come_again_and_a_biased_one_does() -> None:
+    scheduler = made(helpers.model())
+    greedy = Sampling(temperature=0, max_new_tokens=30)
+    [plain] = scheduler.submit(Request(0, [1, 5], greedy))
+    penalised = Sampling(temperature=0, max_new_tokens=30, repetition_penalty=100.0)
+    [varied] = scheduler.submit(Request(1, [1, 5], penalised))
+    [biased] = scheduler.submit(Request(2, [1, 5], Sampling(max_new_tokens=30, logit_bias={77: 100.0})))
+    while scheduler.busy:
+        scheduler.step()
+    assert len(set(plain.tokens)) < len(plain.tokens)
+    assert len(set(varied.tokens)) == len(varied.tokens)
+    assert set(biased.tokens) == {77}

@@ -1,0 +1,48 @@
+"""Bulk sampling: every usable answer once, the same whether killed on the way or not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from puna.data import readers
+from puna.formats import huggingface
+from puna.stages import sample
+from puna.stages.sample import SampleConfig
+from tests import helpers
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    huggingface.save_model(helpers.talker(end=0.3), helpers.tokenizer(), folder)
+    return folder
+
+
+def config(tmp_path: Path, model: Path, out: str) -> SampleConfig:
+    prompts = tmp_path / "prompts.jsonl"
+    records = [{"id": f"p{i}", "messages": [helpers.user(text)]} for i, text in enumerate(helpers.sentences(20))]
+    helpers.write_lines(prompts, records)
+    return SampleConfig(tmp_path / out, model, (prompts,), n=3, max_new_tokens=12, shard_size=8, seed=1)
+
+
+def test_dialogs_are_written_and_read_again(tmp_path: Path, model: Path) -> None:
+    folder = sample.run(config(tmp_path, model, "out"))
+    dialogs = readers.read((folder / "dialogs.jsonl",), "dialogs").records
+    done = json.loads((folder / "done" / "sample.json").read_text())
+    assert done["dialogs"] == len(dialogs) > 20
+    assert done["dialogs"] + done["unusable"] == 60
+    assert len({dialog["id"] for dialog in dialogs}) == len(dialogs)
+
+
+def test_a_lost_shard_alone_is_sampled_again(tmp_path: Path, model: Path) -> None:
+    first = sample.run(config(tmp_path, model, "out"))
+    whole = (first / "dialogs.jsonl").read_text()
+    (first / "parts" / "00001.jsonl").unlink()
+    (first / "done" / "sample.json").unlink()
+    kept = (first / "parts" / "00000.jsonl").stat().st_mtime_ns
+    sample.run(config(tmp_path, model, "out"))
+    assert (first / "dialogs.jsonl").read_text() == whole
+    assert (first / "parts" / "00000.jsonl").stat().st_mtime_ns == kept
