@@ -31,9 +31,9 @@ from torch import Tensor
 from puna.formats import gguf as gguf_format
 from puna.formats import huggingface
 from puna.generate import weights
-from puna.generate.kv_cache import KVCache
-from puna.generate.scheduler import prefill
-from puna.generate.weights import Kind, PackedTransformer, Pages
+from puna.generate.engine import LocalEngine
+from puna.generate.sampling import Sampling
+from puna.generate.weights import Kind, PackedTransformer
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
 
@@ -45,28 +45,14 @@ Decode = Callable[[int], list[int]]
 """Reads the prompt and returns so many greedy tokens."""
 
 
-class Slots(KVCache):
-    """A row a sequence: one page each."""
+def ours(model: PackedTransformer, tokenizer: Tokenizer, prompt: list[int]) -> Decode:
+    """The engine, greedy; the end of the text does not end an answer."""
+    engine = LocalEngine(model, tokenizer, max_batch_size=1)
 
-    def pages(self) -> Pages:
-        return Pages(self.keys.unbind(), self.values.unbind(), torch.arange(self.keys.shape[1])[:, None])
-
-
-def ours(model: PackedTransformer, prompt: list[int]) -> Decode:
-    """Prefill, then a step a token."""
-
-    @torch.inference_mode()
     def decode(new: int) -> list[int]:
-        read = prefill(model, [prompt])
-        cache = Slots(model.config, 1, read.keys.dtype, read.keys.device)
-        cache.fill(torch.tensor([0]), read.keys, read.values)
-        made = [int(read.logits.argmax())]
-        for position in range(len(prompt), len(prompt) + new - 1):
-            at = torch.tensor([position])
-            mask = cache.seek(at, position + 1)
-            logits = model(torch.tensor([made[-1:]]), positions=at[:, None], mask=mask, cache=cache)
-            made.append(int(logits.argmax()))
-        return made
+        settings = Sampling(temperature=0, max_new_tokens=new, logit_bias={tokenizer.eos_id: -1e9})
+        [[answer]] = engine.complete([prompt], [settings])
+        return answer.tokens
 
     return decode
 
@@ -201,7 +187,7 @@ def main() -> None:
     sizes = {kind: float(bytes_a_token(held)) for kind, held in packed.items()}
     with tempfile.TemporaryDirectory() as work:
         contenders: dict[str, tuple[Decode, float]] = {
-            f"puna {kind}": (ours(held, prompt), sizes[kind]) for kind, held in packed.items()
+            f"puna {kind}": (ours(held, tokenizer, prompt), sizes[kind]) for kind, held in packed.items()
         }
         huggingface.save_model(model, tokenizer, Path(work) / "hf", dtype=torch.bfloat16)
         contenders["transformers bf16"] = (transformers(Path(work) / "hf", prompt), sizes["bf16"])

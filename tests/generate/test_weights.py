@@ -8,13 +8,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from puna.config import ConfigError
 from puna.generate import kernel, weights
-from puna.generate.kv_cache import KVCache
+from puna.generate.kv_cache import BlockCache, DecodePass
 from puna.generate.weights import Kind, PackedTransformer, Pages
 from puna.model.transformer import ModelConfig, Transformer
 from tests import helpers
@@ -33,18 +34,11 @@ class Paged:
         self.keys, self.values = torch.full(shape, torch.nan, dtype=dtype), torch.full(shape, torch.nan, dtype=dtype)
         self.table = torch.randperm(shape[1]).view(rows, -1)
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise AssertionError("the compiled step was not used")
 
     def pages(self) -> Pages:
         return Pages(self.keys.unbind(), self.values.unbind(), self.table)
-
-
-class Slots(KVCache):
-    """A row a sequence: one page each."""
-
-    def pages(self) -> Pages:
-        return Pages(self.keys.unbind(), self.values.unbind(), torch.arange(self.keys.shape[1])[:, None])
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +80,17 @@ def stepped(model: PackedTransformer, ids: Tensor, width: int = 1) -> Tensor:
         positions = torch.arange(start, start + part.shape[1]).expand(part.shape)
         parts.append(model(part, positions=positions, cache=cache))
     return torch.cat(parts, 1)
+
+
+def decoded(model: PackedTransformer, ids: Tensor) -> Tensor:
+    """Hidden states (B, D) after the last of ids (B, T), read one by one through the engine's cache."""
+    cache = BlockCache(model.config, 8, torch.float32, torch.device("cpu"))
+    blocks = [[cache.take()] for _ in ids]
+    for position in range(ids.shape[1]):
+        this = DecodePass(cache, blocks, np.full(len(ids), position + 1))
+        at = torch.full((len(ids), 1), position)
+        hidden = model.hidden(ids[:, position, None], positions=at, cache=this)
+    return hidden[:, 0]
 
 
 @torch.inference_mode()
@@ -184,17 +189,13 @@ def test_threads_change_nothing() -> None:
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("compiled")
-def test_hidden_states_and_a_cache_of_rows() -> None:
+def test_hidden_states_through_the_engines_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     model = helpers.model()
     packed, ids = weights.pack(model, "fp32"), tokens(2, 5)
-    cache = Slots(model.config, 2, torch.float32, torch.device("cpu"))
-    for position in range(5):
-        at = torch.full((2,), position)
-        mask = cache.seek(at, position + 1)
-        hidden = packed.hidden(ids[:, position, None], positions=at[:, None], mask=mask, cache=cache)
-    torch.testing.assert_close(hidden[:, 0], model.hidden(ids)[:, -1], atol=1e-5, rtol=0)
+    monkeypatch.delattr(DecodePass, "attend")  # the compiled step needs it not
+    torch.testing.assert_close(decoded(packed, ids), model.hidden(ids)[:, -1], atol=1e-5, rtol=0)
     with pytest.raises(AssertionError, match="position 32 has no page"):
-        packed(ids[:, :1], positions=torch.full((2, 1), 32), cache=cache)
+        packed(ids[:, :1], positions=torch.full((2, 1), 32), cache=Paged(model.config, 2, torch.float32))
 
 
 @torch.inference_mode()
@@ -252,12 +253,7 @@ def test_without_a_compiler_torch_decodes(stub: Path, monkeypatch: pytest.Monkey
     assert kernel.library() is None
     model: Transformer = helpers.model()
     packed, ids = weights.pack(model, "fp32"), tokens(2, 5)
-    cache = Slots(model.config, 2, torch.float32, torch.device("cpu"))
-    for position in range(5):
-        at = torch.full((2,), position)
-        mask = cache.seek(at, position + 1)
-        logits = packed(ids[:, position, None], positions=at[:, None], mask=mask, cache=cache)
-    torch.testing.assert_close(logits[:, 0], model(ids)[:, -1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(decoded(packed, ids), model.hidden(ids)[:, -1], atol=1e-5, rtol=0)
 
 
 def test_without_a_folder_there_is_no_step(stub: Path) -> None:

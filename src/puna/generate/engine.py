@@ -73,7 +73,6 @@ class LocalEngine:
         )
         return [[Completion(a.text.strip(), a.tokens, a.logprobs, a.finished) for a in row] for row in answers]
 
-    @torch.inference_mode()
     def generate_ids(
         self,
         prompts: Sequence[Sequence[int]],
@@ -88,16 +87,25 @@ class LocalEngine:
     ) -> list[list[Completion]]:
         """n continuations of each prompt of token ids, in order, up to EOS, one of `stop_ids`, or the room there is.
 
-        Longest prompts come first: neighbours are padded little, and the cache reaches its size early.
         Raises ConfigError where a prompt leaves no room in the model's context, or a setting is out of range.
         """
-        if n < 1:
-            raise ConfigError(f"n is {n}: it must be at least 1")
         heat = [temperature] * len(prompts) if isinstance(temperature, int | float) else list(temperature)
         if len(heat) != len(prompts):
             raise ConfigError(f"{len(heat)} temperatures for {len(prompts)} prompts: give one, or one for each")
         settings = {"top_p": top_p, "top_k": top_k, "seed": seed, "max_new_tokens": max_new_tokens}
         samplings = [Sampling(temperature=float(t), stop_ids=tuple(stop_ids), **settings) for t in heat]  # type: ignore[arg-type]
+        return self.complete(prompts, samplings, n=n)
+
+    @torch.inference_mode()
+    def complete(
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], *, n: int = 1
+    ) -> list[list[Completion]]:
+        """n continuations of each prompt, drawn by its own settings; errors as `generate_ids`.
+
+        Longest prompts come first: neighbours are padded little, and the cache reaches its size early.
+        """
+        if n < 1:
+            raise ConfigError(f"n is {n}: it must be at least 1")
         scheduler = self._scheduler()
         answers: list[list[Answer]] = [[] for _ in prompts]
         for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):

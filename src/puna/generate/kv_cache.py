@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from puna.generate.weights import Pages
 from puna.model.transformer import ModelConfig, attend
 
 BLOCK = 32
@@ -216,29 +217,42 @@ class DecodePass:
     """A step of B rows, one token each, whose places are given.
 
     blocks: each row's, the new token's included; lengths: tokens of each row, the new one included.
+    A packed model reads the blocks as `pages`; others ask for `attend`, whose plan is made at the first layer.
     """
 
     def __init__(self, cache: BlockCache, blocks: Sequence[Sequence[int]], lengths: Ids) -> None:
-        self._cache = cache
-        counts = np.array([len(held) for held in blocks])
-        ids = np.concatenate([np.asarray(held, np.int64) for held in blocks])  # (sum of W,)
-        rows = np.repeat(np.arange(len(blocks)), counts)
+        self._cache, self._blocks, self._lengths = cache, blocks, lengths
+        self._planned = False
+
+    def pages(self) -> Pages:
+        """See weights.PagedCache."""
+        table = np.zeros((len(self._blocks), max(map(len, self._blocks))), np.int64)
+        for row, held in enumerate(self._blocks):
+            table[row, : len(held)] = held
+        return Pages(self._cache.keys, self._cache.values, self._tensor(table))
+
+    def _plan(self) -> None:
+        """Which rows read which block, alone or together, and where a row's parts will be."""
+        self._planned = True
+        counts = np.array([len(held) for held in self._blocks])
+        ids = np.concatenate([np.asarray(held, np.int64) for held in self._blocks])  # (sum of W,)
+        rows = np.repeat(np.arange(len(counts)), counts)
         places = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)  # a block's place in its row
-        filled = np.minimum(lengths[rows] - places * BLOCK, BLOCK)
+        filled = np.minimum(self._lengths[rows] - places * BLOCK, BLOCK)
         last = np.cumsum(counts) - 1
-        self._to = self._tensor(ids[last]), self._tensor((lengths - 1) % BLOCK)
+        self._to = self._tensor(ids[last]), self._tensor((self._lengths - 1) % BLOCK)
 
         readers = np.bincount(ids, minlength=1)
         alone = readers[ids] == 1
         parts = np.empty(len(ids), np.int64)  # where each (row, block) will stand among the parts
-        self._lone = self._lone_blocks(ids[alone], rows[alone], filled[alone], parts, alone, len(blocks))
+        self._lone = self._lone_blocks(ids[alone], rows[alone], filled[alone], parts, alone)
         self._shared = self._shared_blocks(ids[~alone], rows[~alone], filled[~alone], parts, ~alone)
-        table = np.full((len(blocks), int(counts.max())), self._parts, np.int64)
+        table = np.full((len(counts), int(counts.max())), self._parts, np.int64)
         table[rows, places] = parts
         self._table = self._tensor(table)  # (B, W); what a shorter row lacks is the part after the last: none
 
     def _lone_blocks(
-        self, ids: Ids, rows: Ids, filled: Ids, parts: Ids, which: NDArray[np.bool_], n_rows: int
+        self, ids: Ids, rows: Ids, filled: Ids, parts: Ids, which: NDArray[np.bool_]
     ) -> tuple[Tensor | int, Tensor, Tensor]:
         """Blocks that one row reads: which (a number: the first so many), their rows and their masks.
 
@@ -277,6 +291,8 @@ class DecodePass:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See model.transformer.Cache."""
+        if not self._planned:
+            self._plan()
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         keys[self._to[0], :, self._to[1]] = k[:, :, 0]
         values[self._to[0], :, self._to[1]] = v[:, :, 0]
