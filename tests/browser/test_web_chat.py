@@ -313,6 +313,8 @@ def test_themes_and_a_narrow_screen(page: Page, theme: str) -> None:
     axe(page)
     page.locator("#menu").click()
     page.locator("#theme").click()
+    page.mouse.click(370, 300)
+    expect(page.locator("#sidebar")).not_to_be_visible()
     other = {"light": "dark", "dark": "light"}[theme]
     assert page.evaluate("document.documentElement.dataset.theme") == other
     axe(page)

@@ -44,7 +44,7 @@ class Served:
         if samples > self.limit:
             raise errors.invalid(f"{samples} answers in one request: at most {self.limit} are served at once", "n")
         if not self.engine.alive:
-            raise errors.unavailable(f"the engine of {self.name!r} has stopped: start the server again", "engine_dead")
+            raise _dead(self.name)
         if self.samples + samples > self.limit:
             raise APIError(
                 429, "the queue is full: try again later", code="rate_limit_exceeded", headers={"Retry-After": "1"}
@@ -85,6 +85,9 @@ class Answers:
         except ConfigError as error:
             self.close()
             raise errors.invalid(str(error)) from None
+        except RuntimeError:  # it died since `admit` looked
+            self.close()
+            raise _dead(model.name) from None
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self._all()
@@ -133,8 +136,7 @@ class Answers:
                     return await self._events.get()
             except TimeoutError:
                 if not self.model.engine.alive:
-                    name = self.model.name
-                    raise errors.unavailable(f"the engine of {name!r} has died", "engine_dead") from None
+                    raise _dead(self.model.name) from None
 
     def _count(self, event: Event, last: dict[int, float]) -> None:
         now, first = time.monotonic(), event.sample not in last
@@ -178,3 +180,7 @@ async def collect(answers: Answers) -> list[Drawn]:
 def some_seed() -> int:
     """For a request that names none."""
     return secrets.randbits(31)
+
+
+def _dead(name: str) -> APIError:
+    return errors.unavailable(f"the engine of {name!r} has stopped: the server must be started again", "engine_dead")

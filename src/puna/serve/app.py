@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from fastapi.staticfiles import StaticFiles
 
 import puna
@@ -30,6 +30,7 @@ T = TypeVar("T")
 STATIC = Path(__file__).parent / "static"
 SCORES_WAITING = 64
 """Dialogs that may wait for the reward models."""
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
 
 
@@ -86,7 +87,7 @@ def _add_api(app: FastAPI, state: State) -> None:
     async def models() -> JSONResponse:
         return JSONResponse(replies.listed(list(state.models.values())))
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         model = state.model(body.model)
         prompt = body.prompt(model)
@@ -102,7 +103,7 @@ def _add_api(app: FastAPI, state: State) -> None:
         choice = replies.chat_choice(model, body.logprobs)
         return JSONResponse(replies.whole(replies.head("chatcmpl", "chat.completion", model), drawn, choice, used))
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         model = state.model(body.model)
         prompts = body.prompts(model)
@@ -157,9 +158,9 @@ def _add_operation(app: FastAPI, state: State) -> None:
                 raise errors.unavailable(f"the engine of {model.name!r} has died", "engine_dead")
         return JSONResponse({"status": "ready"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
-        return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return PlainTextResponse(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _add_web_chat(app: FastAPI, state: State) -> None:

@@ -25,15 +25,24 @@ LONGEST_MARKDOWN = 200_000
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
+IdText = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+Zero = Annotated[float, Field(ge=0, le=0)]
 Count = Annotated[int, Field(ge=1, le=MOST_NEW_TOKENS)]
 Choices = Annotated[int, Field(ge=1, le=MOST_CHOICES)]
+
+
+def _nullable(schema: dict[str, Any]) -> None:
+    """Say in the schema that null is absent."""
+    for name, value in schema.get("properties", {}).items():
+        if name not in schema.get("required", []):
+            schema["properties"][name] = {"anyOf": [value, {"type": "null"}]}
 
 
 class Strict(BaseModel):
     """Only the fields it names; null is absent."""
 
-    model_config = ConfigDict(extra="forbid", strict=False)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_nullable)
 
     @model_validator(mode="before")
     @classmethod
@@ -81,15 +90,15 @@ class Common(Strict):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.0
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] = 1.0
-    logit_bias: Annotated[dict[Id, Bias], Field(max_length=MOST_BIASES)] | None = None
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    logit_bias: Annotated[dict[IdText, Bias], Field(max_length=MOST_BIASES)] | None = None
+    presence_penalty: Zero | None = None
+    frequency_penalty: Zero | None = None
     user: str | None = None
 
     def samplings(self, model: Served, longest: int, wanted: int | None, top_logprobs: int) -> Sampling:
         """What the engine is told, after the longest prompt was held against the context."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        bias = self.logit_bias or {}
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
         vocabulary = model.engine.tokenizer.vocab_size
         if strange := next((token for token in bias if token >= vocabulary), None):
             raise errors.invalid(f"logit_bias: the vocabulary has {vocabulary} tokens, no {strange}", "logit_bias")
@@ -152,7 +161,7 @@ class CompletionRequest(Common):
     max_tokens: Count = 16
     best_of: Choices | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-    echo: Literal[False] | None = None
+    echo: bool = False
 
     def prompts(self, model: Served) -> list[list[int]]:
         """Every prompt's ids. A text opens with BOS, where that opens a document; ids are taken as they are."""
@@ -173,6 +182,8 @@ class CompletionRequest(Common):
         return found
 
     def sampling(self, model: Served, prompts: list[list[int]]) -> Sampling:
+        if self.echo:
+            raise errors.invalid("echo is not served: put the prompt before the text yourself", "echo")
         if self.best_of is not None and self.best_of < self.n:
             raise errors.invalid(f"best_of is {self.best_of}: it must be at least n, {self.n}", "best_of")
         if self.best_of is not None and self.best_of > self.n and self.stream:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -90,14 +91,16 @@ def run(cfg: ServeConfig) -> None:
     class Server(uvicorn.Server):
         """Drains before it stops: it listens on, so that what is new hears 503 and not a closed door."""
 
-        deadline = 0.0
+        deadline = math.inf
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if state.draining:
-                self.should_exit = self.force_exit = True
-            state.draining, self.deadline = True, time.monotonic() + cfg.drain_seconds
+            self.should_exit = self.force_exit = state.draining
+            state.draining = True
 
         async def on_tick(self, counter: int) -> bool:
+            if state.draining and self.deadline == math.inf:
+                self.deadline = time.monotonic() + cfg.drain_seconds
+                log.info("draining", extra={"note": {"samples": state.samples}})
             if state.draining and (not state.samples or time.monotonic() > self.deadline):
                 for model in state.models.values():  # what still runs ends with an error that its client can read
                     await asyncio.to_thread(model.engine.close)

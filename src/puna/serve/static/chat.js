@@ -23,7 +23,7 @@ function show(conversation) {
   at("system").value = open.system;
   at("temperature").value = open.temperature;
   at("length").value = open.length ?? "";
-  document.body.classList.remove("menu");
+  setMenu(false);
   notice("");
   draw();
   at("question").focus();
@@ -314,8 +314,10 @@ function setting(id, take) {
   };
 }
 
-function toggle(button, target, isShown) {
-  at(button).onclick = () => at(button).setAttribute("aria-expanded", isShown(target));
+/** The list of conversations on a narrow screen. */
+function setMenu(isShown) {
+  document.body.classList.toggle("menu", isShown);
+  at("menu").setAttribute("aria-expanded", isShown);
 }
 
 function wire() {
@@ -327,10 +329,17 @@ function wire() {
   at("stop").onclick = stop;
   at("question").oninput = fit;
   at("question").onkeydown = (event) => void (isSend(event) && send()); // false would forbid typing
-  document.addEventListener("keydown", (event) => event.key === "Escape" && stop());
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape") return;
+    setMenu(false);
+    stop();
+  });
   addEventListener("pagehide", () => running.size && keep());
-  toggle("menu", document.body, (body) => body.classList.toggle("menu"));
-  toggle("settings-button", at("settings"), (panel) => !(panel.hidden = !panel.hidden));
+  document.querySelector("main").onclick = (event) => setMenu(event.target === at("menu"));
+  at("settings-button").onclick = () => {
+    at("settings").hidden = !at("settings").hidden;
+    at("settings-button").setAttribute("aria-expanded", !at("settings").hidden);
+  };
   setting("title", (value) => {
     open.title = value.trim();
     store.save(open);
