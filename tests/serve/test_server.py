@@ -77,6 +77,13 @@ def test_loopback(host: str, expected: bool) -> None:
     assert server.is_loopback(host) is expected
 
 
+def test_a_port_that_is_taken_is_named_before_a_model_is_read() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1, port {port}: Address already in use"):
+            server.run(ServeConfig(Path("no model"), port=port))
+
+
 # Keys ----------------------------------------------------------------------------------------------------------------
 
 

@@ -118,25 +118,30 @@ class Answers:
     async def _all(self) -> AsyncIterator[Event]:
         last: dict[int, float] = {}
         while self._open:
-            event = await self._next()
-            if event.finish == "error":
-                raise APIError(500, "the engine failed while it drew this answer", code="engine_error")
-            if event.finish == "cancelled":
-                raise errors.unavailable("the answer was cut off: the server is shutting down", "shutting_down")
-            if event.tokens:
-                self._count(event, last)
-            if event.finish:
-                self._finished(event.sample)
-            yield event
+            for event in await self._next():
+                if event.finish == "error":
+                    raise APIError(500, "the engine failed while it drew this answer", code="engine_error")
+                if event.finish == "cancelled":
+                    raise errors.unavailable("the answer was cut off: the server is shutting down", "shutting_down")
+                if event.tokens:
+                    self._count(event, last)
+                if event.finish:
+                    self._finished(event.sample)
+                yield event
 
-    async def _next(self) -> Event:
+    async def _next(self) -> list[Event]:
+        """What has come, an event a sample: where the loop is behind the engine, it catches up in larger pieces."""
         while True:
             try:
                 async with asyncio.timeout(SECONDS_BETWEEN_LOOKS):
-                    return await self._events.get()
+                    waiting = [await self._events.get()]
             except TimeoutError:
                 if not self.model.engine.alive:
                     raise _dead(self.model.name) from None
+                continue
+            while not self._events.empty():
+                waiting.append(self._events.get_nowait())
+            return _joined(waiting)
 
     def _count(self, event: Event, last: dict[int, float]) -> None:
         now, first = time.monotonic(), event.sample not in last
@@ -180,6 +185,16 @@ async def collect(answers: Answers) -> list[Drawn]:
 def some_seed() -> int:
     """For a request that names none."""
     return secrets.randbits(31)
+
+
+def _joined(events: Sequence[Event]) -> list[Event]:
+    """Each sample's events as one."""
+    found: dict[int, Event] = {}
+    for event in events:
+        if (before := found.get(event.sample)) is not None:
+            event = event._replace(text=before.text + event.text, tokens=before.tokens + event.tokens)
+        found[event.sample] = event
+    return list(found.values())
 
 
 def _dead(name: str) -> APIError:

@@ -144,10 +144,11 @@ class Guard:
 
 
 class JSONLines(logging.Formatter):
-    """A log record as a line of JSON."""
+    """A log record as a line of JSON; the time is UTC."""
 
     def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"), "level": record.levelname.lower()}
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created))
+        line: dict[str, Any] = {"time": when, "level": record.levelname.lower()}
         line |= {"event": record.getMessage(), **getattr(record, "note", {})}
         if record.exc_info:
             line["error"] = self.formatException(record.exc_info)

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from puna.generate.live import Event, Token
+from puna.generate.live import Token
 from puna.serve.answers import Answers, Drawn, Served
 from puna.serve.errors import APIError
 
@@ -87,20 +87,14 @@ async def chunks(
             yield _sse(first | {"choices": [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None}]})
     try:
         async for event in answers:
-            if says_something(event):
-                made = choice(event.sample, event.text, event.tokens, event.finish)
-                yield _sse(first | {"choices": [made]} | extra)
+            made = choice(event.sample, event.text, event.tokens, event.finish)
+            yield _sse(first | {"choices": [made]} | extra)
     except APIError as error:
         yield f"data: {error.body().decode('ascii')}\n\n"
         return
     if include_usage:
         yield _sse(first | {"choices": [], "usage": usage(answers.prompt_tokens, answers.drawn_tokens)})
     yield "data: [DONE]\n\n"
-
-
-def says_something(event: Event) -> bool:
-    """Half a character has tokens and no text yet."""
-    return bool(event.text or event.tokens or event.finish)
 
 
 class EventStream(StreamingResponse):

@@ -11,6 +11,7 @@ import asyncio
 import ipaddress
 import logging
 import math
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -83,6 +84,7 @@ def run(cfg: ServeConfig) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     hosts = cfg.allowed_hosts or (LOOPBACK if is_loopback(cfg.host) else ())
     keys = read_keys(cfg.api_keys)
+    listening = listen(cfg.host, cfg.port)
     state = State(open_models(cfg), open_rewards(cfg), cfg.log_prompts)
     rules = Rules(keys, hosts, cfg.max_body_bytes, lambda: state.draining)
     if not keys and not is_loopback(cfg.host):
@@ -109,15 +111,26 @@ def run(cfg: ServeConfig) -> None:
 
     settings = uvicorn.Config(
         make_app(state, rules),
-        host=cfg.host,
-        port=cfg.port,
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=5,
     )
-    log.info("serving", extra={"note": {"url": f"http://{cfg.host}:{cfg.port}", "models": list(state.models)}})
-    Server(settings).run()
+    host, port = listening.getsockname()[:2]
+    log.info("serving", extra={"note": {"host": host, "port": port, "models": list(state.models)}})
+    Server(settings).run([listening])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """The address, taken before the models are read, which may last; it listens once they are there."""
+    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        taken.bind((host, port))
+    except OSError as error:
+        taken.close()
+        raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}; see --host and --port") from None
+    return taken
 
 
 def open_models(cfg: ServeConfig) -> Mapping[str, Served]:
