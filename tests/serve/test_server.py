@@ -27,7 +27,7 @@ from puna.serve.guard import JSONLines, Rules, read_keys
 from puna.serve.server import ServeConfig
 from puna.types import Dialog
 from tests import helpers
-from tests.serve.stand_in import StandIn, serving, state_of, until
+from tests.serve.stand_in import Script, StandIn, serving, state_of, until
 
 ASK = {"model": "llama", "messages": [helpers.user("Who herds llamas?")]}
 PROGRAM = """
@@ -35,7 +35,7 @@ import sys
 from pathlib import Path
 from puna.serve import server
 from puna.serve.server import ServeConfig
-from tests.serve.stand_in import StandIn, state_of
+from tests.serve.stand_in import Script, StandIn, state_of
 
 script = Script(["so "] * 30, delay=0.05)
 server.open_models = lambda cfg: state_of(StandIn(lambda *_: script)).models
@@ -137,7 +137,7 @@ def test_the_log_holds_prompts_only_when_told(log_prompts: bool, caplog: pytest.
 
 
 def test_metrics() -> None:
-    with serving(state_of(StandIn())) as url:
+    with serving(state_of(StandIn(lambda *_: Script(delay=0.02)))) as url:
         for stream in (False, True):
             httpx.post(f"{url}/v1/chat/completions", json=ASK | {"stream": stream, "n": 2})
         httpx.get(f"{url}/v1/../../secret{'x' * 50}")
@@ -208,7 +208,8 @@ def process(root: Path, drain_seconds: float = 30.0, port: int = 0) -> Iterator[
     running = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
     try:
-        until(lambda: _answers(url), 60)
+        until(lambda: _answers(url) or running.poll() is not None, 60)
+        assert running.poll() is None, running.communicate()[1]
         yield running, url
     finally:
         running.kill()
