@@ -128,7 +128,8 @@ def test_logprobs(client: openai.OpenAI) -> None:
     made = client.chat.completions.create(model="llama", messages=ASK, logprobs=True, top_logprobs=2)
     found = made.choices[0].logprobs
     assert found and found.content
-    assert "".join(token.token for token in found.content).split() == ANSWER.split()  # and no EOS
+    assert "".join(token.token for token in found.content).split() == ANSWER.split()
+    assert made.usage and len(found.content) == made.usage.completion_tokens - 1  # EOS is none of them
     assert bytes(found.content[-1].bytes or []).decode() == found.content[-1].token
     assert [top.logprob for top in found.content[0].top_logprobs] == [-0.5, -1.5]
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -21,7 +22,6 @@ import pytest
 import torch
 
 from puna.config import ConfigError
-from puna.data.readers import Row
 from puna.serve import server
 from puna.serve.guard import JSONLines, Rules, read_keys
 from puna.serve.server import ServeConfig
@@ -189,6 +189,14 @@ def test_every_answer_forbids_what_a_page_need_not_do() -> None:
         assert not re.search(r"https?://(?!www.w3.org)", "".join(_page(url)))
 
 
+def test_the_page_is_in_the_package(root: Path) -> None:
+    """What index.html and its scripts name is there, and nothing else."""
+    static = root / "src/puna/serve/static"
+    named = re.findall(r"/static/([\w.]+)", (static / "index.html").read_text())
+    named += re.findall(r'from "\./([\w.]+)"', "".join(path.read_text() for path in static.glob("*.js")))
+    assert set(named) == {path.name for path in static.iterdir()} - {"index.html"}
+
+
 def _page(url: str) -> Iterator[str]:
     """Everything the page is made of: it names no other server."""
     for path in ("/", *(f"/static/{name}" for name in ("chat.js", "api.js", "store.js", "view.js", "style.css"))):
@@ -228,7 +236,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _events(response: httpx.Response) -> list[Row]:
+def _events(response: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line[6:]) for line in response.iter_lines() if line.startswith("data: {")]
 
 
