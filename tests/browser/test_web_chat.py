@@ -90,6 +90,7 @@ def page(browser: Browser, url: str) -> Iterator[Page]:
 
 
 def ask(page: Page, text: str) -> None:
+    expect(page.locator(".lane").first).to_be_visible()  # the page knows its models
     page.get_by_label("Your message", exact=True).last.fill(text)
     page.keyboard.press("Enter")
 
