@@ -71,6 +71,7 @@ COMMANDS = {
     "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
     "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
     "import": Command("puna.formats.convert", "ImportConfig", "import", "import a model (GGUF, Hugging Face)", "path"),
+    "serve": Command("puna.serve.server", "ServeConfig", "serve", "serve OpenAI's API and a web chat", "checkpoint"),
     "chat": Command("puna.serve.terminal", "ChatConfig", "chat", "talk to a model in the terminal", "path"),
 }
 

@@ -1,0 +1,201 @@
+"""Answers while they are drawn: the engine's events, which come on its thread, as an asynchronous iterator.
+
+A request is let in, or refused, before any work: so many samples may be drawn at once, so many may wait. What is let in
+ends in one of four ways: its samples are done, its client has gone, the server stops, or the engine has died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from puna.config import ConfigError
+from puna.generate.live import Event, LiveEngine, Token
+from puna.generate.sampling import Sampling
+from puna.serve import errors
+from puna.serve.errors import APIError
+from puna.serve.metrics import Metrics
+
+SECONDS_BETWEEN_LOOKS = 1.0
+"""How often a wait for the engine asks whether it still lives."""
+
+
+@dataclass
+class Served:
+    """A model by the name clients know it by, and how many of its samples are under way."""
+
+    name: str
+    engine: LiveEngine
+    limit: int
+    created: int = field(default_factory=lambda: int(time.time()))
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        self._anchor = self.engine.tokenizer.encode("a")
+        self._anchor_text = self.engine.tokenizer.decode(self._anchor)
+
+    def admit(self, samples: int) -> None:
+        """Count samples in, or raise 503 where the engine is dead, 429 where the queue is full."""
+        if samples > self.limit:
+            raise errors.invalid(f"{samples} answers in one request: at most {self.limit} are served at once", "n")
+        if not self.engine.alive:
+            raise _dead(self.name)
+        if self.samples + samples > self.limit:
+            raise APIError(
+                429, "the queue is full: try again later", code="rate_limit_exceeded", headers={"Retry-After": "1"}
+            )
+        self.samples += samples
+
+    def token_text(self, token: int) -> str:
+        """A token's text as it stands inside a text, with its leading space."""
+        decode = self.engine.tokenizer.decode
+        return decode([*self._anchor, token]).removeprefix(self._anchor_text)
+
+
+class Answers:
+    """The samples of one request: `n` of each prompt, choice `p * n + s` being sample `s` of prompt `p`.
+
+    Made where the request is let in: from then on `close` must be called, and may be called twice.
+    """
+
+    def __init__(
+        self, model: Served, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int, metrics: Metrics
+    ) -> None:
+        self.model, self.prompts, self.choices = model, prompts, len(prompts) * n
+        self.prompt_tokens, self.drawn_tokens = sum(map(len, prompts)), 0
+        self.began, self.first_token_after = time.monotonic(), 0.0
+        self._metrics = metrics
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._requests: list[int] = []
+        self._open = set(range(self.choices))
+        model.admit(self.choices)
+        self._held = self.choices  # what `close` has to count out
+        metrics.prompt_tokens.labels(model.name).inc(self.prompt_tokens)
+        try:
+            for i, prompt in enumerate(prompts):
+                # Alike prompts of one request are different requests to the dice.
+                seeded = dataclasses.replace(sampling, seed=sampling.seed + i)
+                self._requests.append(model.engine.submit(prompt, seeded, self._listener(i * n), n=n))
+        except ConfigError as error:
+            self.close()
+            raise errors.invalid(str(error)) from None
+        except RuntimeError:  # it died since `admit` looked
+            self.close()
+            raise _dead(model.name) from None
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self._all()
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice came to its end."""
+        return not self._open
+
+    def close(self) -> None:
+        """Cancel what is not finished."""
+        if self._open:
+            for request in self._requests:
+                self.model.engine.cancel(request)
+        self._open.clear()
+        self.model.samples -= self._held
+        self._held = 0
+
+    def _listener(self, first: int) -> Callable[[Event], None]:
+        """What the engine's thread calls: hands an event, with its choice as `sample`, to the event loop."""
+
+        def on_event(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                self._loop.call_soon_threadsafe(self._events.put_nowait, event._replace(sample=first + event.sample))
+
+        return on_event
+
+    async def _all(self) -> AsyncIterator[Event]:
+        last: dict[int, float] = {}
+        while self._open:
+            for event in await self._next():
+                if event.finish == "error":
+                    raise APIError(500, "the engine failed while it drew this answer", code="engine_error")
+                if event.finish == "cancelled":
+                    raise errors.unavailable("the answer was cut off: the server is shutting down", "shutting_down")
+                if event.tokens:
+                    self._count(event, last)
+                if event.finish:
+                    self._finished(event.sample)
+                yield event
+
+    async def _next(self) -> list[Event]:
+        """What has come, an event a sample: where the loop is behind the engine, it catches up in larger pieces."""
+        while True:
+            try:
+                async with asyncio.timeout(SECONDS_BETWEEN_LOOKS):
+                    waiting = [await self._events.get()]
+            except TimeoutError:
+                if not self.model.engine.alive:
+                    raise _dead(self.model.name) from None
+                continue
+            while not self._events.empty():
+                waiting.append(self._events.get_nowait())
+            return _joined(waiting)
+
+    def _count(self, event: Event, last: dict[int, float]) -> None:
+        now, first = time.monotonic(), event.sample not in last
+        if not self.drawn_tokens:
+            self.first_token_after = now - self.began
+        waited = now - last.get(event.sample, self.began)
+        self._metrics.drawn(self.model.name, waited, len(event.tokens), first=first)
+        last[event.sample] = now
+        self.drawn_tokens += len(event.tokens)
+
+    def _finished(self, choice: int) -> None:
+        self._open.discard(choice)
+        self._held -= 1
+        self.model.samples -= 1
+
+
+@dataclass
+class Drawn:
+    """One whole answer."""
+
+    text: str = ""
+    tokens: list[Token] = field(default_factory=list)
+    finish: str = ""
+
+    def mean_logprob(self) -> float:
+        """What best_of ranks by."""
+        return sum(token.logprob for token in self.tokens) / max(len(self.tokens), 1)
+
+
+async def collect(answers: Answers) -> list[Drawn]:
+    """Every choice, whole and in order."""
+    drawn = [Drawn() for _ in range(answers.choices)]
+    async for event in answers:
+        choice = drawn[event.sample]
+        choice.text += event.text
+        choice.tokens += event.tokens
+        choice.finish = event.finish or ""
+    return drawn
+
+
+def some_seed() -> int:
+    """For a request that names none."""
+    return secrets.randbits(31)
+
+
+def _joined(events: Sequence[Event]) -> list[Event]:
+    """Each sample's events as one."""
+    found: dict[int, Event] = {}
+    for event in events:
+        if (before := found.get(event.sample)) is not None:
+            event = event._replace(text=before.text + event.text, tokens=before.tokens + event.tokens)
+        found[event.sample] = event
+    return list(found.values())
+
+
+def _dead(name: str) -> APIError:
+    return errors.unavailable(f"the engine of {name!r} has stopped: the server must be started again", "engine_dead")

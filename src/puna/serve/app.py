@@ -1,0 +1,215 @@
+"""The server's routes: OpenAI's API, scores, what operators ask, and the web chat."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.staticfiles import StaticFiles
+
+import puna
+from puna.config import DataError
+from puna.serve import errors, markdown, replies
+from puna.serve.answers import Answers, Served, collect
+from puna.serve.errors import APIError, ErrorBody
+from puna.serve.guard import Guard, Rules
+from puna.serve.metrics import Metrics
+from puna.serve.replies import EventStream
+from puna.serve.requests import ChatRequest, CompletionRequest, MarkdownRequest, ScoreRequest
+from puna.types import Reward
+
+T = TypeVar("T")
+
+STATIC = Path(__file__).parent / "static"
+SCORES_WAITING = 64
+"""Dialogs that may wait for the reward models."""
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
+REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+
+
+@dataclass
+class State:
+    """What the routes share."""
+
+    models: Mapping[str, Served]
+    """by the names that clients use; a name is looked up here and nowhere else."""
+    rewards: Mapping[str, Reward] = field(default_factory=dict)
+    """"helpfulness", "safety" -> its reward model."""
+    log_prompts: bool = False
+    draining: bool = False
+    scores_waiting: int = 0
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        self.metrics.watch(lambda: [(model.name, model.engine.stats()) for model in self.models.values()])
+
+    @property
+    def samples(self) -> int:
+        """Samples under way."""
+        return sum(model.samples for model in self.models.values())
+
+    def model(self, name: str) -> Served:
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise APIError(404, f"no model {name!r} here: there is {known}", code="model_not_found", param="model")
+        return self.models[name]
+
+
+def make_app(state: State, rules: Rules) -> FastAPI:
+    """The application; its engines are closed when it shuts down."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        for model in state.models.values():
+            await asyncio.to_thread(model.engine.close)
+
+    app = FastAPI(
+        title="Puna", version=puna.__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
+    )
+    errors.install(app)
+    _add_api(app, state)
+    _add_operation(app, state)
+    _add_web_chat(app, state)
+    app.add_middleware(Guard, rules=rules, metrics=state.metrics)
+    return app
+
+
+def _add_api(app: FastAPI, state: State) -> None:
+    @app.get("/v1/models")
+    async def models() -> JSONResponse:
+        return JSONResponse(replies.listed(list(state.models.values())))
+
+    @app.post("/v1/chat/completions", responses=STREAMED)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        model = state.model(body.model)
+        prompt = body.prompt(model)
+        answers = Answers(model, [prompt], body.sampling(model, prompt), body.n, state.metrics)
+        said = body.dialog() if state.log_prompts else None
+        if body.stream:
+            first = replies.head("chatcmpl", "chat.completion.chunk", model)
+            delta = replies.chat_delta(model, body.logprobs)
+            parts = replies.chunks(answers, first, delta, roles=True, include_usage=body.wants_usage)
+            return EventStream(parts, functools.partial(_end, request, answers, said))
+        drawn = await _unless_gone(request, collect(answers), functools.partial(_end, request, answers, said))
+        used = replies.usage(answers.prompt_tokens, answers.drawn_tokens)
+        choice = replies.chat_choice(model, body.logprobs)
+        return JSONResponse(replies.whole(replies.head("chatcmpl", "chat.completion", model), drawn, choice, used))
+
+    @app.post("/v1/completions", responses=STREAMED)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        model = state.model(body.model)
+        prompts = body.prompts(model)
+        drawn_each = body.best_of or body.n
+        answers = Answers(model, prompts, body.sampling(model, prompts), drawn_each, state.metrics)
+        said = body.prompt if state.log_prompts else None
+        first = replies.head("cmpl", "text_completion", model)
+        choice = replies.text_choice(model, body.logprobs is not None)
+        if body.stream:
+            parts = replies.chunks(answers, first, choice, roles=False, include_usage=body.wants_usage)
+            return EventStream(parts, functools.partial(_end, request, answers, said))
+        drawn = await _unless_gone(request, collect(answers), functools.partial(_end, request, answers, said))
+        rows = [drawn[i : i + drawn_each] for i in range(0, len(drawn), drawn_each)]
+        best = [one for row in rows for one in sorted(row, key=lambda d: -d.mean_logprob())[: body.n]]
+        used = replies.usage(answers.prompt_tokens, answers.drawn_tokens)
+        return JSONResponse(replies.whole(first, best if drawn_each > body.n else drawn, choice, used))
+
+    @app.post("/v1/score")
+    async def score(body: ScoreRequest) -> JSONResponse:
+        """The paper's R of the answer that ends a dialog, by each reward model: in (0, 1)."""
+        if not state.rewards:
+            raise APIError(404, "no reward model is served here: see --reward-helpfulness", code="model_not_found")
+        if state.scores_waiting >= SCORES_WAITING:
+            headers = {"Retry-After": "1"}
+            raise APIError(429, "too many dialogs wait for a score", code="rate_limit_exceeded", headers=headers)
+        dialog = [message.message() for message in body.messages]
+        state.scores_waiting += 1
+        try:
+            found = await asyncio.to_thread(
+                lambda: {k: float(reward([dialog])[0]) for k, reward in state.rewards.items()}
+            )
+        except DataError as error:
+            raise errors.invalid(str(error), "messages") from None
+        finally:
+            state.scores_waiting -= 1
+        return JSONResponse({"object": "score", "scores": found})
+
+
+def _add_operation(app: FastAPI, state: State) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """The process answers."""
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        """Every engine lives, and new requests are taken."""
+        if state.draining:
+            raise errors.unavailable("the server is shutting down", "shutting_down")
+        for model in state.models.values():
+            if not model.engine.alive:
+                raise errors.unavailable(f"the engine of {model.name!r} has died", "engine_dead")
+        return JSONResponse({"status": "ready"})
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        return PlainTextResponse(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _add_web_chat(app: FastAPI, state: State) -> None:
+    app.mount("/static", StaticFiles(directory=STATIC))
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(STATIC / "index.html")
+
+    @app.get("/chat/settings")
+    async def settings() -> JSONResponse:
+        """What the page can offer."""
+        models = [{"name": model.name, "context": model.engine.context} for model in state.models.values()]
+        return JSONResponse({"models": models, "rewards": list(state.rewards)})
+
+    @app.post("/chat/markdown")
+    def render(body: MarkdownRequest) -> JSONResponse:
+        """An answer as elements, see puna.serve.markdown."""
+        return JSONResponse({"nodes": markdown.tree(body.text)})
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T], end: Callable[[], None]) -> T:
+    """The work's result; where the client leaves first, the work ends, as nobody waits for it."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise APIError(499, "the client has gone", code="client_gone")
+    finally:
+        task.cancel()
+        gone.cancel()
+        end()
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _end(request: Request, answers: Answers, said: Any) -> None:
+    """Close the answers, and note for the log what they were."""
+    finished = answers.finished
+    answers.close()
+    request.state.note |= {
+        "model": answers.model.name,
+        "prompt_tokens": answers.prompt_tokens,
+        "completion_tokens": answers.drawn_tokens,
+        "first_token_after": round(answers.first_token_after, 4),
+        "finished": finished,
+        **({} if said is None else {"prompt": said}),
+    }

@@ -1,0 +1,98 @@
+"""What the server answers when it refuses: OpenAI's error shape, `{"error": {message, type, param, code}}`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+INVALID, UNAVAILABLE = "invalid_request_error", "server_error"
+
+
+class ErrorDetail(BaseModel):
+    """The inside of an error, for the schema."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """An error as clients read it, for the schema."""
+
+    error: ErrorDetail
+
+
+class APIError(Exception):
+    """A refusal: the HTTP status and what OpenAI's shape says of it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = dict(headers or {})
+
+    def body(self) -> bytes:
+        """The JSON; pure ASCII, so that a quoted name can hold anything."""
+        kind = INVALID if self.status < 500 else UNAVAILABLE
+        detail = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": detail}).encode("ascii")
+
+    def response(self) -> Response:
+        return Response(self.body(), self.status, self.headers, media_type="application/json")
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
+    """400: the request cannot be served as it is."""
+    return APIError(400, message, code=code, param=param)
+
+
+def unavailable(message: str, code: str, seconds: int = 5) -> APIError:
+    """503: not now; the client may try again."""
+    return APIError(503, message, code=code, headers={"Retry-After": str(seconds)})
+
+
+def install(app: FastAPI) -> None:
+    """Every error of the app in OpenAI's shape."""
+
+    @app.exception_handler(APIError)
+    async def refused(request: Request, error: APIError) -> Response:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def ill_formed(request: Request, error: RequestValidationError) -> Response:
+        return _of_validation(error.errors()).response()
+
+    @app.exception_handler(HTTPException)
+    async def unknown_url(request: Request, error: HTTPException) -> Response:
+        return APIError(error.status_code, str(error.detail), headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def broken(request: Request, error: Exception) -> Response:
+        return APIError(500, "the server failed; its log says how", code="internal_error").response()
+
+
+def _of_validation(found: Sequence[Any]) -> APIError:
+    """The first thing pydantic found wrong."""
+    first = found[0]
+    where = ".".join(map(str, first["loc"][1:]))
+    if first["type"] == "extra_forbidden":
+        return invalid(f"unknown parameter {where!r}", where, "unknown_parameter")
+    if first["type"] == "json_invalid":
+        return invalid("the body is not JSON")
+    if not where:
+        return invalid("the body must be a JSON object, sent as application/json")
+    return invalid(f"{where}: {first['msg'].removeprefix('Value error, ')}", where, "invalid_value")
