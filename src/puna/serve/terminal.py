@@ -11,6 +11,7 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from puna import api
 from puna.api import Chat
@@ -45,6 +46,8 @@ class ChatConfig:
     """tokens an answer at most."""
     seed: int = 0
     """the same questions get the same answers again."""
+    weights: Literal["fp32", "bf16", "int8", "int4"] = "fp32"
+    """how the model is held: the smaller, the faster and the less exact."""
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Session:
 
 def run(cfg: ChatConfig) -> None:
     """Answer until the input ends or /quit."""
-    loaded = api.load(cfg.path)
+    loaded = api.load(cfg.path, weights=cfg.weights)
     if not isinstance(loaded, Chat):
         raise ConfigError(f"{cfg.path} is a reward model, which gives scores: name a chat model")
     session = Session(cfg, loaded, cfg.system)
