@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from puna.config import ConfigError, DataError
 from puna.generate import scheduler
 from puna.generate.engine import LocalEngine
+from puna.generate.sampling import Sampling
 from puna.model.transformer import Cache, Transformer
 from puna.types import Completion, Dialog
 from tests import helpers
@@ -155,6 +156,13 @@ def test_a_stop_id_ends_an_answer_and_is_no_text() -> None:
     assert (answer.text, answer.tokens[-1], answer.finished) == ("one.two.", 2, True)
     [[answer]] = made.generate_ids([prompt], max_new_tokens=8)
     assert (answer.text, len(answer.tokens), answer.finished) == ("one.two.", 8, False)
+
+
+def test_a_stop_text_is_no_part_of_an_answer() -> None:
+    prompt = [1, 5]
+    made = LocalEngine(Parrot(prompt, [3 + b for b in b"one.two."]), ByteTokenizer())  # type: ignore[arg-type]
+    [[answer]] = made.complete([prompt], [Sampling(stop=("e.t",))])
+    assert (answer.text, len(answer.tokens), answer.finished) == ("on", 5, True)
 
 
 def test_the_context_is_the_limit() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from puna.generate import kv_cache
 from puna.generate.kv_cache import BLOCK, BlockCache, DecodePass, Full, PromptPass, blocks_of
 from puna.model.transformer import Transformer
 from tests import helpers
@@ -118,10 +119,19 @@ def test_prompts_are_remembered_until_the_room_is_wanted() -> None:
     taken = [cache.take() for _ in range(2)]
     assert taken == [blocks[3], blocks[2]]  # the free one, then the end of the prompt
     assert cache.match(LONG) == blocks[:2]
-    cache.release(blocks[:2])
-    cache.forget_all()
-    assert cache.match(LONG) == []
-    assert (cache.in_use, cache.room) == (2, 2)
+    assert (cache.in_use, cache.room) == (4, 0)
+
+
+def test_what_nobody_reads_is_forgotten_before_the_cache_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "KEPT", 4)
+    cache = cached(helpers.model(), capacity=1000)
+    for i in range(100):
+        text = [i + 1] * 4 * BLOCK
+        blocks = [cache.take() for _ in range(4)]
+        cache.remember(text, blocks)
+        cache.release(blocks)
+    assert len(cache.keys[0]) <= 32
+    assert cache.match([100] * 4 * BLOCK) == blocks[:3]
 
 
 def test_a_prompt_computed_twice_is_remembered_once() -> None:

@@ -84,13 +84,16 @@ def test_a_cancelled_request_frees_its_memory(engine: LiveEngine) -> None:
 
 
 def test_top_logprobs_are_the_models(engine: LiveEngine) -> None:
-    [[event]] = ask(engine, PROMPTS[1], Sampling(temperature=0, max_new_tokens=1, top_logprobs=3))
-    with torch.inference_mode():
-        logprobs, ids = helpers.talker(end=0.05)(torch.tensor([PROMPTS[1]]))[0, -1].log_softmax(-1).topk(3)
-    [token] = event.tokens
-    assert [i for i, _ in token.top] == ids.tolist()
-    assert [p for _, p in token.top] == pytest.approx(logprobs.tolist(), abs=1e-5)
-    assert (token.id, token.logprob) == (token.top[0][0], pytest.approx(token.top[0][1], abs=1e-5))
+    for temperature in (0, 0.7):
+        [[event]] = ask(engine, PROMPTS[1], Sampling(temperature=temperature, max_new_tokens=1, top_logprobs=3))
+        with torch.inference_mode():
+            logits = helpers.talker(end=0.05)(torch.tensor([PROMPTS[1]]))[0, -1] / (temperature or 1.0)
+        logprobs, ids = logits.log_softmax(-1).topk(3)
+        [token] = event.tokens
+        assert [i for i, _ in token.top] == ids.tolist()
+        assert [p for _, p in token.top] == pytest.approx(logprobs.tolist(), abs=1e-5)
+    [[event]] = ask(engine, PROMPTS[1], Sampling(temperature=0, max_new_tokens=1, top_logprobs=1))
+    assert event.tokens[0][:2] == event.tokens[0].top[0]
 
 
 def test_a_stop_text_ends_an_answer(engine: LiveEngine) -> None:
@@ -105,6 +108,49 @@ def test_a_stop_text_ends_an_answer(engine: LiveEngine) -> None:
 def test_a_prompt_without_room_is_refused(engine: LiveEngine) -> None:
     with pytest.raises(ConfigError, match="the prompt has 256 tokens and the model's context 256"):
         engine.submit([1] * 256, Sampling(), print)
+
+
+def test_a_callback_that_raises_ends_its_own_request_alone(engine: LiveEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", shown.append)
+
+    def broken(event: Event) -> None:
+        raise ValueError("broken")
+
+    engine.submit(PROMPTS[0], Sampling(max_new_tokens=200, logit_bias={2: -100.0}), broken, n=2)
+    [events] = ask(engine, PROMPTS[1], Sampling(max_new_tokens=20))
+    assert events[-1].finish in ("stop", "length")
+    deadline = time.monotonic() + 30
+    while engine.stats()[:3] != (0, 0, 0) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.stats()[:3] == (0, 0, 0)
+    assert shown and engine.alive
+
+
+def test_closing_ends_what_runs_and_what_waits() -> None:
+    engine = LiveEngine(helpers.model(), helpers.tokenizer(), max_batch_size=1)
+    events: queue.Queue[Event] = queue.Queue()
+    for _ in range(3):
+        engine.submit(PROMPTS[0], Sampling(max_new_tokens=250, logit_bias={2: -100.0}), events.put)
+    events.get(timeout=30)
+    engine.close()
+    finishes = []
+    while not events.empty():
+        finishes.append(events.get().finish)
+    assert [finish for finish in finishes if finish] == ["cancelled"] * 3
+    assert engine.stats()[:3] == (0, 0, 0)
+
+
+def test_cancelled_at_once_a_request_still_ends(engine: LiveEngine) -> None:
+    events: queue.Queue[Event] = queue.Queue()
+    for _ in range(20):
+        engine.cancel(engine.submit(PROMPTS[3], Sampling(max_new_tokens=200), events.put))
+    finishes = []
+    while len(finishes) < 20:
+        event = events.get(timeout=30)
+        finishes += [event.finish] if event.finish else []
+    assert set(finishes) <= {"cancelled", "stop"}
+    assert not engine._clients
 
 
 def test_an_error_ends_every_request() -> None:

@@ -57,6 +57,11 @@ def test_temperature_0_is_greedy() -> None:
     assert draw([0.2, 0.5, 0.3], [0.0, 0.5, 0.999], WHOLE, temperature=0.0) == [1, 1, 1]
 
 
+def test_the_likeliest_is_never_cut() -> None:
+    assert draw([0.2, 0.5, 0.3], [0.999], Sampling(top_p=1e-50)) == [1]
+    assert draw([0.2, 0.5, 0.3], [0.999], Sampling(min_p=1.0)) == [1]
+
+
 def test_top_k_keeps_k() -> None:
     # 0.5 and 0.3 are left: the first has 0.625 of what is left.
     assert draw([0.2, 0.5, 0.3], [0.0, 0.62, 0.63, 0.999], Sampling(top_k=2)) == [1, 1, 2, 2]
@@ -160,8 +165,9 @@ def test_the_impossible_is_never_drawn() -> None:
 
 
 @pytest.mark.parametrize("settings", [
-    {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"top_k": -1}, {"temperature": -0.1}, {"min_p": 1.0},
-    {"repetition_penalty": 0.0}, {"max_new_tokens": 0}, {"stop": ("a", "")}, {"top_logprobs": -1},
+    {"top_p": 0.0}, {"top_p": 1.1}, {"top_p": float("nan")}, {"top_k": -1}, {"top_k": 2**70}, {"temperature": -0.1},
+    {"temperature": 1e-40}, {"min_p": 1.1}, {"repetition_penalty": 0.0}, {"repetition_penalty": 1e-40},
+    {"logit_bias": {1: float("nan")}}, {"max_new_tokens": 0}, {"stop": ("a", "")}, {"top_logprobs": -1},
 ])  # fmt: skip
 def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):

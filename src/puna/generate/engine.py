@@ -104,8 +104,6 @@ class LocalEngine:
 
         Longest prompts come first: neighbours are padded little, and the cache reaches its size early.
         """
-        if n < 1:
-            raise ConfigError(f"n is {n}: it must be at least 1")
         scheduler = self._scheduler()
         answers: list[list[Answer]] = [[] for _ in prompts]
         for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
@@ -136,6 +134,7 @@ class LocalEngine:
         text, said, held = TextStream(self.tokenizer.decode), False, ""
         while scheduler.busy:
             scheduler.step()
+            assert answer.finish != "error", "the model's logits are not finite"
             drawn = answer.tokens[-1:] if answer.finish != "stop" else []
             held += text.push(drawn, last=answer.finish is not None)
             piece = held.rstrip() if said else held.strip()
@@ -148,6 +147,9 @@ class LocalEngine:
         return Scheduler(self.model, self.tokenizer.decode, self.tokenizer.eos_id, max_batch_size=self.max_batch_size)
 
     def _completion(self, answer: Answer) -> Completion:
+        assert answer.finish != "error", f"prompt {answer.request.number}: the model's logits are not finite"
         finished = answer.finish == "stop"
+        if answer.stream is not None:
+            return Completion(answer.text, answer.tokens, answer.logprobs, finished)
         text = self.tokenizer.decode(answer.tokens[:-1] if finished else answer.tokens)
         return Completion(text, answer.tokens, answer.logprobs, finished)

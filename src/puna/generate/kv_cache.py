@@ -26,6 +26,9 @@ from puna.model.transformer import ModelConfig, attend
 BLOCK = 32
 """Tokens a block (docs/decisions/0008-queries-go-to-the-blocks.md)."""
 
+KEPT = 256
+"""Blocks that may be kept without a holder, however few are in use."""
+
 LOWEST = torch.finfo(torch.float32).min
 """Hides a score; finite, so that a block without a reader makes no NaN."""
 
@@ -39,8 +42,8 @@ class Full(Exception):
 class BlockCache:
     """Blocks for all sequences of an engine: at most `capacity`, allocated as they are needed.
 
-    A block has as many holders as sequences that read it. A full block of a prompt is kept when its last holder lets
-    go, for a prompt that begins alike, until the room is needed: the longest unused goes first.
+    A block has as many holders as sequences that read it. A full block of a known text is kept when its last holder
+    lets go, for a prompt that begins alike: of these KEPT or as many as are in use, the longest unused going first.
     """
 
     def __init__(self, config: ModelConfig, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -50,10 +53,10 @@ class BlockCache:
         self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]  # (N, K, BLOCK, E)
         self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.n_layers)]
         self._holders: list[int] = []
-        self._serials: list[int] = []  # of what a block holds; 0 where it is no full block of a prompt
+        self._serials: list[int] = []  # of what a block holds; 0 where it is no full block of a known text
         self._free: list[int] = []  # a heap: low blocks first, so that those in use stand together
         self._known: dict[tuple[int, tuple[int, ...]], int] = {}  # (serial of the block before, tokens) -> block
-        self._keys_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._text_of: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # known blocks without a holder, longest unused first
         self._serial = 0
 
@@ -69,7 +72,7 @@ class BlockCache:
 
     def take(self) -> int:
         """A block for one holder. Raises Full."""
-        if not self._free and len(self._holders) < self.capacity:
+        if not self._free and len(self._holders) < self.capacity and len(self._unused) <= max(KEPT, self.in_use):
             self._grow()
         if self._free:
             block = heapq.heappop(self._free)
@@ -111,7 +114,7 @@ class BlockCache:
         return blocks
 
     def remember(self, tokens: Sequence[int], blocks: Sequence[int]) -> None:
-        """Make a computed prompt's full blocks known to later prompts."""
+        """Make the full blocks of a text that was run known to later prompts."""
         serial = 0
         for start, block in zip(range(0, len(tokens) - BLOCK + 1, BLOCK), blocks, strict=False):
             key = (serial, tuple(tokens[start : start + BLOCK]))
@@ -119,7 +122,7 @@ class BlockCache:
                 if key in self._known:
                     return  # computed twice at once; the other one stays known
                 self._serial += 1
-                self._serials[block], self._known[key], self._keys_of[block] = self._serial, block, key
+                self._serials[block], self._known[key], self._text_of[block] = self._serial, block, key
             serial = self._serials[block]
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
@@ -129,16 +132,8 @@ class BlockCache:
             for part in parts:
                 part[target] = part.index_select(0, source)
 
-    def forget_all(self) -> None:
-        """Give up what is kept for later prompts: the weights have changed."""
-        for block in [*self._keys_of]:
-            self._forget(block)
-        for block in self._unused:
-            heapq.heappush(self._free, block)
-        self._unused.clear()
-
     def _forget(self, block: int) -> None:
-        del self._known[self._keys_of.pop(block)]
+        del self._known[self._text_of.pop(block)]
         self._serials[block] = 0
 
     def _grow(self) -> None:

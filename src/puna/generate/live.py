@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from puna.generate.kv_cache import BLOCK
 from puna.generate.sampling import Sampling
 from puna.generate.scheduler import Scheduler
-from puna.generate.sequence import Answer, Finish, Request, TextStream, Token
+from puna.generate.sequence import Answer, Finish, Request, Token
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
 
@@ -43,12 +43,11 @@ class Stats(NamedTuple):
 
 @dataclass(eq=False)
 class _Client:
-    """Who asked, and the text of each sample so far."""
+    """Who asked, and the samples that have not ended."""
 
     request: Request
     on_event: Callable[[Event], None]
-    texts: list[TextStream]
-    open: set[int] = field(default_factory=set)
+    open: set[int]
 
 
 class LiveEngine:
@@ -71,7 +70,7 @@ class LiveEngine:
             max_batch_size=max_batch_size,
             cache_tokens=cache_tokens,
             watch=self._drawn,
-            interleave=True,
+            serving=True,
         )
         self._clients: dict[int, _Client] = {}
         self._inbox: list[_Client] = []
@@ -93,17 +92,16 @@ class LiveEngine:
     ) -> int:
         """Ask for n answers to a prompt; returns the request's number. Each sample's last event has a `finish`.
 
-        on_event is called on the engine's thread and must return at once.
-        Raises ConfigError where the prompt leaves no room in the context, RuntimeError where the engine is dead.
+        on_event is called on the engine's thread and must return at once; where it raises, its request ends.
+        Raises ConfigError where the request cannot be served, RuntimeError where the engine is dead.
         """
-        self._scheduler.check(len(prompt))
+        self._scheduler.check(Request(0, list(prompt), sampling, n), "the prompt")
         with self._changed:
             if self._closing or not self.alive:
                 raise RuntimeError("the engine has stopped")
             self._number += 1
             request = Request(self._number, list(prompt), sampling, n)
-            texts = [TextStream(self.tokenizer.decode, sampling.stop) for _ in range(n)]
-            self._inbox.append(_Client(request, on_event, texts, set(range(n))))
+            self._inbox.append(_Client(request, on_event, set(range(n))))
             self._changed.notify()
             return self._number
 
@@ -126,7 +124,8 @@ class LiveEngine:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
 
     @torch.inference_mode()
     def _run(self) -> None:
@@ -139,43 +138,57 @@ class LiveEngine:
             with self._changed:
                 self._closing = True
                 left, self._inbox = [*self._clients.values(), *self._inbox], []
-                self._clients = {}
+                self._clients, self._stats = {}, (0, 0, 0)
             for client in left:
                 for sample in sorted(client.open):
-                    client.on_event(Event(sample, "", (), finish))
+                    self._tell(client, Event(sample, "", (), finish))
 
     def _take_in(self) -> bool:
         """Pass on what was submitted and cancelled, waiting for it where nothing runs; False when closing."""
         with self._changed:
-            scheduler = self._scheduler
-            self._stats = (scheduler.waiting, scheduler.running, scheduler.cache.in_use)
-            while not (scheduler.busy or self._inbox or self._cancelled or self._closing):
+            self._look()
+            while not (self._scheduler.busy or self._inbox or self._cancelled or self._closing):
                 self._changed.wait()
+            if self._closing:
+                return False
             new, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
-            if self._closing:
-                self._inbox = new
-                return False
-        for client in new:
-            self._clients[client.request.number] = client
-            self._scheduler.submit(client.request)
-        for client in [self._clients[number] for number in set(cancelled) if number in self._clients]:
-            for answer in self._scheduler.cancel(client.request):
-                self._tell(client, answer, ())
+            for client in new:
+                self._clients[client.request.number] = client
+                self._scheduler.submit(client.request)
+            self._look()
+        for number in dict.fromkeys(cancelled):
+            self._drop(number)
         return True
 
-    def _drawn(self, answer: Answer, token: Token) -> None:
+    def _look(self) -> None:
+        """Note how full the engine is."""
+        self._stats = (self._scheduler.waiting, self._scheduler.running, self._scheduler.cache.in_use)
+
+    def _drop(self, number: int) -> None:
+        """End what is left of a request."""
+        client = self._clients.get(number)
+        if client:
+            for answer, piece in self._scheduler.cancel(client.request):
+                self._tell(client, Event(answer.sample, piece, (), answer.finish))
+
+    def _drawn(self, answer: Answer, token: Token, piece: str) -> None:
         """The scheduler drew a token."""
         self._generated += 1
-        self._tell(self._clients[answer.request.number], answer, (token,))
+        tokens = () if answer.finish == "error" else (token,)
+        self._tell(self._clients[answer.request.number], Event(answer.sample, piece, tokens, answer.finish))
 
-    def _tell(self, client: _Client, answer: Answer, tokens: tuple[Token, ...]) -> None:
-        text, last = client.texts[answer.sample], answer.finish is not None
-        # A token that ends an answer is no text; one that completes a stop text is known to the stream as well.
-        ends = answer.finish == "stop" and not (answer.text is not None and answer.text.stopped)
-        said = text.push([] if ends else [token.id for token in tokens], last=last)
-        client.on_event(Event(answer.sample, said, tokens, answer.finish))
-        if last:
-            client.open.discard(answer.sample)
+    def _tell(self, client: _Client, event: Event) -> None:
+        """Hand over an event; a client that cannot take it is dropped, and its error shown."""
+        if event.sample not in client.open:
+            return
+        if event.finish:
+            client.open.discard(event.sample)
             if not client.open:
-                del self._clients[answer.request.number]
+                self._clients.pop(client.request.number, None)
+        try:
+            client.on_event(event)
+        except Exception as error:  # noqa: BLE001  # another's code: it may raise anything, and others wait
+            threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, self._thread)))
+            with self._changed:
+                self._cancelled.append(client.request.number)

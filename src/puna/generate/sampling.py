@@ -18,6 +18,9 @@ from torch import Tensor
 
 from puna.config import ConfigError
 
+COLDEST, HOTTEST, STRONGEST = 1e-3, 1e3, 1e3
+"""Within these no logit overflows; a bias of -1000 rules a token out."""
+
 FIRST_WIDTHS = (16, 256, 4096)
 """Candidates a cut looks at before it sorts the vocabulary; mostly 16 suffice, a fifth of the time of 64 (V 2048)."""
 
@@ -52,13 +55,21 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for wrong, message in (
-            (not self.temperature >= 0, f"temperature is {self.temperature}: it must be 0 (greedy) or above"),
-            (not 0 < self.top_p <= 1, f"top_p is {self.top_p}: it must be above 0 and at most 1"),
-            (self.top_k < 0, f"top_k is {self.top_k}: it must be 0 (off) or a number of tokens"),
-            (not 0 <= self.min_p < 1, f"min_p is {self.min_p}: it must be at least 0 and below 1"),
             (
-                not self.repetition_penalty > 0,
-                f"repetition_penalty is {self.repetition_penalty}: it must be above 0; 1 is none",
+                self.temperature != 0 and not COLDEST <= self.temperature <= HOTTEST,
+                f"temperature is {self.temperature}: it must be 0 (greedy) or from {COLDEST} to {HOTTEST:g}",
+            ),
+            (not 0 < self.top_p <= 1, f"top_p is {self.top_p}: it must be above 0 and at most 1"),
+            (not 0 <= self.top_k < 2**31, f"top_k is {self.top_k}: it must be 0 (off) or a number of tokens"),
+            (not 0 <= self.min_p <= 1, f"min_p is {self.min_p}: it must be from 0 to 1"),
+            (
+                not 1 / STRONGEST <= self.repetition_penalty <= STRONGEST,
+                f"repetition_penalty is {self.repetition_penalty}: it must be from {1 / STRONGEST} to {STRONGEST:g}; "
+                "1 is none",
+            ),
+            (
+                not all(abs(bias) <= STRONGEST for bias in self.logit_bias.values()),
+                f"logit_bias holds a number beyond {STRONGEST:g}",
             ),
             (self.max_new_tokens < 1, f"max_new_tokens is {self.max_new_tokens}: it must be at least 1"),
             ("" in self.stop, "stop holds an empty text, which every answer has"),
@@ -174,7 +185,7 @@ def _cut(probs: Tensor, uniform: Tensor, settings: Settings) -> Tensor:
         mass = values.cumsum(-1)
         # Of the top k; without them of all, which is 1.
         whole = torch.where(k < vocab, mass[:, -1], 1.0)
-        beyond = (mass - values >= (top_p * whole)[:, None]) & (top_p < 1)[:, None]
+        beyond = (mass - values >= (top_p * whole)[:, None]) & (top_p < 1)[:, None] & (rank > 0)
         values = values.masked_fill(beyond | (values < min_p[:, None] * values[:, :1]), 0.0)
         tokens[rows] = ids.gather(1, _draw(values, uniform[rows])[:, None]).squeeze(1)
         # What is left may go on past the last candidate; top-k is known whole once there are k of them.

@@ -25,11 +25,14 @@ from torch import Tensor
 from puna.config import ConfigError
 from puna.generate.kv_cache import BLOCK, BlockCache, DecodePass, Full, PromptPass, blocks_of
 from puna.generate.sampling import Sampling, Settings, adjust, sample, uniforms
-from puna.generate.sequence import Answer, Finish, Request, TextStream, Token
+from puna.generate.sequence import Answer, Request, TextStream, Token
 from puna.model.transformer import Transformer
 
 PREFILL_TOKENS = 2048
 """Tokens, padding included, of one prefill pass: enough to fill the cores, little enough to wait for."""
+
+PAST_TOKENS = 16384
+"""Tokens, padding included, that a prefill pass of several prompts may have behind it: they are copied for it."""
 
 
 @dataclass(eq=False)
@@ -55,9 +58,10 @@ class _Running:
 
 
 class Scheduler:
-    """Runs requests on one model. `watch` is told of every token drawn, before the sequences that ended are returned.
+    """Runs requests on one model. `watch` is told every token drawn and the text that it makes certain.
 
-    With `interleave` no more than one prefill pass comes between two tokens of a running sequence.
+    `serving` is for requests that keep coming: no more than one prefill pass comes between two tokens of a running
+    sequence, and answers are kept like prompts, for dialogs that go on.
     Raises ConfigError where the cache cannot hold one sequence as long as the model's context.
     """
 
@@ -69,22 +73,25 @@ class Scheduler:
         *,
         max_batch_size: int,
         cache_tokens: int | None = None,
-        watch: Callable[[Answer, Token], None] | None = None,
-        interleave: bool = False,
+        watch: Callable[[Answer, Token, str], None] | None = None,
+        serving: bool = False,
     ) -> None:
         weight = model.tok_embeddings.weight
         self.model = model
         self.max_batch_size = max_batch_size
-        self._decode, self._eos_id, self._watch, self._interleave = decode, eos_id, watch, interleave
+        self._decode, self._eos_id, self._watch, self._serving = decode, eos_id, watch, serving
         self._device = weight.device
         context = blocks_of(model.config.max_seq_len)
-        capacity = (context + 1) * max_batch_size if cache_tokens is None else cache_tokens // BLOCK
-        if capacity < context + 1:
+        if max_batch_size < 1:
+            raise ConfigError(f"max_batch_size is {max_batch_size}: it must be at least 1")
+        least = context + 2  # a sequence's, the last one of its prompt, and that one's copy for another sample
+        capacity = least * max_batch_size if cache_tokens is None else cache_tokens // BLOCK
+        if capacity < least:
             raise ConfigError(
                 f"a cache of {cache_tokens} tokens is too small for the model's context of "
-                f"{model.config.max_seq_len}: give it at least {BLOCK * (context + 1)}"
+                f"{model.config.max_seq_len}: give it at least {BLOCK * least}"
             )
-        self.cache = BlockCache(model.config, capacity + 1, weight.dtype, weight.device)
+        self.cache = BlockCache(model.config, capacity, weight.dtype, weight.device)
         self._waiting: deque[_Waiting] = deque()
         self._running: list[_Running] = []
         self._logits = torch.empty(0, model.config.vocab_size, dtype=weight.dtype, device=weight.device)  # (B, V)
@@ -106,47 +113,48 @@ class Scheduler:
         """How many wait for a slot."""
         return sum(len(group.answers) for group in self._waiting)
 
-    def check(self, prompt: int, name: str = "the prompt") -> int:
-        """How many tokens an answer to a prompt of so many can have. Raises ConfigError where there is no room."""
-        context = self.model.config.max_seq_len
-        if not 0 < prompt < context:
+    def check(self, request: Request, name: str) -> int:
+        """How many tokens an answer can have. Raises ConfigError where the request, called `name`, cannot be served."""
+        context, vocab = self.model.config.max_seq_len, self.model.config.vocab_size
+        if not 0 < len(request.prompt) < context:
             raise ConfigError(
-                f"{name} has {prompt} tokens and the model's context {context}: "
+                f"{name} has {len(request.prompt)} tokens and the model's context {context}: "
                 "a prompt needs at least one token and must leave room for an answer"
             )
-        return context - prompt
+        if request.n < 1:
+            raise ConfigError(f"n is {request.n}: it must be at least 1")
+        for ids, where in ((request.prompt, name), (request.sampling.logit_bias, "logit_bias")):
+            if not (min(ids, default=0) >= 0 and max(ids, default=0) < vocab):
+                raise ConfigError(f"{where} has a token that is not among the model's {vocab}")
+        return min(context - len(request.prompt), request.sampling.max_new_tokens)
 
     def submit(self, request: Request) -> list[Answer]:
         """Queue a request; its answers fill as steps are made. Raises ConfigError as `check`."""
-        room = self.check(len(request.prompt), f"prompt {request.number}")
-        sampling = request.sampling
+        limit = self.check(request, f"prompt {request.number}")
+        stop = request.sampling.stop
+        heard = stop or self._watch
         answers = [
-            Answer(
-                request,
-                i,
-                min(room, sampling.max_new_tokens),
-                TextStream(self._decode, sampling.stop) if sampling.stop else None,
-            )
-            for i in range(request.n)
+            Answer(request, i, limit, TextStream(self._decode, stop) if heard else None) for i in range(request.n)
         ]
         self._waiting.append(_Waiting(request, request.prompt, deque(answers)))
         return answers
 
-    def cancel(self, request: Request) -> list[Answer]:
-        """Drop what is left of a request and free its blocks; the answers that had not ended."""
+    def cancel(self, request: Request) -> list[tuple[Answer, str]]:
+        """Drop what is left of a request and free its blocks; the answers that had not ended, with their last text."""
         dropped = [row for row in self._running if row.answer.request is request]
         groups = [group for group in self._waiting if group.request is request]
         answers = [row.answer for row in dropped] + [answer for group in groups for answer in group.answers]
         for group in groups:
-            self.cache.release(group.blocks)
+            self._give_back(group)
             self._waiting.remove(group)
         self._remove(dropped)
+        pieces = [answer.hear([], last=True) for answer in answers]
         for answer in answers:
             answer.finish = "cancelled"
-        return answers
+        return list(zip(answers, pieces, strict=True))
 
     def step(self) -> list[Answer]:
-        """Draw one token for every sequence that has a slot; the answers that ended with it."""
+        """Admit, draw one token for every sequence that has a slot, and run it; the answers that ended with it."""
         self._admit()
         ended = self._draw() if self._running else []
         if self._running:
@@ -161,7 +169,7 @@ class Scheduler:
         while self._waiting and len(self._running) < self.max_batch_size:
             ready = [group for group in self._waiting if group.logits is not None]
             if not ready:
-                if self._interleave and passes and self._running:
+                if self._serving and passes and self._running:
                     return
                 passes += 1
                 if not self._prefill() and (self._running or not self._reclaim()):
@@ -173,43 +181,53 @@ class Scheduler:
                 if self._running or not self._reclaim():
                     return
 
-    def _reclaim(self) -> bool:
-        """Take back the blocks of all waiting prompts but the first; whether there were any."""
-        holders = [group for group in self._waiting if group.blocks][1:]
+    def _reclaim(self, keep: int = 1) -> bool:
+        """Take back the blocks of all waiting prompts but the first `keep`; whether there were any."""
+        holders = [group for group in self._waiting if group.blocks][keep:]
         for group in holders:
-            self.cache.release(group.blocks)
-            group.blocks, group.cached, group.logits = [], 0, None
+            self._give_back(group)
         return bool(holders)
+
+    def _give_back(self, group: _Waiting) -> None:
+        """A waiting prompt begins anew."""
+        self.cache.release(group.blocks)
+        group.blocks, group.cached, group.logits = [], 0, None
 
     def _prefill(self) -> bool:
         """Run one pass over the first waiting prompts; False where the cache has no room for any."""
         chunk: list[tuple[_Waiting, int]] = []  # a prompt and how many of its tokens to run
         begun: set[tuple[int, ...]] = set()  # what this pass computes first of each: prompts that begin alike wait
-        longest = wanted = 0
+        longest = past = wanted = 0
         for group in self._waiting:
             if wanted >= self.max_batch_size - len(self._running):
                 break
-            if not group.blocks:
+            is_new = not group.blocks
+            if is_new:
                 group.blocks = self.cache.match(group.tokens)
                 group.cached = BLOCK * len(group.blocks)
             n = min(len(group.tokens) - group.cached, PREFILL_TOKENS)
-            if chunk and (len(chunk) + 1) * max(longest, n) > PREFILL_TOKENS:
-                break
             head = tuple(group.tokens[: group.cached + BLOCK])
-            if len(head) == group.cached + BLOCK and head in begun:
-                self.cache.release(group.blocks)
-                group.blocks, group.cached = [], 0
-                continue
-            spare = len(self._running)  # running sequences will want blocks as well
-            if blocks_of(group.cached + n) - len(group.blocks) > self.cache.room - spare:
+            waits = len(head) == group.cached + BLOCK and head in begun
+            if waits or not self._fits(group, n, len(chunk) + 1, max(longest, n), max(past, group.cached)):
+                if is_new:
+                    self._give_back(group)
+                if waits:
+                    continue
                 break
             self._extend(group.blocks, group.cached + n)
             begun.add(head)
             chunk.append((group, n))
-            longest, wanted = max(longest, n), wanted + len(group.answers)
+            longest, past, wanted = max(longest, n), max(past, group.cached), wanted + len(group.answers)
         if chunk:
             self._run_prompts(chunk)
         return bool(chunk)
+
+    def _fits(self, group: _Waiting, n: int, rows: int, longest: int, past: int) -> bool:
+        """Whether a pass may run n tokens of a prompt as the last of so many rows, and the cache has room for them."""
+        if rows > 1 and (rows * longest > PREFILL_TOKENS or rows * past > PAST_TOKENS):
+            return False
+        spare = len(self._running)  # running sequences will want blocks as well
+        return blocks_of(group.cached + n) - len(group.blocks) <= self.cache.room - spare
 
     def _extend(self, blocks: list[int], tokens: int) -> bool:
         """Take blocks until they hold so many tokens; False, and none taken, where the cache is too full."""
@@ -280,24 +298,36 @@ class Scheduler:
         logits = self._adjusted()
         uniform = torch.tensor([row.uniform[len(row.answer.tokens)] for row in self._running], device=self._device)
         self._tokens, logprobs = sample(logits, uniform, self._settings)
-        drawn = list(zip(self._running, self._tokens.tolist(), logprobs.tolist(), strict=True))
-        for row, token, logprob in drawn:
-            row.answer.tokens.append(token)
-            row.answer.logprobs.append(logprob)
-            row.answer.finish = self._finish(row.answer, token)
-        if self._watch:
-            for i, (row, token, logprob) in enumerate(drawn):
-                top = self._top(logits[i], row.answer.request.sampling)
-                self._watch(row.answer, Token(token, logprob, top))
+        drawn = zip(self._running, self._tokens.tolist(), logprobs.tolist(), strict=True)
+        for i, (row, token, logprob) in enumerate(drawn):
+            piece = self._take(row.answer, token, logprob)
+            if self._watch:
+                self._watch(row.answer, Token(token, logprob, self._top(logits[i], row.answer.request.sampling)), piece)
         ended = [row for row in self._running if row.answer.finish]
-        for row in ended:
-            number, finite = row.answer.request.number, all(map(math.isfinite, row.answer.logprobs))
-            assert finite, f"request {number}: the model's logits are not finite"
+        if self._serving:
+            for row in ended:
+                self.cache.remember((row.answer.request.prompt + row.answer.tokens)[: row.length], row.blocks)
         self._remove(ended)
         return [row.answer for row in ended]
 
+    def _take(self, answer: Answer, token: int, logprob: float) -> str:
+        """Add a drawn token to its answer, which may end with it; the text that is now certain."""
+        if not math.isfinite(logprob):
+            answer.finish = "error"
+            return answer.hear([], last=True)
+        answer.tokens.append(token)
+        answer.logprobs.append(logprob)
+        if token == self._eos_id or token in answer.request.sampling.stop_ids:
+            answer.finish = "stop"
+            return answer.hear([], last=True)
+        last = len(answer.tokens) == answer.limit
+        piece = answer.hear([token], last=last)
+        if last and answer.finish is None:
+            answer.finish = "length"
+        return piece
+
     def _adjusted(self) -> Tensor:
-        """The logits (B, V) with the penalties and biases of the rows that have any."""
+        """The logits (B, V); with the penalties and biases of the rows that have any, float32."""
         logits = self._logits
         for i, row in enumerate(self._running):
             sampling = row.answer.request.sampling
@@ -305,14 +335,6 @@ class Scheduler:
                 logits = logits.float()
                 logits[i] = adjust(logits[i], sampling, row.answer.request.prompt + row.answer.tokens)
         return logits
-
-    def _finish(self, answer: Answer, token: int) -> Finish | None:
-        """Whether the token just drawn ends the answer, and how."""
-        if token == self._eos_id or token in answer.request.sampling.stop_ids:
-            return "stop"
-        if answer.text is not None and answer.text.stops(token):
-            return "stop"
-        return "length" if len(answer.tokens) == answer.limit else None
 
     def _top(self, logits: Tensor, sampling: Sampling) -> tuple[tuple[int, float], ...]:
         """The likeliest tokens and their log-probabilities, as many as were asked for."""
@@ -333,7 +355,7 @@ class Scheduler:
         self._running = [self._running[i] for i in kept]
         index = torch.tensor(kept, dtype=torch.int64, device=self._device)
         self._logits = self._logits[index]
-        self._tokens = self._tokens[index[: len(self._tokens)]]
+        self._tokens = self._tokens[index]
         self._settings = self._settings.rows(index)
 
     # 3: run -----------------------------------------------------------------------------------------------------------
@@ -341,7 +363,7 @@ class Scheduler:
     def _forward(self) -> None:
         """Run the drawn tokens; leaves the next ones' logits."""
         while not all(self._extend(row.blocks, row.length + 1) for row in self._running):
-            if not self._reclaim():
+            if not self._reclaim(keep=int(len(self._running) > 1)):
                 self._preempt(self._running[-1])
         for row in self._running:
             row.length += 1

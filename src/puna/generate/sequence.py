@@ -35,17 +35,33 @@ class Request:
 
 @dataclass(eq=False)
 class Answer:
-    """One sample of a request. `finish` says how it ended, once it has; "stop" is EOS, a stop id or a stop text."""
+    """One sample of a request.
+
+    `finish` says how it ended, once it has: "stop" is EOS, a stop id or a stop text, "error" that the model's numbers
+    were not finite.
+    """
 
     request: Request
     sample: int
     limit: int
     """tokens it may have."""
-    text: TextStream | None = None
-    """follows the text where something may end it."""
+    stream: TextStream | None = None
+    """makes `text`, where somebody listens or a text may end the answer."""
+    text: str = ""
+    """what is certain of it so far; never a stop text."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     finish: Finish | None = None
+
+    def hear(self, tokens: Sequence[int], *, last: bool = False) -> str:
+        """Add to the text what these tokens make certain, and return it; a stop text ends the answer."""
+        if self.stream is None:
+            return ""
+        piece = self.stream.push(tokens, last=last)
+        self.text += piece
+        if self.stream.stopped:
+            self.finish = "stop"
+        return piece
 
 
 class TextStream:
@@ -62,11 +78,6 @@ class TextStream:
         self.stopped = False
         """A stop text has come."""
 
-    def stops(self, token: int) -> bool:
-        """Push a token; whether a stop text has come."""
-        self.push([token])
-        return self.stopped
-
     def push(self, tokens: Sequence[int], *, last: bool = False) -> str:
         """The text that is now certain; with `last` all there is."""
         self._tokens += tokens
@@ -74,7 +85,8 @@ class TextStream:
         text = self._decode(self._tokens[self._context :])
         if last or not text.endswith(REPLACEMENT):
             self._held += text[len(known) :]
-            self._context, self._read = self._read, len(self._tokens)
+            if len(text) > len(known):  # a token without text is no context
+                self._context, self._read = self._read, len(self._tokens)
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
