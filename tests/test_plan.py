@@ -81,14 +81,13 @@ def test_memory_with_checkpointing_is_the_measured_peak(precision: str, monkeypa
 
 
 def close(model: ModelConfig, precision: Any, checkpointing: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the counted peak is within 2 % of the measured; bfloat16 also where the CPU is slow at it."""
+    """Whether the counted peak is within 2 % of the measured; bfloat16 also on a CPU without its arithmetic."""
     monkeypatch.setattr(parallel, "dtype", lambda name, _: {"bf16": torch.bfloat16, "fp32": torch.float32}[name])
     cfg = PretrainConfig(
         Path(), (), model=model, seq_len=400, batch_size=6, micro_batch_size=3, steps=2, precision=precision
     )
     counted = plan.memory(model, 400, 3, checkpointing=checkpointing, precision=precision).total
     measured = measured_peak(cfg, full=checkpointing == "full")
-    print(f"counted {counted / measured:.4f} of the measured {measured:,}")
     return abs(counted - measured) < 0.02 * measured
 
 
@@ -152,7 +151,7 @@ def test_table_2(size: str, mfu: float) -> None:
 
 
 def test_carbon_of_table_2() -> None:
-    """At each row's own MFU: 539 t, and each row to the printed digits' neighbourhood."""
+    """At each row's own MFU: every row within 0.05 t, and 539 t in all."""
     tonnes = {size: table_2(size, plan.implied_mfu(size)).tonnes for size in LLAMA_2}
     assert tonnes == pytest.approx({size: row.tonnes for size, row in plan.TABLE_2.items()}, abs=0.05)
     assert sum(tonnes.values()) == pytest.approx(539.0, abs=0.1)
@@ -176,7 +175,7 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     for part in (
         "llama2-70b.toml: 68,976,648,192 parameters, 2e+12 tokens",
         "smallest that fits, checkpointing full: FSDP over 512",
-        "what puna pretrain does today, FSDP alone: does not fit",
+        "puna pretrain as it is, FSDP alone: does not fit",
         "keys and values 327,680 bytes a token",
         "1,720,320 GPU-hours at 400 W, 291.42 tCO2eq",
     ):
@@ -197,9 +196,22 @@ def test_a_recipe_and_its_size_are_one_plan(size: str, root: Path) -> None:
 
 
 def test_any_recipe_that_pretrains(root: Path) -> None:
-    assert "what puna pretrain does today, FSDP alone: fits" in plan.run(PlanConfig(root / "recipes/laptop.toml"))
+    assert "puna pretrain as it is, FSDP alone: fits" in plan.run(PlanConfig(root / "recipes/laptop.toml"))
     with pytest.raises(ConfigError, match=r"no table \[pretrain\]"):
         plan.run(PlanConfig(root / "recipes/hh-smollm2.toml"))
+
+
+def test_every_rank_begins_with_the_whole_model(tmp_path: Path) -> None:
+    """Sharded over 1,024 the model would fit; its 81 GB in float32 are no GPU's that has 80."""
+    (tmp_path / "x.toml").write_text(
+        "[pretrain]\nbatch_size = 1024\nmicro_batch_size = 1\n"
+        "[pretrain.model]\ndim = 5120\nn_layers = 64\nn_heads = 40\nn_kv_heads = 40\nffn_hidden = 13824\n"
+    )
+    cfg = PlanConfig(tmp_path / "x.toml", gpus=1024, gpu="h100")
+    training = plan.read(cfg)
+    assert 4 * training.model.n_params() > 80 * plan.GB
+    assert [row.fits for row in plan.options(cfg, training, "none") if row.layout.is_built] == [True]
+    assert "as it is, FSDP alone: does not fit" in plan.run(cfg)
 
 
 def test_a_micro_batch_of_ones_own() -> None:

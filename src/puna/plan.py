@@ -190,7 +190,7 @@ def run(cfg: PlanConfig) -> str:
         [
             _heading(cfg, training),
             _memory_table(cfg, training, plans[cfg.checkpointing]),
-            _verdicts(plans),
+            _verdicts(cfg, training, plans),
             _generation(cfg, training),
             _cost_table(cfg, training, spent),
         ]
@@ -345,14 +345,18 @@ def _tokens(training: Pretraining) -> int:
     return training.steps * training.batch_size * training.seq_len
 
 
-def _verdicts(plans: dict[Checkpointing, list[Option]]) -> str:
-    """The smallest layout that fits, without and with checkpointing, and whether what is built does."""
+def _verdicts(cfg: PlanConfig, training: Pretraining, plans: dict[Checkpointing, list[Option]]) -> str:
+    """The smallest layout that fits, without and with checkpointing, and whether `stages.pretrain` as it is does.
+
+    Each of its ranks builds the whole model on its GPU before it is sharded.
+    """
     lines = []
     for way, rows in plans.items():
         smallest = next((row.layout for row in rows if row.fits), "none")
         lines.append(f"smallest that fits, checkpointing {way}: {smallest}")
-    fits = any(row.fits for row in plans["none"] if row.layout.is_built)
-    return "\n".join([*lines, f"what puna pretrain does today, FSDP alone: {'fits' if fits else 'does not fit'}"])
+    starts = 4 * training.model.n_params() <= _room(cfg)
+    fits = starts and any(row.fits for row in plans["none"] if row.layout.is_built)
+    return "\n".join([*lines, f"puna pretrain as it is, FSDP alone: {'fits' if fits else 'does not fit'}"])
 
 
 def _heading(cfg: PlanConfig, training: Pretraining) -> str:
