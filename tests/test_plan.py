@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from puna import cli, config, optim, parallel, plan
+from puna import cli, config, optim, parallel, plan, recipe
 from puna.config import ConfigError
 from puna.data.shards import Shard
 from puna.model.sizes import LLAMA_2
@@ -283,9 +283,10 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", LLAMA_2)
-def test_recipes_are_the_papers(size: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = str(root / f"recipes/llama2-{size}.toml")
-    cfg = config.load(RecipeConfig, [recipe])
+def test_recipes_are_the_papers(size: str, root: Path) -> None:
+    file = str(root / f"recipes/llama2-{size}.toml")
+    cfg = config.load(RecipeConfig, [file, "--dry-run", "--out", "x"])
+    assert recipe.plan(cfg)[-1].name == "report"
     for key, value in PAPER.items():
         assert functools.reduce(getattr, key.split("."), cfg) == value, key
     for stage in OPTIMIZED:
@@ -301,7 +302,7 @@ def test_recipes_are_the_papers(size: str, root: Path, capsys: pytest.CaptureFix
     rates = {cfg.reward_helpfulness.optim.lr, cfg.reward_safety.optim.lr}
     assert (pretraining.optim.lr, *rates, cfg.ppo.beta) == SIZES[size]
     given = ["--out", "x", "--data", "text.jsonl"]
-    assert config.load(PretrainConfig, [recipe, *given], "pretrain").model == LLAMA_2[size]
+    assert config.load(PretrainConfig, [file, *given], "pretrain").model == LLAMA_2[size]
 
 
 def test_every_number_of_the_recipes_has_its_source(root: Path) -> None:
