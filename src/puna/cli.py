@@ -70,6 +70,7 @@ COMMANDS = {
     "sample": Command("puna.stages.sample", "SampleConfig", "sample", "write answers to prompts in bulk"),
     "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
     "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
+    "plan": Command("puna.plan", "PlanConfig", "plan", "what pretraining takes on a cluster", "recipe"),
     "import": Command("puna.formats.convert", "ImportConfig", "import", "import a model (GGUF, Hugging Face)", "path"),
     "serve": Command("puna.serve.server", "ServeConfig", "serve", "serve OpenAI's API and a web chat", "checkpoint"),
     "chat": Command("puna.serve.terminal", "ChatConfig", "chat", "talk to a model in the terminal", "path"),
