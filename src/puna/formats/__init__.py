@@ -7,8 +7,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from puna.config import DataError
+from puna.config import ConfigError, DataError
 from puna.model.transformer import ModelConfig, Transformer, rotary_table
+from puna.types import Tokenizer
+
+LARGEST = {"n_layers": 1024, "max_seq_len": 1 << 24}
+"""Beyond any Llama. Layers are modules and positions a table, made before a tensor could prove a shape wrong."""
+
+
+def check_shape(config: ModelConfig, source: Path) -> None:
+    """ConfigError where a file asks for more layers or positions than any model has."""
+    for key, most in LARGEST.items():
+        if getattr(config, key) > most:
+            raise ConfigError(f"{source}: {key} {getattr(config, key)} is absurd: no Llama has more than {most}")
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, source: Path) -> None:
+    """ConfigError where the tokenizer has ids that the model has not: it is another model's."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"{source}: its tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}: it is another "
+            "model's"
+        )
 
 
 def build(config: ModelConfig, weights: dict[str, Tensor], source: Path, *, has_output: bool = True) -> Transformer:

@@ -5,6 +5,7 @@
     generation_config.json  a chat model's BOS, EOS and padding
     tokenizer.model | tokenizer.json + tokenizer_config.json
     puna.json               where the model comes from: whatever the caller says
+    README.md               the model card, where the caller gives one
 
 Two things differ from Meta's layout: the names, and the rows of wq and wk. Meta rotates neighbouring pairs of a
 head's numbers, Hugging Face the first half with the second, so that rows are reordered on the way in and out.
@@ -12,11 +13,9 @@ head's numbers, Hugging Face the first half with the second, so that rows are re
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,14 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from puna import parallel
 from puna.config import ConfigError, DataError
-from puna.formats import build
+from puna.formats import build, check_shape
+from puna.formats.folders import replacing, standing
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text.tokenizer import Tokenizer
 
 CAUSAL, CLASSIFIER = "LlamaForCausalLM", "LlamaForSequenceClassification"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
 REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -64,16 +64,17 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
     provenance: dict[str, Any] | None = None,
+    card: str | None = None,
 ) -> None:
     """Write a chat model's folder, whole or not at all; an older one of that name is replaced. All ranks call it.
 
-    `dtype` None keeps the weights' own. `provenance` (JSON-ready: parents, stage, step, ...) becomes puna.json.
+    `dtype` None keeps the weights' own. `provenance` (JSON-ready: parents, stage, step, ...) becomes puna.json, `card` README.md.
     """
     weights = _full_weights(model)
     if parallel.is_main():
         ids = _control_ids(tokenizer)
         files = {"config.json": _describe(model.config, tokenizer, CAUSAL), "generation_config.json": ids}
-        _write(folder, files, _to_hugging_face(weights, model.config), tokenizer, dtype, provenance)
+        _write(folder, files, _to_hugging_face(weights, model.config), tokenizer, dtype, provenance, card)
     parallel.barrier()
 
 
@@ -84,6 +85,7 @@ def save_reward_model(
     *,
     dtype: torch.dtype | None = None,
     provenance: dict[str, Any] | None = None,
+    card: str | None = None,
 ) -> None:
     """Write a reward model's folder as `save_model` does.
 
@@ -95,13 +97,13 @@ def save_reward_model(
         body = {name.removeprefix("body."): tensor for name, tensor in weights.items()}
         files = {"config.json": _describe(model.config, tokenizer, CLASSIFIER) | {"num_labels": 1}}
         tensors = _to_hugging_face(body, model.config) | {"score.weight": score}
-        _write(folder, files, tensors, tokenizer, dtype, provenance)
+        _write(folder, files, tensors, tokenizer, dtype, provenance, card)
     parallel.barrier()
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     """Read a Llama in a Hugging Face folder. ConfigError where it is another kind of model, DataError where damaged."""
-    folder = _standing(folder)
+    folder = standing(folder)
     config = read_config(folder, CAUSAL)
     weights = _from_hugging_face(_read_weights(folder, dtype), config, folder)
     if config.tie_embeddings:
@@ -111,7 +113,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
 
 def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32) -> RewardModel:
     """Read a reward model: a LlamaForSequenceClassification with one label. Errors as `load_model`."""
-    folder = _standing(folder)
+    folder = standing(folder)
     config = read_config(folder, CLASSIFIER)
     tensors = _read_weights(folder, dtype)
     score = tensors.pop("score.weight", None)
@@ -148,7 +150,7 @@ def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
         if present:
             raise ConfigError(f"{path}: {key} {config.get(key, rope)} is not supported: Llama 2 has none like it")
     heads = config["num_attention_heads"]
-    return ModelConfig(
+    shape = ModelConfig(
         dim=config["hidden_size"],
         n_layers=config["num_hidden_layers"],
         n_heads=heads,
@@ -160,6 +162,8 @@ def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
         tie_embeddings=config.get("tie_word_embeddings", False),
     )
+    check_shape(shape, path)
+    return shape
 
 
 def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
@@ -219,11 +223,11 @@ def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every tensor of the folder's safetensors files."""
     names = [WEIGHTS]
     if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+        names = _indexed(folder / INDEX)
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = folder / name
-        if Path(name).name != name or not path.is_file():
+        if not path.is_file():
             raise ConfigError(f"{path}: no such file: Puna reads weights from safetensors files, never from pickles")
         try:
             with safetensors.safe_open(path, "pt") as file:
@@ -231,6 +235,18 @@ def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
         except safetensors.SafetensorError as error:
             raise DataError(f"{path}: truncated or damaged: {error}") from error
     return tensors
+
+
+def _indexed(path: Path) -> list[str]:
+    """The files that an index names, which must lie beside it."""
+    try:
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{path}: not an index of safetensors files: it needs a weight_map of names") from error
+    if outside:
+        raise ConfigError(f"{path}: refused, it names {outside[0]!r}, which does not lie in its folder")
+    return names
 
 
 def _full_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -282,47 +298,18 @@ def _write(
     tokenizer: Tokenizer,
     dtype: torch.dtype | None,
     provenance: dict[str, Any] | None,
+    card: str | None,
 ) -> None:
-    """Write under a temporary name, sync, rename."""
-    _tidy(folder)
     tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
     files["config.json"]["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     files["puna.json"] = provenance or {}
-    temporary, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("tmp", "old"))
-    temporary.mkdir(parents=True)
-    try:
+    with replacing(folder) as made:
         for name, content in files.items():
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(temporary)
-        _save_tensors(tensors, temporary / WEIGHTS)
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    finally:
-        _tidy(folder)
-
-
-def _tidy(folder: Path) -> None:
-    """After a save, finished or killed: an older folder that has lost its name gets it back, the rest is removed."""
-    for old in _leftovers(folder, "old"):
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(folder)
-    for temporary in _leftovers(folder, "tmp"):
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _standing(folder: Path) -> Path:
-    """Where the folder's files are: in itself, or, should a save have been killed between its two renames, aside."""
-    return folder if folder.exists() else next(iter(_leftovers(folder, "old")), folder)
-
-
-def _leftovers(folder: Path, what: str) -> list[Path]:
-    return sorted(folder.parent.glob(f".{glob.escape(folder.name)}.{what}-*"))
+            (made / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if card is not None:
+            (made / CARD).write_text(card, encoding="utf-8")
+        tokenizer.save(made)
+        _save_tensors(tensors, made / WEIGHTS)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
