@@ -24,11 +24,9 @@ def check_shape(config: ModelConfig, source: Path) -> None:
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, source: Path) -> None:
     """ConfigError where the tokenizer has ids that the model has not: it is another model's."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"{source}: its tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}: it is another "
-            "model's"
-        )
+    ids, most = tokenizer.vocab_size, config.vocab_size
+    if ids > most:
+        raise ConfigError(f"{source}: its tokenizer has {ids} ids, the model only {most}: it is another model's")
 
 
 def build(config: ModelConfig, weights: dict[str, Tensor], source: Path, *, has_output: bool = True) -> Transformer:

@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import zipfile
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,16 +53,8 @@ def load(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Transfor
     ConfigError where the file asks for what Llama 2's architecture or our tokenizers do not have, DataError where it
     is damaged.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ConfigError("reading GGUF needs the gguf package: pip install 'puna[hf]'") from error
     file = find(path)
-    try:
-        reader = gguf.GGUFReader(file)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not a complete GGUF file: {error}") from error
+    gguf, reader, metadata = _open(file)
     shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
     config = _config(metadata, shapes, file)
     tokenizer = _tokenizer(metadata, file)
@@ -73,6 +66,39 @@ def load(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Transfor
             raise ConfigError(f"{file}: {tensor.name} is {tensor.tensor_type.name}, which cannot be read") from error
         weights[_meta_name(tensor.name, file)] = torch.tensor(values, dtype=dtype)
     return build(config, weights, file), tokenizer
+
+
+class Header(NamedTuple):
+    """What a file says of itself before its numbers."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    types: dict[str, int]
+    """How many tensors are F32, Q4_K, ..."""
+    license: str
+
+
+def read_header(path: Path | str) -> Header:
+    """The shape, the tokenizer and the licence of a file, without its weights. Errors as `load`."""
+    file = find(path)
+    _, reader, metadata = _open(file)
+    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+    types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    license = str(metadata.get("general.license", ""))
+    return Header(_config(metadata, shapes, file), _tokenizer(metadata, file), dict(types), license)
+
+
+def _open(file: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The package, its reader, and the file's metadata."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ConfigError("reading GGUF needs the gguf package: pip install 'puna[hf]'") from error
+    try:
+        reader = gguf.GGUFReader(file)
+        return gguf, reader, {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: not a complete GGUF file: {error}") from error
 
 
 def save(
@@ -102,11 +128,7 @@ def save(
             writer.add_license(license)
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "fp32" else f"MOSTLY_{kind.name}"])
         _add_shape(writer, config)
-        for key, value in vocabulary.items():
-            add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}.get(
-                type(value), writer.add_array
-            )
-            add(f"tokenizer.{key}", value)
+        _add_vocabulary(writer, vocabulary)
         for meta_name, tensor in model.state_dict().items():
             if meta_name == "output.weight" and config.tie_embeddings:
                 continue
@@ -225,6 +247,18 @@ def _add_shape(writer: Any, config: ModelConfig) -> None:
     writer.add_vocab_size(config.vocab_size)
 
 
+def _add_vocabulary(writer: Any, vocabulary: dict[str, Any]) -> None:
+    for key, value in vocabulary.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_array(key, value)
+
+
 def _tokenizer(metadata: dict[str, Any], file: Path) -> Tokenizer:
     kind = metadata.get("tokenizer.ggml.model")
     try:
@@ -277,7 +311,7 @@ def _byte_level(metadata: dict[str, Any], file: Path) -> Tokenizer:
 
 
 def _vocabulary(tokenizer: Tokenizer, config: ModelConfig, file: Path) -> dict[str, Any]:
-    """The tokenizer as GGUF's keys (after "tokenizer."). Ids that the model has beyond it become unused tokens.
+    """The tokenizer as GGUF's keys. Ids that the model has beyond it become unused tokens.
 
     llama.cpp puts BOS before a text unless told otherwise; in ChatML it opens a turn, and is never put.
     """
@@ -290,18 +324,18 @@ def _vocabulary(tokenizer: Tokenizer, config: ModelConfig, file: Path) -> dict[s
         assert isinstance(tokenizer, HuggingFaceTokenizer), tokenizer
         columns = _byte_level_columns(tokenizer, file)
         template = tokenizer.config.get("chat_template") or chat.TEMPLATES[tokenizer.chat_format]
-    extra = [f"[PAD{i}]" for i in range(len(columns["ggml.tokens"]), config.vocab_size)]
-    columns["ggml.tokens"] += extra
-    columns["ggml.token_type"] += [UNUSED] * len(extra)
-    if "ggml.scores" in columns:
-        columns["ggml.scores"] += [-1000.0] * len(extra)  # As llama.cpp's converter scores what never comes.
+    extra = [f"[PAD{i}]" for i in range(len(columns["tokenizer.ggml.tokens"]), config.vocab_size)]
+    columns["tokenizer.ggml.tokens"] += extra
+    columns["tokenizer.ggml.token_type"] += [UNUSED] * len(extra)
+    if "tokenizer.ggml.scores" in columns:
+        columns["tokenizer.ggml.scores"] += [-1000.0] * len(extra)  # As llama.cpp's converter scores what never comes.
     return columns | {
-        "ggml.bos_token_id": tokenizer.bos_id,
-        "ggml.eos_token_id": tokenizer.eos_id,
-        "ggml.padding_token_id": tokenizer.pad_id,
-        "ggml.add_bos_token": tokenizer.chat_format == "llama2",
-        "ggml.add_eos_token": False,
-        "chat_template": template,
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
+        "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
+        "tokenizer.ggml.add_bos_token": tokenizer.chat_format == "llama2",
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.chat_template": template,
     }
 
 
@@ -311,12 +345,12 @@ def _sentencepiece_columns(tokenizer: SentencePieceTokenizer, file: Path) -> dic
         raise ConfigError(f"{file}: GGUF takes SentencePiece models of type BPE without normalisation, as Llama's is")
     tokens, scores, kinds = (list(column) for column in zip(*read.pieces, strict=True))
     return {
-        "ggml.model": "llama",
-        "ggml.tokens": tokens,
-        "ggml.scores": scores,
-        "ggml.token_type": kinds,
-        "ggml.unknown_token_id": next((i for i, kind in enumerate(kinds) if kind == UNKNOWN), 0),
-        "ggml.add_space_prefix": read.dummy_prefix,
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.unknown_token_id": next((i for i, kind in enumerate(kinds) if kind == UNKNOWN), 0),
+        "tokenizer.ggml.add_space_prefix": read.dummy_prefix,
     }
 
 
@@ -337,11 +371,11 @@ def _byte_level_columns(tokenizer: HuggingFaceTokenizer, file: Path) -> dict[str
     count = tokenizer.vocab_size
     kinds = [_kind(outside.get(i)) for i in range(count)]
     return {
-        "ggml.model": "gpt2",
-        "ggml.pre": split,
-        "ggml.tokens": [ids.get(i, f"[PAD{i}]") for i in range(count)],
-        "ggml.token_type": [kind if i in ids else UNUSED for i, kind in enumerate(kinds)],
-        "ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": split,
+        "tokenizer.ggml.tokens": [ids.get(i, f"[PAD{i}]") for i in range(count)],
+        "tokenizer.ggml.token_type": [kind if i in ids else UNUSED for i, kind in enumerate(kinds)],
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
     }
 
 

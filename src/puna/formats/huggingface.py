@@ -35,6 +35,7 @@ from puna.text.tokenizer import Tokenizer
 
 CAUSAL, CLASSIFIER = "LlamaForCausalLM", "LlamaForSequenceClassification"
 WEIGHTS, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
+PROVENANCE = "puna.json"
 REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -68,7 +69,8 @@ def save_model(
 ) -> None:
     """Write a chat model's folder, whole or not at all; an older one of that name is replaced. All ranks call it.
 
-    `dtype` None keeps the weights' own. `provenance` (JSON-ready: parents, stage, step, ...) becomes puna.json, `card` README.md.
+    `dtype` None keeps the weights' own. `provenance` (JSON-ready: parents, stage, step, ...) becomes puna.json,
+    `card` README.md.
     """
     weights = _full_weights(model)
     if parallel.is_main():
@@ -219,16 +221,21 @@ def _from_hugging_face(tensors: dict[str, Tensor], config: ModelConfig, folder: 
     return weights
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model. ConfigError where one is missing or lies elsewhere."""
+    names = _indexed(folder / INDEX) if (folder / INDEX).is_file() else [WEIGHTS]
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{folder / name}: no such file: Puna reads weights from safetensors files, never from pickles"
+            )
+    return [folder / name for name in names]
+
+
 def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every tensor of the folder's safetensors files."""
-    names = [WEIGHTS]
-    if (folder / INDEX).is_file():
-        names = _indexed(folder / INDEX)
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file: Puna reads weights from safetensors files, never from pickles")
+    for path in weight_files(folder):
         try:
             with safetensors.safe_open(path, "pt") as file:
                 tensors |= {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118  not a dict
@@ -302,7 +309,7 @@ def _write(
 ) -> None:
     tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
     files["config.json"]["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    files["puna.json"] = provenance or {}
+    files[PROVENANCE] = provenance or {}
     with replacing(folder) as made:
         for name, content in files.items():
             (made / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

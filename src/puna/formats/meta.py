@@ -16,8 +16,9 @@ import hashlib
 import json
 import pickle
 import re
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,17 @@ def is_meta(path: Path) -> bool:
     return (path / PARAMS).is_file() or any(SHARD.fullmatch(file.name) for file in path.glob("*.pth"))
 
 
+class Header(NamedTuple):
+    """What a folder says of itself before its numbers; `types` counts the tensors of each type in a shard."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    files: list[Path]
+    types: dict[str, int]
+    md5: dict[str, str]
+    """Of each file that checklist.chk has a line of."""
+
+
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
     """Read model and tokenizer, whatever the number of shards.
 
@@ -51,19 +63,31 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Transformer,
     checklist.chk says, or does not fit the others. No pickle of theirs is run.
     """
     folder = standing(folder)
+    _verify(folder, [folder / PARAMS, *_shard_files(folder)])
+    config, tokenizer, files, shards = _open(folder)
+    return build(config, _merge(shards, files, dtype), folder), tokenizer
+
+
+def read_header(folder: Path) -> Header:
+    """The shape, the tokenizer and the files of a folder; their MD5 is not compared. Errors as `load`."""
+    config, tokenizer, files, shards = _open(folder)
+    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in shards[0].values())
+    return Header(config, tokenizer, files, dict(types), _read_checklist(folder))
+
+
+def _open(folder: Path) -> tuple[ModelConfig, Tokenizer, list[Path], list[dict[str, Tensor]]]:
+    """Shape, tokenizer, files, and their tensors, mapped: all that can be checked before the weights are read."""
     files = _shard_files(folder)
     params = _read_params(folder / PARAMS)
-    _verify(folder, [folder / PARAMS, *files])
     tokenizer = _load_tokenizer(folder)
     shards = [_read_shard(file) for file in files]
     config = _config(params, shards[0], folder)
-    if params["vocab_size"] == -1 and tokenizer.vocab_size != config.vocab_size:
-        raise ConfigError(
-            f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: it is another model's"
-        )
+    ids, most = tokenizer.vocab_size, config.vocab_size
+    if params["vocab_size"] == -1 and ids != most:
+        raise ConfigError(f"{folder}: its tokenizer has {ids} ids, the model {most}: it is another model's")
     check_vocabulary(tokenizer, config, folder)
     _check_count(shards[0], config, files)
-    return build(config, _merge(shards, files, dtype), folder), tokenizer
+    return config, tokenizer, files, shards
 
 
 def save(
@@ -178,12 +202,17 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizers.load(found[0])
 
 
+def _read_checklist(folder: Path) -> dict[str, str]:
+    """File name -> MD5; {} where there is no checklist.chk."""
+    if not (folder / CHECKLIST).is_file():
+        return {}
+    lines = (folder / CHECKLIST).read_text(encoding="utf-8", errors="replace").splitlines()
+    return {name.strip().lstrip("*"): digest for digest, _, name in (line.partition(" ") for line in lines)}
+
+
 def _verify(folder: Path, files: list[Path]) -> None:
     """DataError where a file is not the one that checklist.chk, if there is one, was made of."""
-    if not (folder / CHECKLIST).is_file():
-        return
-    lines = (folder / CHECKLIST).read_text(encoding="utf-8", errors="replace").splitlines()
-    expected = {name.strip().lstrip("*"): digest for digest, _, name in (line.partition(" ") for line in lines)}
+    expected = _read_checklist(folder)
     for path in files:
         if path.name in expected and _md5(path) != expected[path.name]:
             raise DataError(f"{path} is damaged: its MD5 is not that of {CHECKLIST}; get it again")

@@ -41,7 +41,7 @@ def sentencepiece_model(
 
 
 def read_pieces(model: bytes) -> Pieces:
-    """`sentencepiece_model`, undone, for any SentencePiece model. Absent fields have the defaults of the .proto file."""
+    """`sentencepiece_model`, undone, for any SentencePiece model; absent fields have the .proto file's defaults."""
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, bytes | int] = {}
     normalizer: dict[int, bytes | int] = {}
