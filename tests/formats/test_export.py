@@ -279,7 +279,7 @@ def test_a_damaged_index_is_named(content: str, source: Path) -> None:
 def test_absurd_sizes_in_a_config_are_refused(changes: dict[str, int], source: Path) -> None:
     read = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**read, "head_dim": None, **changes}))
-    with pytest.raises((ConfigError, DataError), match="source.*(absurd|shape)"):
+    with pytest.raises((ConfigError, DataError), match=r"source.*(absurd|shape)"):
         find.load(source)
 
 

