@@ -74,7 +74,8 @@ def newest_model(run: Path) -> Path | None:
 
 def architectures(folder: Path) -> list[str]:
     """What a model folder's config.json says it holds; [] for other folders, a run's with its own config.json too."""
-    return list(read_object(folder / "config.json").get("architectures", []))
+    named = read_object(folder / "config.json").get("architectures")
+    return [str(name) for name in named] if isinstance(named, list) else []
 
 
 def read_object(path: Path) -> dict[str, Any]:

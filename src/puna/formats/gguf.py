@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from puna.config import ConfigError, DataError
-from puna.formats import build, check_shape
+from puna.formats import build, shape_of
 from puna.formats.pieces import CONTROL, NORMAL, UNKNOWN, UNUSED, read_pieces, sentencepiece_model
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text import chat
@@ -216,7 +216,8 @@ def _config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]], file: 
     for name, plain in (("rope.scaling.type", "none"), ("expert_count", 0), ("rope.dimension_count", dim // heads)):
         if value(name, plain) != plain:
             raise ConfigError(f"{file}: llama.{name} {value(name)!r} is not supported: Llama 2 has none like it")
-    shape = ModelConfig(
+    return shape_of(
+        file,
         dim=dim,
         n_layers=value("block_count"),
         n_heads=heads,
@@ -230,8 +231,6 @@ def _config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]], file: 
         rope_theta=value("rope.freq_base", 10000.0),
         tie_embeddings="output.weight" not in shapes,
     )
-    check_shape(shape, file)
-    return shape
 
 
 def _add_shape(writer: Any, config: ModelConfig) -> None:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from puna import parallel
 from puna.config import ConfigError, DataError
-from puna.formats import build, check_shape
+from puna.formats import build, shape_of
 from puna.formats.folders import replacing, standing
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
@@ -135,36 +135,38 @@ def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
         config: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from error
-    if architecture not in config.get("architectures", []):
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: not a JSON object")
+    if architecture not in (config.get("architectures") or []):
         raise ConfigError(f"{path}: architectures is {config.get('architectures')}, expected {architecture}")
     if missing := [key for key in REQUIRED if key not in config]:
         raise ConfigError(f"{path}: {', '.join(missing)} is missing")
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters")
+    rope = rope if isinstance(rope, dict) else {}
+    shape = shape_of(
+        path,
+        dim=config["hidden_size"],
+        n_layers=config["num_hidden_layers"],
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        vocab_size=config["vocab_size"],
+        ffn_hidden=config["intermediate_size"],
+        max_seq_len=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
     unsupported = {
         "rope_scaling": config.get("rope_scaling") or rope.get("rope_type", "default") != "default",
         "attention_bias": config.get("attention_bias"),
         "mlp_bias": config.get("mlp_bias"),
         "quantization_config": config.get("quantization_config"),
         "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "head_dim": config.get("head_dim", 0) not in (None, 0, config["hidden_size"] // config["num_attention_heads"]),
+        "head_dim": config.get("head_dim", 0) not in (None, 0, shape.head_dim),
     }
     for key, present in unsupported.items():
         if present:
             raise ConfigError(f"{path}: {key} {config.get(key, rope)} is not supported: Llama 2 has none like it")
-    heads = config["num_attention_heads"]
-    shape = ModelConfig(
-        dim=config["hidden_size"],
-        n_layers=config["num_hidden_layers"],
-        n_heads=heads,
-        n_kv_heads=config.get("num_key_value_heads") or heads,
-        vocab_size=config["vocab_size"],
-        ffn_hidden=config["intermediate_size"],
-        max_seq_len=config["max_position_embeddings"],
-        norm_eps=config["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        tie_embeddings=config.get("tie_word_embeddings", False),
-    )
-    check_shape(shape, path)
     return shape
 
 

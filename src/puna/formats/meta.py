@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from puna.config import ConfigError, DataError
-from puna.formats import build, check_shape, check_vocabulary
+from puna.formats import build, check_vocabulary, shape_of
 from puna.formats.folders import replacing, standing
 from puna.model.sizes import ffn_hidden
 from puna.model.transformer import ModelConfig, Transformer
@@ -165,33 +165,27 @@ def _config(params: dict[str, Any], shard: dict[str, Tensor], folder: Path) -> M
     embeddings = shard.get("tok_embeddings.weight")
     if embeddings is None or embeddings.ndim != 2:
         raise DataError(f"{folder}: the tensor tok_embeddings.weight is missing")
-    try:
-        config = ModelConfig(
-            dim=params["dim"],
-            n_layers=params["n_layers"],
-            n_heads=params["n_heads"],
-            n_kv_heads=params["n_kv_heads"],
-            vocab_size=len(embeddings) if params["vocab_size"] == -1 else params["vocab_size"],
-            ffn_hidden=ffn_hidden(params["dim"], params["multiple_of"], params["ffn_dim_multiplier"]),
-            max_seq_len=_context(folder),
-            norm_eps=params["norm_eps"],
-            rope_theta=float(params["rope_theta"]),
-        )
-    except ConfigError as error:
-        raise ConfigError(f"{folder / PARAMS}: {error}") from error
-    check_shape(config, folder / PARAMS)
-    return config
+    return shape_of(
+        folder / PARAMS,
+        dim=params["dim"],
+        n_layers=params["n_layers"],
+        n_heads=params["n_heads"],
+        n_kv_heads=params["n_kv_heads"],
+        vocab_size=len(embeddings) if params["vocab_size"] == -1 else params["vocab_size"],
+        ffn_hidden=ffn_hidden(params["dim"], params["multiple_of"], params["ffn_dim_multiplier"]),
+        max_seq_len=_context(folder),
+        norm_eps=params["norm_eps"],
+        rope_theta=params["rope_theta"],
+    )
 
 
-def _context(folder: Path) -> int:
+def _context(folder: Path) -> Any:
     """The context that our own export noted, or Llama 2's."""
     path = folder / PROVENANCE
     try:
         context = json.loads(path.read_bytes()).get("max_seq_len", CONTEXT) if path.is_file() else CONTEXT
     except (ValueError, AttributeError) as error:
         raise DataError(f"{path}: not a JSON object: {error}") from error
-    if not isinstance(context, int):
-        raise DataError(f"{path}: max_seq_len is {context!r}, which is no number of tokens")
     return context
 
 
