@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from puna.formats import export, find, huggingface, meta
+from puna.formats import export, find, huggingface, meta, tokenizer_json
 from puna.formats.export import ExportConfig
 from puna.model.reward import RewardModel
 from puna.text import chat
+from puna.text import tokenizer as tokenizers
+from puna.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from tests import helpers
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -82,3 +86,60 @@ def test_transformers_reads_the_card(tmp_path: Path) -> None:
     assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "transformers", "text-generation")
     assert data.tags == ["llama", "puna"]
     huggingface.load_model(tmp_path / "out")
+
+
+# Tokenizers ----------------------------------------------------------------------------------------------------------
+
+HOSTILE = (
+    "",
+    " ",
+    "  two  spaces \n\t",
+    "¿Qué? 你好 🦙",
+    "</s><s><unk><0x0A>",
+    "\u2581under",
+    "\x00\x7f",
+    "aaaaaaaaaaa",
+    "e\u0301",
+)
+
+
+def theirs_of(tokenizer: Tokenizer, folder: Path) -> transformers.PreTrainedTokenizerFast:
+    """The tokenizer that transformers makes of our tokenizer.json alone."""
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    for name, text in tokenizer_json.files(tokenizer).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+TEXT_IS_TEXT = {"add_special_tokens": False, "split_special_tokens": True}
+
+
+def test_transformers_reads_our_tokenizer(tmp_path: Path) -> None:
+    ours = helpers.tokenizer()
+    theirs = theirs_of(ours, tmp_path)
+    for text in (*HOSTILE, *helpers.sentences(50), " ".join(helpers.sentences(9))):
+        ids = ours.encode(text)
+        assert theirs.encode(text, **TEXT_IS_TEXT) == ids, text
+        assert theirs.decode(ids) == ours.decode(ids), text
+    assert theirs.encode("the llama") == [ours.bos_id, *ours.encode("the llama")]
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
+
+
+def test_the_template_gives_our_ids(tmp_path: Path) -> None:
+    helpers.talker_folder(tmp_path / "model")
+    export.run(ExportConfig(tmp_path / "model", tmp_path / "out"))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizers.load(tmp_path / "out").sha256 == helpers.tokenizer().sha256
+    for dialog in helpers.dialogs(6):
+        for messages in (dialog[:-1], [helpers.system("Answer shortly."), *dialog[:-1]]):
+            ids = theirs(theirs.apply_chat_template(messages, tokenize=False), add_special_tokens=False)["input_ids"]
+            assert ids == chat.encode_prompt(messages, helpers.tokenizer())
+
+
+@pytest.mark.shared_data
+def test_llama_2s_own_tokenizer(shared: Path, tmp_path: Path) -> None:
+    theirs = theirs_of(tokenizers.load(shared / "data/tokenizer/llama2_tokenizer.model"), tmp_path)
+    with gzip.open(shared / "data/tokenizer/llama2_reference_encodings.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    assert len(rows) > 600
+    assert [theirs.encode(row["text"], **TEXT_IS_TEXT) for row in rows] == [row["ids"] for row in rows]

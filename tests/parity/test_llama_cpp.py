@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from puna.formats import gguf
+from puna.formats import gguf, llama2c
 from puna.model.transformer import Transformer
 from puna.text import chat
+from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 from puna.types import Dialog
 from tests import helpers
@@ -91,6 +94,27 @@ def test_its_8_bits_are_read_as_ours(tmp_path: Path) -> None:
         expected = again(torch.tensor([prompt]))[0].detach()
         assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
         assert logits[-1].argmax() == expected[-1].argmax()
+
+
+@pytest.mark.shared_data
+def test_a_trained_model_and_llama_2s_tokenizer(shared: Path, tmp_path: Path) -> None:
+    """stories260K tells the story that llama2.c tells; every reference text has Llama 2's own ids."""
+    folder = shared / "data/tiny_model"
+    model = llama2c.load_model(folder / "stories260K.bin")
+    tokenizer: Tokenizer = llama2c.load_tokenizer(folder / "stories260K_tok512.bin", 512)
+    gguf.save(model, tokenizer, tmp_path / "stories.gguf")
+    for runner in opened(tmp_path / "stories.gguf"):
+        text = tokenizer.decode(theirs(runner, [tokenizer.bos_id], 200))
+        assert text.strip() == (folder / "stories260K_expected_greedy_200.txt").read_text().strip()
+
+    tokenizer = tokenizers.load(shared / "data/tokenizer/llama2_tokenizer.model")
+    model = helpers.model(vocab_size=32000, n_layers=1, tie_embeddings=True)
+    gguf.save(model, tokenizer, tmp_path / "llama.gguf")
+    with gzip.open(shared / "data/tokenizer/llama2_reference_encodings.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    for runner in opened(tmp_path / "llama.gguf"):
+        ids = [runner.tokenize(row["text"].encode(), add_bos=False, special=False) for row in rows]
+        assert ids == [row["ids"] for row in rows]
 
 
 def test_smollm2(tmp_path: Path) -> None:

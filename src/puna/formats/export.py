@@ -9,11 +9,12 @@ from typing import Any, Literal
 import torch
 
 from puna.config import ConfigError
-from puna.formats import find, gguf, huggingface, meta
+from puna.formats import find, gguf, huggingface, meta, tokenizer_json
 from puna.formats.card import card
 from puna.formats.find import Opened
 from puna.formats.lineage import Step, license_of, trace
 from puna.model.reward import RewardModel
+from puna.text.tokenizer import SentencePieceTokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -74,11 +75,11 @@ def _check(cfg: ExportConfig) -> None:
 def _save_hugging_face(cfg: ExportConfig, opened: Opened, license: str, provenance: dict[str, Any]) -> None:
     own = Step(cfg.out, provenance, {}, {})
     steps = [own] if find.is_gguf(opened.source) else trace(opened.source)
-    text = card(opened.model, cfg.out.resolve().name, steps, license)
-    dtype = DTYPES[cfg.dtype]
+    texts = {"README.md": card(opened.model, cfg.out.resolve().name, steps, license)}
+    if isinstance(opened.tokenizer, SentencePieceTokenizer):
+        texts |= tokenizer_json.files(opened.tokenizer)
+    options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "provenance": provenance, "texts": texts}
     if isinstance(opened.model, RewardModel):
-        huggingface.save_reward_model(
-            opened.model, opened.tokenizer, cfg.out, dtype=dtype, provenance=provenance, card=text
-        )
+        huggingface.save_reward_model(opened.model, opened.tokenizer, cfg.out, **options)
     else:
-        huggingface.save_model(opened.model, opened.tokenizer, cfg.out, dtype=dtype, provenance=provenance, card=text)
+        huggingface.save_model(opened.model, opened.tokenizer, cfg.out, **options)

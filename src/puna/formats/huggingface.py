@@ -5,7 +5,7 @@
     generation_config.json  a chat model's BOS, EOS and padding
     tokenizer.model | tokenizer.json + tokenizer_config.json
     puna.json               where the model comes from: whatever the caller says
-    README.md               the model card, where the caller gives one
+    README.md               of an export: the model card; a tokenizer.json beside tokenizer.model comes with it
 
 Two things differ from Meta's layout: the names, and the rows of wq and wk. Meta rotates neighbouring pairs of a
 head's numbers, Hugging Face the first half with the second, so that rows are reordered on the way in and out.
@@ -34,7 +34,7 @@ from puna.model.transformer import ModelConfig, Transformer
 from puna.text.tokenizer import Tokenizer
 
 CAUSAL, CLASSIFIER = "LlamaForCausalLM", "LlamaForSequenceClassification"
-WEIGHTS, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROVENANCE = "puna.json"
 REQUIRED = (
     "hidden_size",
@@ -65,18 +65,18 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
     provenance: dict[str, Any] | None = None,
-    card: str | None = None,
+    texts: dict[str, str] | None = None,
 ) -> None:
     """Write a chat model's folder, whole or not at all; an older one of that name is replaced. All ranks call it.
 
-    `dtype` None keeps the weights' own. `provenance` (JSON-ready: parents, stage, step, ...) becomes puna.json,
-    `card` README.md.
+    `dtype` None keeps the weights' own. `provenance` (JSON-ready: parents, stage, step, ...) becomes puna.json.
+    `texts` are further files by name, such as the model card.
     """
     weights = _full_weights(model)
     if parallel.is_main():
         ids = _control_ids(tokenizer)
         files = {"config.json": _describe(model.config, tokenizer, CAUSAL), "generation_config.json": ids}
-        _write(folder, files, _to_hugging_face(weights, model.config), tokenizer, dtype, provenance, card)
+        _write(folder, files, _to_hugging_face(weights, model.config), tokenizer, dtype, provenance, texts)
     parallel.barrier()
 
 
@@ -87,7 +87,7 @@ def save_reward_model(
     *,
     dtype: torch.dtype | None = None,
     provenance: dict[str, Any] | None = None,
-    card: str | None = None,
+    texts: dict[str, str] | None = None,
 ) -> None:
     """Write a reward model's folder as `save_model` does.
 
@@ -99,7 +99,7 @@ def save_reward_model(
         body = {name.removeprefix("body."): tensor for name, tensor in weights.items()}
         files = {"config.json": _describe(model.config, tokenizer, CLASSIFIER) | {"num_labels": 1}}
         tensors = _to_hugging_face(body, model.config) | {"score.weight": score}
-        _write(folder, files, tensors, tokenizer, dtype, provenance, card)
+        _write(folder, files, tensors, tokenizer, dtype, provenance, texts)
     parallel.barrier()
 
 
@@ -307,7 +307,7 @@ def _write(
     tokenizer: Tokenizer,
     dtype: torch.dtype | None,
     provenance: dict[str, Any] | None,
-    card: str | None,
+    texts: dict[str, str] | None,
 ) -> None:
     tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
     files["config.json"]["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -315,8 +315,8 @@ def _write(
     with replacing(folder) as made:
         for name, content in files.items():
             (made / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if card is not None:
-            (made / CARD).write_text(card, encoding="utf-8")
+        for name, text in (texts or {}).items():
+            (made / name).write_text(text, encoding="utf-8")
         tokenizer.save(made)
         _save_tensors(tensors, made / WEIGHTS)
 

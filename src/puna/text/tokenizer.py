@@ -40,8 +40,9 @@ class SentencePieceTokenizer:
         self.eos_id = self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError("it defines no BOS or no EOS")
-        pad, unk = self._processor.pad_id(), self._processor.unk_id()
-        self.pad_id = pad if pad >= 0 and pad != self.eos_id else unk
+        self.unk_id: int = self._processor.unk_id()
+        pad = self._processor.pad_id()
+        self.pad_id = pad if pad >= 0 and pad != self.eos_id else self.unk_id
         self.chat_format: ChatFormat = "llama2"
         self.sha256 = hashlib.sha256(model).hexdigest()
         self.serialized = model
