@@ -303,7 +303,8 @@ def test_the_tokenizer_of_another_model_is_refused(name: str, tmp_path: Path) ->
             read()
 
 
-def test_a_folder_of_two_layouts_is_read_as_metas(source: Path, tmp_path: Path) -> None:
-    assert not meta.is_meta(source)
-    export.run(ExportConfig(source, tmp_path / "meta", "meta"))
-    assert meta.is_meta(tmp_path / "meta") and find.load(tmp_path / "meta").source == tmp_path / "meta"
+def test_a_folder_of_two_layouts_is_read_as_hugging_faces(source: Path) -> None:
+    (source / "consolidated.00.pth").write_bytes(b"never read")
+    assert meta.is_meta(source)
+    assert find.load(source).source == source
+    assert looked_at(source)["holds"] == "a Hugging Face folder, LlamaForCausalLM"

@@ -34,7 +34,7 @@ def load(path: Path) -> Opened:
         return Opened(*gguf.load(path), path)
     if (path / checkpoint.MANIFEST).is_file():
         return Opened(*_load_checkpoint(path), path)
-    if meta.is_meta(path):
+    if meta.is_meta(path) and not architectures(path):
         return Opened(*meta.load(path), path)
     folder = model_folder(path)
     tokenizer = tokenizers.load(folder)

@@ -35,10 +35,10 @@ def run(cfg: InspectConfig) -> str:
         raise ConfigError(f"{path}: no such file or folder")
     if (path / checkpoint.MANIFEST).is_file():
         return _table(_checkpoint(path))
-    if meta.is_meta(path):
-        return _table(_meta(path))
     if find.architectures(path):
         return _table(_hugging_face(path))
+    if meta.is_meta(path):
+        return _table(_meta(path))
     models = sorted(file.parent for file in path.rglob("config.json") if find.architectures(file.parent))
     if not models:
         raise ConfigError(
