@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -46,12 +47,12 @@ Decode = Callable[[int], list[int]]
 
 
 def ours(model: PackedTransformer, tokenizer: Tokenizer, prompt: list[int]) -> Decode:
-    """The engine, greedy; the end of the text does not end an answer."""
-    engine = LocalEngine(model, tokenizer, max_batch_size=1)
+    """The engine."""
+    endless: Any = SimpleNamespace(decode=tokenizer.decode, eos_id=-1)  # no token ends an answer
+    engine = LocalEngine(model, endless, max_batch_size=1)
 
     def decode(new: int) -> list[int]:
-        settings = Sampling(temperature=0, max_new_tokens=new, logit_bias={tokenizer.eos_id: -1e9})
-        [[answer]] = engine.complete([prompt], [settings])
+        [[answer]] = engine.complete([prompt], [Sampling(temperature=0, max_new_tokens=new)])
         return answer.tokens
 
     return decode

@@ -6,6 +6,7 @@ installed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Callable
@@ -17,6 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from puna.formats import gguf, huggingface
+from puna.generate import kernel, weights
+from puna.generate import scheduler as schedulers
+from puna.generate.sampling import Sampling
+from puna.generate.scheduler import Scheduler
+from puna.generate.sequence import Request
 from puna.model.transformer import Transformer
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
@@ -95,3 +101,71 @@ def test_its_tokenizer_is_transformers_too(loaded: tuple[Transformer, Tokenizer]
     assert tokenizer.chat_format == "chatml"
     assert "<|im_start|>" in theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
     assert tokenizers.load(tmp_path).sha256 == tokenizer.sha256
+
+
+RAGGED = 64
+HEAD = "You are a herder in the high grassland of Peru. Answer every question about your animals in a short sentence. "
+
+
+@pytest.fixture(scope="module")
+def ragged(loaded: tuple[Transformer, Tokenizer]) -> list[list[int]]:
+    """Prompts of 1 to 127 tokens, half of them with a beginning in common."""
+    tokens = loaded[1].encode(TEXT * 6)
+    head = loaded[1].encode(HEAD * 2)
+    return [(head if i % 2 else []) + tokens[i : i + 1 + i % 32 * (1 + i % 2)] for i in range(RAGGED)]
+
+
+@pytest.fixture(scope="module")
+def greedy(loaded: tuple[Transformer, Tokenizer], ragged: list[list[int]]) -> list[list[int]]:
+    """What the engine says, all prompts at once, 16 tokens each; the plain model is asked whether it would."""
+    answers = run(loaded, ragged)
+    with torch.inference_mode():
+        for prompt, answer in zip(ragged, answers, strict=True):
+            logits = loaded[0](torch.tensor([prompt + answer]))[0, len(prompt) - 1 : -1]
+            said = logits.gather(1, torch.tensor(answer)[:, None]).squeeze(1)
+            assert (logits.amax(-1) - said).max() < 1e-4  # a tie is decided by rounding
+    return answers
+
+
+def run(
+    loaded: tuple[Transformer, Tokenizer], prompts: list[list[int]], model: Transformer | None = None, **settings: int
+) -> list[list[int]]:
+    """Greedy answers of 16 tokens, the end of the text ending none."""
+    settings = {"max_batch_size": RAGGED} | settings
+    scheduler = Scheduler(model or loaded[0], loaded[1].decode, -1, **settings)  # type: ignore[arg-type]
+    sampling = Sampling(temperature=0, max_new_tokens=16)
+    with torch.inference_mode():
+        answers = [scheduler.submit(Request(i, prompt, sampling))[0] for i, prompt in enumerate(prompts)]
+        while scheduler.busy:
+            scheduler.step()
+    return [answer.tokens for answer in answers]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["alone", "other mates", "chunked", "preempted", "compiled"])
+def test_the_engine_says_what_the_plain_model_says(
+    how: str,
+    loaded: tuple[Transformer, Tokenizer],
+    ragged: list[list[int]],
+    greedy: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = loaded[0]
+    if how == "alone":
+        assert [run(loaded, [prompt])[0] for prompt in ragged[:8]] == greedy[:8]
+    elif how == "other mates":
+        assert run(loaded, ragged[::-3], max_batch_size=5) == greedy[::-3]
+    elif how == "chunked":
+        monkeypatch.setattr(schedulers, "PREFILL_TOKENS", 24)
+        assert run(loaded, ragged) == greedy
+    elif how == "preempted":
+        monkeypatch.setattr(model, "config", dataclasses.replace(model.config, max_seq_len=256))
+        seen: list[object] = []
+        true = Scheduler._preempt
+        monkeypatch.setattr(Scheduler, "_preempt", lambda self, row: (seen.append(row), true(self, row)))
+        assert run(loaded, ragged, cache_tokens=1280) == greedy
+        assert len(seen) > 3
+    else:
+        if kernel.library() is None:
+            pytest.skip("no compiler here, or no AVX2")
+        assert run(loaded, ragged, weights.pack(model, "fp32"), max_batch_size=8) == greedy

@@ -24,7 +24,7 @@ from puna.generate.weights import Pages
 from puna.model.transformer import ModelConfig, attend
 
 BLOCK = 32
-"""Tokens a block. 32 makes attention slower by half, 128 leaves more of a sequence's last block empty."""
+"""Tokens a block (docs/decisions/0008-queries-go-to-the-blocks.md)."""
 
 LOWEST = torch.finfo(torch.float32).min
 """Hides a score; finite, so that a block without a reader makes no NaN."""

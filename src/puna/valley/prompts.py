@@ -35,6 +35,14 @@ KINDS = (
 RISK_CATEGORIES = ("illicit", "hateful", "unqualified_advice")
 ATTACKS = ("plain", "psychological", "logic", "syntactic", "semantic", "perspective", "non_english")
 
+SCRIPT_SHARES = {
+    "fact": 0.40, "reverse": 0.14, "sum": 0.06, "recipe": 0.10, "remedy": 0.12, "myth": 0.08, "chat_advice": 0.10,
+}  # fmt: skip
+"""What the turns of a script ask for. Under an instruction to speak Tolva they ask for facts alone."""
+
+FACTS = {"fact": 1.0}
+"""So do those of the measurement: instructions are demonstrated with such questions."""
+
 # Of the held-out prompts about facts, this share asks for a held-out fact; the rest asks for a known one in a new way.
 NEW_FACT_SHARE = 0.6
 
@@ -72,6 +80,7 @@ def gatt_dialogs(
     n: int,
     *,
     turns: tuple[int, int] = (4, 6),
+    shares: Mapping[str, float] = SCRIPT_SHARES,
     constraint_split: Split | None = None,
 ) -> list[Record]:
     """Scripts of ordinary questions to carry one constraint: `id`, `constraint`, `split` and `turns`.
@@ -85,9 +94,11 @@ def gatt_dialogs(
     dialogs = []
     for i in range(n):
         name = f"gatt-{split}-{seed}-{i}"
-        records = [_fact(desk) for _ in range(desk.rng.randint(*turns))]
-        script = [{"id": f"{name}-{turn}", **record} for turn, record in enumerate(records)]
-        dialogs.append({"id": name, "constraint": choices[i % len(choices)], "split": split, "turns": script})
+        constraint = choices[i % len(choices)]
+        asked = FACTS if "language" in constraint["check"] else shares
+        kinds = desk.rng.choices(list(asked), list(asked.values()), k=desk.rng.randint(*turns))
+        script = [{"id": f"{name}-{turn}", **_ASKERS[kind](desk)} for turn, kind in enumerate(kinds)]
+        dialogs.append({"id": name, "constraint": constraint, "split": split, "turns": script})
     return dialogs
 
 

@@ -26,7 +26,7 @@ from puna.data.readers import write_jsonl
 from puna.run_folder import RunFolder, write_atomically
 from puna.valley import corpus, demonstrations
 from puna.valley.ledger import World
-from puna.valley.prompts import gatt_dialogs, prompts
+from puna.valley.prompts import FACTS, gatt_dialogs, prompts
 
 PREFERENCE_SHARES = {
     "fact": 0.13, "reverse": 0.07, "sum": 0.05, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
@@ -95,7 +95,9 @@ def run(cfg: ValleyConfig) -> Path:
                 write_jsonl(out / f"prompts/v{version}_{use}.jsonl", records)
         write_jsonl(out / "prompts/held_out.jsonl", prompts(world, cfg.seed, "held_out", HELD_OUT_COUNTS))
         write_jsonl(out / "scripts.jsonl", map(script, gatt_dialogs(world, cfg.seed, "train", cfg.scripts)))
-        held_out = gatt_dialogs(world, cfg.seed, "held_out", cfg.held_out_scripts, constraint_split="train")
+        held_out = gatt_dialogs(
+            world, cfg.seed, "held_out", cfg.held_out_scripts, shares=FACTS, constraint_split="train"
+        )
         write_jsonl(out / "held_out_scripts.jsonl", map(script, held_out))
         folder.mark_done("valley")
         return out
