@@ -5,24 +5,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from puna import checkpoint, config
-from puna.config import ConfigError
-from puna.formats import gguf, huggingface
+from puna.formats import find
+from puna.formats.find import newest_model as newest_model
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import Scorer, sequence_logprobs
 from puna.generate.weights import Kind, pack
 from puna.model.reward import RewardModel
-from puna.model.transformer import ModelConfig, Transformer
+from puna.model.transformer import Transformer
 from puna.text import chat as chat_format
-from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 from puna.types import Dialog
 
@@ -107,71 +104,16 @@ class RewardScorer:
 
 
 def load(path: str | Path, *, weights: Kind = "fp32") -> Chat | RewardScorer:
-    """Open a run folder (its newest chat model), a Hugging Face folder, a GGUF file (also in a wheel) or a checkpoint.
+    """Open a run folder (its newest chat model), a Hugging Face or Meta folder, a GGUF file (or wheel) or a checkpoint.
 
     The model is put on the GPU where there is one, in float32; a chat model generates with `weights`: "bf16", "int8"
     and "int4" are faster and less exact. ConfigError says what was looked for.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = Path(path)
-    if path.suffix in (".gguf", ".whl"):
-        model, tokenizer = gguf.load(path)
-        return Chat(model.to(device), tokenizer, weights=weights)
-    if not path.exists():
-        raise ConfigError(f"{path}: no such file or folder: name a run folder, a model folder or a .gguf file")
-    if (path / checkpoint.MANIFEST).is_file():
-        return _load_checkpoint(path, device, weights)
-    folder = path if _architectures(path) else newest_model(path)
-    if folder is None:
-        raise ConfigError(
-            f"{path}: holds no model: looked for a config.json with architectures here, and, as in a run folder, in "
-            "v*/ppo/model, v*/model, sft/model, pretrain/model, base/model and model"
-        )
-    tokenizer = tokenizers.load(folder)
-    if huggingface.CLASSIFIER in _architectures(folder):
-        return RewardScorer(huggingface.load_reward_model(folder).to(device), tokenizer)
-    return Chat(huggingface.load_model(folder).to(device), tokenizer, weights=weights)
-
-
-def _load_checkpoint(path: Path, device: str, weights: Kind) -> Chat | RewardScorer:
-    """What a stage had come to at a checkpoint; PPO's is its policy. The stage's config.json says the model's shape."""
-    stage = path.absolute().parent.parent
-    try:
-        settings = json.loads((stage / "config.json").read_bytes())
-    except (OSError, ValueError):
-        raise ConfigError(f"{stage / 'config.json'} is missing or damaged: it says what {path} holds") from None
-    if "model" in settings:  # pretraining's own; every other stage starts from the model `init`
-        shape = config.from_dict(ModelConfig, settings["model"])
-        tokenizer = tokenizers.load(settings["tokenizer"] or stage / "data/tokenizer")
-    else:
-        shape = huggingface.read_config(Path(settings["init"]))
-        tokenizer = tokenizers.load(settings["init"])
-    model = Transformer(shape)
-    if "margin" in settings:
-        reward_model = RewardModel(model)
-        checkpoint.load(path, reward_model)
-        return RewardScorer(reward_model.to(device), tokenizer)
-    checkpoint.load(path, nn.ModuleDict({"policy": model}) if "reward_helpfulness" in settings else model)
+    model, tokenizer, _ = find.load(Path(path))
+    if isinstance(model, RewardModel):
+        return RewardScorer(model.to(device), tokenizer)
     return Chat(model.to(device), tokenizer, weights=weights)
-
-
-def newest_model(run: Path) -> Path | None:
-    """The chat model a run has come to: the highest version's, after PPO where that was done; else SFT's, or the base.
-
-    A stage's own folder works too: its model stands in `model`.
-    """
-    versions = sorted((int(v.name[1:]) for v in run.glob("v*") if v.name[1:].isdigit()), reverse=True)
-    stages = [stage for v in versions for stage in (f"v{v}/ppo", f"v{v}")] + ["sft", "pretrain", "base", "."]
-    return next((run / stage / "model" for stage in stages if _architectures(run / stage / "model")), None)
-
-
-def _architectures(folder: Path) -> list[str]:
-    """What a model folder's config.json says it holds; [] for other folders, a run's with its own config.json too."""
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return []
-    return list(config.get("architectures", [])) if isinstance(config, dict) else []
 
 
 def _dialogs(given: str | Dialog | Sequence[str | Dialog]) -> list[Dialog]:

@@ -116,7 +116,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> di
 
     DataError where the checkpoint is damaged or not what it says; ConfigError where it holds another model.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     names = sorted(manifest["files"])[parallel.rank() :: parallel.world_size()]
     _on_all_ranks(lambda: _verify(path, names, manifest["files"]))
     reader, state = _Reader(path), _state(model, optimizer)
@@ -214,7 +214,8 @@ def _publish(temporary: Path, final: Path, manifest: dict[str, Any], keep: int) 
         shutil.rmtree(path)
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A checkpoint's manifest: step, versions, files with their sha256, extra. Errors as `load`."""
     if not path.is_dir():
         raise ConfigError(f"{path}: no such checkpoint")
     try:

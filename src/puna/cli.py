@@ -71,7 +71,13 @@ COMMANDS = {
     "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
     "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
     "plan": Command("puna.plan", "PlanConfig", "plan", "what pretraining takes on a cluster", "recipe"),
-    "import": Command("puna.formats.convert", "ImportConfig", "import", "import a model (GGUF, Hugging Face)", "path"),
+    "import": Command(
+        "puna.formats.convert", "ImportConfig", "import", "import a model (GGUF, Hugging Face, Meta)", "path"
+    ),
+    "export": Command(
+        "puna.formats.export", "ExportConfig", "export", "export a model (Hugging Face, GGUF, Meta)", "checkpoint"
+    ),
+    "inspect": Command("puna.formats.inspect", "InspectConfig", "inspect", "say what a file or folder holds", "path"),
     "serve": Command("puna.serve.server", "ServeConfig", "serve", "serve OpenAI's API and a web chat", "checkpoint"),
     "chat": Command("puna.serve.terminal", "ChatConfig", "chat", "talk to a model in the terminal", "path"),
 }

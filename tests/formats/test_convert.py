@@ -34,5 +34,5 @@ def test_a_hugging_face_folder_is_imported_once(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no config\.json"):
+    with pytest.raises(ConfigError, match=r"holds no model: looked for a config\.json"):
         convert.run(ImportConfig(path=tmp_path, out=tmp_path / "base"))

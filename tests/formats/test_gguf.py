@@ -18,6 +18,8 @@ from puna.config import ConfigError, DataError
 from puna.formats import gguf as our_gguf
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text import tokenizer as tokenizers
+from puna.text.tokenizer import HuggingFaceTokenizer
+from tests import helpers
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 pytestmark = pytest.mark.formats
@@ -78,6 +80,9 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+# Reading -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -220,3 +225,102 @@ def test_a_truncated_file_is_named(size: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(DataError, match=r"model\.gguf: not a complete GGUF"):
         our_gguf.load(path)
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@torch.inference_mode()
+def test_what_is_written_reads_back(tie: bool, tmp_path: Path) -> None:
+    model = helpers.model(tie_embeddings=tie, rope_theta=5000.0, norm_eps=1e-6)
+    our_gguf.save(model, helpers.tokenizer(), tmp_path / "deep/model.gguf", name="a llama", license="mit")
+    again, tokenizer = our_gguf.load(tmp_path / "deep/model.gguf")
+    assert again.config == model.config
+    tokens = torch.arange(3, 33).view(2, 15)
+    assert torch.equal(again(tokens), model(tokens))
+    for text in (*helpers.sentences(20), "¿Qué? 你好 🦙", "  two  spaces \n\t", "</s><0x0A>", ""):
+        assert tokenizer.encode(text) == helpers.tokenizer().encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == helpers.tokenizer().decode(tokenizer.encode(text))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, 2, 0)
+    header = our_gguf.read_header(tmp_path / "deep/model.gguf")
+    assert header.license == "mit" and header.types == {"F32": 20 if tie else 21}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("fp16", 1e-3), ("bf16", 1e-2), ("q8_0", 0.01)])
+def test_types_that_are_written(dtype: str, error: float, tmp_path: Path) -> None:
+    model = helpers.model(ffn_hidden=64)
+    our_gguf.save(model, helpers.tokenizer(), tmp_path / "model.gguf", dtype=dtype)
+    again, _ = our_gguf.load(tmp_path / "model.gguf")
+    for name, value in model.named_parameters():
+        scale = 0 if value.ndim == 1 else value.abs().max().item()
+        torch.testing.assert_close(again.get_parameter(name), value, rtol=0, atol=error * scale)
+
+
+def test_ids_beyond_the_tokenizers_are_unused(tmp_path: Path) -> None:
+    model = helpers.model(vocab_size=390)
+    our_gguf.save(model, helpers.tokenizer(), tmp_path / "model.gguf")
+    again, tokenizer = our_gguf.load(tmp_path / "model.gguf")
+    assert again.config == model.config and tokenizer.vocab_size == 390
+    assert tokenizer.encode("the llama [PAD385]") == helpers.tokenizer().encode("the llama [PAD385]")
+
+
+def byte_level(**changes: Any) -> HuggingFaceTokenizer:
+    """A tokenizer.json of six merges with ChatML's marks; `changes` replace parts of it."""
+    package = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    alphabet = sorted(package.pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "Ġ1", "12", "ll", "llama", "am", "ama"]
+    merges = [tuple(merge.split()) for merge in ("1 2", "Ġ 1", "l l", "a m", "am a", "ll ama")]
+    backend = package.Tokenizer(package.models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    digits = package.pre_tokenizers.Digits(individual_digits=True)
+    split = [digits, package.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    backend.pre_tokenizer = package.pre_tokenizers.Sequence(split)
+    backend.decoder = package.decoders.ByteLevel()
+    backend.add_special_tokens(tokens[:3])
+    backend.add_tokens(["<tool>"])
+    return HuggingFaceTokenizer(json.dumps(json.loads(backend.to_str()) | changes), {"chat_template": "{{ 1 }}"})
+
+
+def test_a_byte_level_tokenizer_is_written(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    our_gguf.save(Transformer(TINY), tokenizer, tmp_path / "model.gguf")
+    _, again = our_gguf.load(tmp_path / "model.gguf")
+    assert isinstance(again, HuggingFaceTokenizer) and again.config["chat_template"] == "{{ 1 }}"
+    assert (again.bos_id, again.eos_id, again.pad_id, again.chat_format) == (1, 2, 0, "chatml")
+    for text in ("llama 12 1", "<|im_end|>a<tool>b", "¿Qué? 你好 🦙\n\t  x"):
+        assert again.encode(text) == tokenizer.encode(text)
+    assert tokenizer.vocab_size - 1 in again.encode("a<tool>b")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"model": {"type": "WordLevel", "vocab": {"<|im_start|>": 1, "<|im_end|>": 2}, "unk_token": "<|im_end|>"}},
+    ],
+)
+def test_a_tokenizer_that_gguf_has_no_name_for_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.gguf: this tokenizer\.json is no byte-level BPE"):
+        our_gguf.save(Transformer(TINY), byte_level(**changes), tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_gguf_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"q8_0 packs 32 numbers at a time and ffn_hidden is 48: use fp16 or bf16"):
+        our_gguf.save(helpers.model(), helpers.tokenizer(), tmp_path / "model.gguf", dtype="q8_0")
+    with pytest.raises(ConfigError, match="the tokenizer has 384 ids, the model only 300"):
+        our_gguf.save(helpers.model(vocab_size=300), helpers.tokenizer(), tmp_path / "model.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_unigram_model_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "unigram.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(helpers.sentences(300)), model_writer=file, vocab_size=60, minloglevel=2
+        )
+    with pytest.raises(ConfigError, match="SentencePiece models of type BPE without normalisation"):
+        our_gguf.save(helpers.model(), tokenizers.load(tmp_path / "unigram.model"), tmp_path / "model.gguf")

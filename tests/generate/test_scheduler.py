@@ -136,9 +136,7 @@ def test_the_last_one_running_never_preempts_itself(serving: bool) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("seed", range(6))
-def test_random_work_in_a_small_cache_draws_what_the_plain_model_would(
-    seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_random_work_in_a_small_cache_draws_as_the_plain_model(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(seed)
     model = helpers.talker(end=0.01)
     monkeypatch.setattr(schedulers, "PREFILL_TOKENS", rng.choice([1, 40, 2048]))

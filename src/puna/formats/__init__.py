@@ -3,12 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from puna.config import DataError
+from puna.config import ConfigError, DataError
 from puna.model.transformer import ModelConfig, Transformer, rotary_table
+from puna.types import Tokenizer
+
+LARGEST = {"n_layers": 1024, "max_seq_len": 1 << 24}
+"""Beyond any Llama. Layers are modules and positions a table, made before a tensor could prove a shape wrong."""
+RATES = ("norm_eps", "rope_theta")
+
+
+def shape_of(source: Path, *, tie_embeddings: bool = False, **numbers: Any) -> ModelConfig:
+    """The ModelConfig that a file describes. ConfigError, naming it, where a number is no size of a Llama."""
+    for key, value in numbers.items():
+        kinds = (int, float) if key in RATES else (int,)
+        most = LARGEST.get(key, (1 << 31) - 1)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:
+            raise ConfigError(f"{source}: {key} is {value!r}: a Llama has a number above 0 and up to {most}")
+    try:
+        return ModelConfig(**numbers, tie_embeddings=tie_embeddings)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, source: Path) -> None:
+    """ConfigError where the tokenizer has ids that the model has not: it is another model's."""
+    ids, most = tokenizer.vocab_size, config.vocab_size
+    if ids > most:
+        raise ConfigError(f"{source}: its tokenizer has {ids} ids, the model only {most}: it is another model's")
 
 
 def build(config: ModelConfig, weights: dict[str, Tensor], source: Path, *, has_output: bool = True) -> Transformer:

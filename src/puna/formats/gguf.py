@@ -1,7 +1,7 @@
 """GGUF files (llama.cpp) of the llama architecture: weights in any quantisation, and the tokenizer inside.
 
-Weights are dequantised by the `gguf` package (extra `hf`). wq and wk lie in the file in Meta's interleaved order, as
-they do in our model: nothing is permuted.
+Weights are dequantised and quantised by the `gguf` package (extra `hf`). wq and wk lie in the file in Meta's
+interleaved order, as they do in our model: nothing is permuted.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import json
 import os
 import shutil
 import zipfile
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from puna.config import ConfigError, DataError
-from puna.formats import build
-from puna.formats.pieces import sentencepiece_model
+from puna.formats import build, shape_of
+from puna.formats.pieces import CONTROL, NORMAL, UNKNOWN, UNUSED, read_pieces, sentencepiece_model
 from puna.model.transformer import ModelConfig, Transformer
+from puna.text import chat
 from puna.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 TOP_NAMES = {
@@ -39,8 +41,10 @@ LAYER_NAMES = {
     "attn_norm": "attention_norm",
     "ffn_norm": "ffn_norm",
 }
-CONTROL, USER_DEFINED = 3, 4
-"""Token types that stand outside the merges."""
+USER_DEFINED = 4
+"""A token type that stands outside the merges, as CONTROL does."""
+KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
+"""What `save` calls the types of weights, and what GGUF does."""
 
 
 def load(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
@@ -49,16 +53,8 @@ def load(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Transfor
     ConfigError where the file asks for what Llama 2's architecture or our tokenizers do not have, DataError where it
     is damaged.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ConfigError("reading GGUF needs the gguf package: pip install 'puna[hf]'") from error
     file = find(path)
-    try:
-        reader = gguf.GGUFReader(file)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not a complete GGUF file: {error}") from error
+    gguf, reader, metadata = _open(file)
     shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
     config = _config(metadata, shapes, file)
     tokenizer = _tokenizer(metadata, file)
@@ -70,6 +66,84 @@ def load(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Transfor
             raise ConfigError(f"{file}: {tensor.name} is {tensor.tensor_type.name}, which cannot be read") from error
         weights[_meta_name(tensor.name, file)] = torch.tensor(values, dtype=dtype)
     return build(config, weights, file), tokenizer
+
+
+class Header(NamedTuple):
+    """What a file says of itself before its numbers."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    types: dict[str, int]
+    """How many tensors are F32, Q4_K, ..."""
+    license: str
+
+
+def read_header(path: Path | str) -> Header:
+    """The shape, the tokenizer and the licence of a file, without its weights. Errors as `load`."""
+    file = find(path)
+    _, reader, metadata = _open(file)
+    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+    types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
+    license = str(metadata.get("general.license", ""))
+    return Header(_config(metadata, shapes, file), _tokenizer(metadata, file), dict(types), license)
+
+
+def _open(file: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """The package, its reader, and the file's metadata."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ConfigError("reading GGUF needs the gguf package: pip install 'puna[hf]'") from error
+    try:
+        reader = gguf.GGUFReader(file)
+        return gguf, reader, {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: not a complete GGUF file: {error}") from error
+
+
+def save(
+    model: Transformer, tokenizer: Tokenizer, file: Path, *, dtype: str = "fp32", name: str = "", license: str = ""
+) -> None:
+    """Write a file that llama.cpp runs, whole or not at all: matrices as `dtype` of KINDS says, norms in float32.
+
+    ConfigError where a tokenizer or a shape has no place in GGUF.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ConfigError("writing GGUF needs the gguf package: pip install 'puna[hf]'") from error
+    kind, config = gguf.GGMLQuantizationType[KINDS[dtype]], model.config
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    for key, size in (("dim", config.dim), ("ffn_hidden", config.ffn_hidden)):
+        if size % block:
+            raise ConfigError(f"{file}: {dtype} packs {block} numbers at a time and {key} is {size}: use fp16 or bf16")
+    vocabulary = _vocabulary(tokenizer, config, file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.tmp-{os.getpid()}")
+    try:
+        writer = gguf.GGUFWriter(temporary, "llama")
+        if name:
+            writer.add_name(name)
+        if license:
+            writer.add_license(license)
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "fp32" else f"MOSTLY_{kind.name}"])
+        _add_shape(writer, config)
+        _add_vocabulary(writer, vocabulary)
+        for meta_name, tensor in model.state_dict().items():
+            if meta_name == "output.weight" and config.tie_embeddings:
+                continue
+            values, flat = tensor.detach().float().cpu().numpy(), tensor.ndim == 1
+            stored = gguf.GGMLQuantizationType.F32 if flat else kind
+            writer.add_tensor(_gguf_name(meta_name), gguf.quantize(values, stored), raw_dtype=stored)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def find(path: Path | str) -> Path:
@@ -115,6 +189,16 @@ def _meta_name(name: str, file: Path) -> str:
     return f"layers.{number}.{LAYER_NAMES[part]}.weight"
 
 
+def _gguf_name(name: str) -> str:
+    """`_meta_name`, undone."""
+    parts = name.removesuffix(".weight").split(".")
+    top = {ours: theirs for theirs, ours in TOP_NAMES.items()}
+    layer = {ours: theirs for theirs, ours in LAYER_NAMES.items()}
+    if parts[0] in top:
+        return f"{top[parts[0]]}.weight"
+    return f"blk.{parts[1]}.{layer['.'.join(parts[2:])]}.weight"
+
+
 def _config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]], file: Path) -> ModelConfig:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
@@ -132,7 +216,8 @@ def _config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]], file: 
     for name, plain in (("rope.scaling.type", "none"), ("expert_count", 0), ("rope.dimension_count", dim // heads)):
         if value(name, plain) != plain:
             raise ConfigError(f"{file}: llama.{name} {value(name)!r} is not supported: Llama 2 has none like it")
-    return ModelConfig(
+    return shape_of(
+        file,
         dim=dim,
         n_layers=value("block_count"),
         n_heads=heads,
@@ -146,6 +231,31 @@ def _config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]], file: 
         rope_theta=value("rope.freq_base", 10000.0),
         tie_embeddings="output.weight" not in shapes,
     )
+
+
+def _add_shape(writer: Any, config: ModelConfig) -> None:
+    writer.add_context_length(config.max_seq_len)
+    writer.add_embedding_length(config.dim)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.ffn_hidden)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.n_kv_heads)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _add_vocabulary(writer: Any, vocabulary: dict[str, Any]) -> None:
+    for key, value in vocabulary.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_array(key, value)
 
 
 def _tokenizer(metadata: dict[str, Any], file: Path) -> Tokenizer:
@@ -197,3 +307,96 @@ def _byte_level(metadata: dict[str, Any], file: Path) -> Tokenizer:
     if "tokenizer.chat_template" in metadata:
         config["chat_template"] = metadata["tokenizer.chat_template"]
     return HuggingFaceTokenizer(json.dumps(json.loads(backend.to_str()), ensure_ascii=False), config)
+
+
+def _vocabulary(tokenizer: Tokenizer, config: ModelConfig, file: Path) -> dict[str, Any]:
+    """The tokenizer as GGUF's keys. Ids that the model has beyond it become unused tokens.
+
+    llama.cpp puts BOS before a text unless told otherwise; in ChatML it opens a turn, and is never put.
+    """
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(f"{file}: the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        columns = _sentencepiece_columns(tokenizer, file)
+        template = chat.TEMPLATES[tokenizer.chat_format]
+    else:
+        assert isinstance(tokenizer, HuggingFaceTokenizer), tokenizer
+        columns = _byte_level_columns(tokenizer, file)
+        template = tokenizer.config.get("chat_template") or chat.TEMPLATES[tokenizer.chat_format]
+    extra = [f"[PAD{i}]" for i in range(len(columns["tokenizer.ggml.tokens"]), config.vocab_size)]
+    columns["tokenizer.ggml.tokens"] += extra
+    columns["tokenizer.ggml.token_type"] += [UNUSED] * len(extra)
+    if "tokenizer.ggml.scores" in columns:
+        columns["tokenizer.ggml.scores"] += [-1000.0] * len(extra)  # As llama.cpp's converter scores what never comes.
+    return columns | {
+        "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
+        "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
+        "tokenizer.ggml.padding_token_id": tokenizer.pad_id,
+        "tokenizer.ggml.add_bos_token": tokenizer.chat_format == "llama2",
+        "tokenizer.ggml.add_eos_token": False,
+        "tokenizer.chat_template": template,
+    }
+
+
+def _sentencepiece_columns(tokenizer: SentencePieceTokenizer, file: Path) -> dict[str, Any]:
+    read = read_pieces(tokenizer.serialized)
+    if not (read.is_bpe and read.is_plain):
+        raise ConfigError(f"{file}: GGUF takes SentencePiece models of type BPE without normalisation, as Llama's is")
+    tokens, scores, kinds = (list(column) for column in zip(*read.pieces, strict=True))
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.unknown_token_id": next((i for i, kind in enumerate(kinds) if kind == UNKNOWN), 0),
+        "tokenizer.ggml.add_space_prefix": read.dummy_prefix,
+    }
+
+
+def _byte_level_columns(tokenizer: HuggingFaceTokenizer, file: Path) -> dict[str, Any]:
+    """A byte-level BPE whose splits llama.cpp has a name for; ConfigError for any other."""
+    state = json.loads(tokenizer.serialized)
+    model, split = state["model"], _split(state)
+    plain = not any(
+        model.get(key) for key in ("byte_fallback", "ignore_merges", "continuing_subword_prefix", "dropout")
+    )
+    if model.get("type") != "BPE" or state.get("normalizer") or not plain or split is None:
+        raise ConfigError(
+            f"{file}: this tokenizer.json is no byte-level BPE with the splits of gpt-2 or smollm: GGUF cannot hold it"
+        )
+    ids = {i: token for token, i in model["vocab"].items()}
+    outside = {token["id"]: token for token in state["added_tokens"]}
+    ids |= {i: token["content"] for i, token in outside.items()}
+    count = tokenizer.vocab_size
+    kinds = [_kind(outside.get(i)) for i in range(count)]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": split,
+        "tokenizer.ggml.tokens": [ids.get(i, f"[PAD{i}]") for i in range(count)],
+        "tokenizer.ggml.token_type": [kind if i in ids else UNUSED for i, kind in enumerate(kinds)],
+        "tokenizer.ggml.merges": [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]],
+    }
+
+
+def _kind(added: dict[str, Any] | None) -> int:
+    """The type of a token, by its line among a tokenizer.json's added_tokens."""
+    if added is None:
+        return NORMAL
+    return CONTROL if added["special"] else USER_DEFINED
+
+
+def _split(state: dict[str, Any]) -> str | None:
+    """What llama.cpp calls the way a tokenizer.json splits text before the merges; None where it is another."""
+    steps = state.get("pre_tokenizer") or {}
+    steps = steps.get("pretokenizers", []) if steps.get("type") == "Sequence" else [steps]
+    kinds = [step.get("type") for step in steps]
+    if (
+        not kinds
+        or kinds[-1] != "ByteLevel"
+        or steps[-1].get("add_prefix_space")
+        or not steps[-1].get("use_regex", True)
+    ):
+        return None
+    if kinds == ["ByteLevel"]:
+        return "gpt-2"
+    return "smollm" if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") else None

@@ -5,6 +5,7 @@
     generation_config.json  a chat model's BOS, EOS and padding
     tokenizer.model | tokenizer.json + tokenizer_config.json
     puna.json               where the model comes from: whatever the caller says
+    README.md               of an export: the model card; a tokenizer.json beside tokenizer.model comes with it
 
 Two things differ from Meta's layout: the names, and the rows of wq and wk. Meta rotates neighbouring pairs of a
 head's numbers, Hugging Face the first half with the second, so that rows are reordered on the way in and out.
@@ -12,11 +13,9 @@ head's numbers, Hugging Face the first half with the second, so that rows are re
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,15 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from puna import parallel
 from puna.config import ConfigError, DataError
-from puna.formats import build
+from puna.formats import build, shape_of
+from puna.formats.folders import replacing, standing
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text.tokenizer import Tokenizer
 
 CAUSAL, CLASSIFIER = "LlamaForCausalLM", "LlamaForSequenceClassification"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PROVENANCE = "puna.json"
 REQUIRED = (
     "hidden_size",
     "intermediate_size",
@@ -64,16 +65,18 @@ def save_model(
     *,
     dtype: torch.dtype | None = None,
     provenance: dict[str, Any] | None = None,
+    texts: dict[str, str] | None = None,
 ) -> None:
     """Write a chat model's folder, whole or not at all; an older one of that name is replaced. All ranks call it.
 
     `dtype` None keeps the weights' own. `provenance` (JSON-ready: parents, stage, step, ...) becomes puna.json.
+    `texts` are further files by name, such as the model card.
     """
     weights = _full_weights(model)
     if parallel.is_main():
         ids = _control_ids(tokenizer)
         files = {"config.json": _describe(model.config, tokenizer, CAUSAL), "generation_config.json": ids}
-        _write(folder, files, _to_hugging_face(weights, model.config), tokenizer, dtype, provenance)
+        _write(folder, files, _to_hugging_face(weights, model.config), tokenizer, dtype, provenance, texts)
     parallel.barrier()
 
 
@@ -84,6 +87,7 @@ def save_reward_model(
     *,
     dtype: torch.dtype | None = None,
     provenance: dict[str, Any] | None = None,
+    texts: dict[str, str] | None = None,
 ) -> None:
     """Write a reward model's folder as `save_model` does.
 
@@ -95,13 +99,13 @@ def save_reward_model(
         body = {name.removeprefix("body."): tensor for name, tensor in weights.items()}
         files = {"config.json": _describe(model.config, tokenizer, CLASSIFIER) | {"num_labels": 1}}
         tensors = _to_hugging_face(body, model.config) | {"score.weight": score}
-        _write(folder, files, tensors, tokenizer, dtype, provenance)
+        _write(folder, files, tensors, tokenizer, dtype, provenance, texts)
     parallel.barrier()
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     """Read a Llama in a Hugging Face folder. ConfigError where it is another kind of model, DataError where damaged."""
-    folder = _standing(folder)
+    folder = standing(folder)
     config = read_config(folder, CAUSAL)
     weights = _from_hugging_face(_read_weights(folder, dtype), config, folder)
     if config.tie_embeddings:
@@ -111,7 +115,7 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
 
 def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32) -> RewardModel:
     """Read a reward model: a LlamaForSequenceClassification with one label. Errors as `load_model`."""
-    folder = _standing(folder)
+    folder = standing(folder)
     config = read_config(folder, CLASSIFIER)
     tensors = _read_weights(folder, dtype)
     score = tensors.pop("score.weight", None)
@@ -131,35 +135,39 @@ def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
         config: dict[str, Any] = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f"{path}: not JSON: {error}") from error
-    if architecture not in config.get("architectures", []):
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: not a JSON object")
+    if architecture not in (config.get("architectures") or []):
         raise ConfigError(f"{path}: architectures is {config.get('architectures')}, expected {architecture}")
     if missing := [key for key in REQUIRED if key not in config]:
         raise ConfigError(f"{path}: {', '.join(missing)} is missing")
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters")
+    rope = rope if isinstance(rope, dict) else {}
+    shape = shape_of(
+        path,
+        dim=config["hidden_size"],
+        n_layers=config["num_hidden_layers"],
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+        vocab_size=config["vocab_size"],
+        ffn_hidden=config["intermediate_size"],
+        max_seq_len=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+        rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
     unsupported = {
         "rope_scaling": config.get("rope_scaling") or rope.get("rope_type", "default") != "default",
         "attention_bias": config.get("attention_bias"),
         "mlp_bias": config.get("mlp_bias"),
         "quantization_config": config.get("quantization_config"),
         "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "head_dim": config.get("head_dim", 0) not in (None, 0, config["hidden_size"] // config["num_attention_heads"]),
+        "head_dim": config.get("head_dim", 0) not in (None, 0, shape.head_dim),
     }
     for key, present in unsupported.items():
         if present:
             raise ConfigError(f"{path}: {key} {config.get(key, rope)} is not supported: Llama 2 has none like it")
-    heads = config["num_attention_heads"]
-    return ModelConfig(
-        dim=config["hidden_size"],
-        n_layers=config["num_hidden_layers"],
-        n_heads=heads,
-        n_kv_heads=config.get("num_key_value_heads") or heads,
-        vocab_size=config["vocab_size"],
-        ffn_hidden=config["intermediate_size"],
-        max_seq_len=config["max_position_embeddings"],
-        norm_eps=config["rms_norm_eps"],
-        rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
-        tie_embeddings=config.get("tie_word_embeddings", False),
-    )
+    return shape
 
 
 def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
@@ -215,22 +223,39 @@ def _from_hugging_face(tensors: dict[str, Tensor], config: ModelConfig, folder: 
     return weights
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that hold the model. ConfigError where one is missing or lies elsewhere."""
+    names = _indexed(folder / INDEX) if (folder / INDEX).is_file() else [WEIGHTS]
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError(
+                f"{folder / name}: no such file: Puna reads weights from safetensors files, never from pickles"
+            )
+    return [folder / name for name in names]
+
+
 def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Every tensor of the folder's safetensors files."""
-    names = [WEIGHTS]
-    if (folder / INDEX).is_file():
-        names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
     tensors: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise ConfigError(f"{path}: no such file: Puna reads weights from safetensors files, never from pickles")
+    for path in weight_files(folder):
         try:
             with safetensors.safe_open(path, "pt") as file:
                 tensors |= {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118  not a dict
         except safetensors.SafetensorError as error:
             raise DataError(f"{path}: truncated or damaged: {error}") from error
     return tensors
+
+
+def _indexed(path: Path) -> list[str]:
+    """The files that an index names, which must lie beside it."""
+    try:
+        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name or not name.strip(".")]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{path}: not an index of safetensors files: it needs a weight_map of names") from error
+    if outside:
+        raise ConfigError(f"{path}: refused, it names {outside[0]!r}, which does not lie in its folder")
+    return names
 
 
 def _full_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -282,47 +307,18 @@ def _write(
     tokenizer: Tokenizer,
     dtype: torch.dtype | None,
     provenance: dict[str, Any] | None,
+    texts: dict[str, str] | None,
 ) -> None:
-    """Write under a temporary name, sync, rename."""
-    _tidy(folder)
     tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
     files["config.json"]["torch_dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    files["puna.json"] = provenance or {}
-    temporary, old = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("tmp", "old"))
-    temporary.mkdir(parents=True)
-    try:
+    files[PROVENANCE] = provenance or {}
+    with replacing(folder) as made:
         for name, content in files.items():
-            (temporary / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(temporary)
-        _save_tensors(tensors, temporary / WEIGHTS)
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-    finally:
-        _tidy(folder)
-
-
-def _tidy(folder: Path) -> None:
-    """After a save, finished or killed: an older folder that has lost its name gets it back, the rest is removed."""
-    for old in _leftovers(folder, "old"):
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            old.rename(folder)
-    for temporary in _leftovers(folder, "tmp"):
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _standing(folder: Path) -> Path:
-    """Where the folder's files are: in itself, or, should a save have been killed between its two renames, aside."""
-    return folder if folder.exists() else next(iter(_leftovers(folder, "old")), folder)
-
-
-def _leftovers(folder: Path, what: str) -> list[Path]:
-    return sorted(folder.parent.glob(f".{glob.escape(folder.name)}.{what}-*"))
+            (made / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for name, text in (texts or {}).items():
+            (made / name).write_text(text, encoding="utf-8")
+        tokenizer.save(made)
+        _save_tensors(tensors, made / WEIGHTS)
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

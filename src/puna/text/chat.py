@@ -17,11 +17,33 @@ from typing import Literal, NamedTuple
 
 from puna.config import DataError
 from puna.text.tokenizer import Tokenizer
-from puna.types import Completion, Dialog
+from puna.types import ChatFormat, Completion, Dialog
 
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
 MARKERS = (B_INST, E_INST, "<<SYS>>", "<</SYS>>")
+
+TEMPLATES: dict[ChatFormat, str] = {
+    "llama2": """\
+{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}\
+{% set turns = messages[1:] if system else messages %}\
+{% for turn in turns %}\
+{% if (turn['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}\
+{% if turn['role'] == 'user' %}\
+{% set opening = '<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if system and loop.index0 == 0 else '' %}\
+{{ bos_token + '[INST] ' + (opening + turn['content']).strip() + ' [/INST]' }}\
+{% else %}\
+{{ ' ' + turn['content'].strip() + ' ' + eos_token }}\
+{% endif %}\
+{% endfor %}""",
+    "chatml": """\
+{% for turn in messages %}\
+{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'].strip() + '<|im_end|>' }}\
+{% if not loop.last or turn['role'] != 'assistant' %}{{ '\\n' }}{% endif %}\
+{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
+}
+"""The same formats for other programs, as Jinja templates of `messages`, with the tokenizer's bos_token, eos_token."""
 
 LossOn = Literal["every_answer", "last_answer"]
 

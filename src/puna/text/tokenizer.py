@@ -40,11 +40,12 @@ class SentencePieceTokenizer:
         self.eos_id = self._processor.eos_id()
         if min(self.bos_id, self.eos_id) < 0:
             raise ValueError("it defines no BOS or no EOS")
-        pad, unk = self._processor.pad_id(), self._processor.unk_id()
-        self.pad_id = pad if pad >= 0 and pad != self.eos_id else unk
+        self.unk_id: int = self._processor.unk_id()
+        pad = self._processor.pad_id()
+        self.pad_id = pad if pad >= 0 and pad != self.eos_id else self.unk_id
         self.chat_format: ChatFormat = "llama2"
         self.sha256 = hashlib.sha256(model).hexdigest()
-        self._model = model
+        self.serialized = model
         self._control = {self.bos_id, self.eos_id, self.pad_id}
 
     def encode(self, text: str) -> list[int]:
@@ -57,7 +58,7 @@ class SentencePieceTokenizer:
         return self._processor.decode([i for i in ids if i not in self._control])  # type: ignore[no-any-return]
 
     def save(self, folder: Path) -> None:
-        (folder / "tokenizer.model").write_bytes(self._model)
+        (folder / "tokenizer.model").write_bytes(self.serialized)
 
 
 class HuggingFaceTokenizer:
@@ -83,8 +84,8 @@ class HuggingFaceTokenizer:
         # Padding that is EOS would teach a model to ignore EOS.
         self.pad_id: int = next((i for i in candidates if i not in (None, self.eos_id)), self.eos_id)
         self.sha256 = hashlib.sha256(serialized.encode()).hexdigest()
-        self._serialized = serialized
-        self._config = config
+        self.serialized = serialized
+        self.config = config
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(check_unicode(text), add_special_tokens=False).ids  # type: ignore[no-any-return]
@@ -97,8 +98,8 @@ class HuggingFaceTokenizer:
         return self._backend.decode(list(ids), skip_special_tokens=True)  # type: ignore[no-any-return]
 
     def save(self, folder: Path) -> None:
-        (folder / "tokenizer.json").write_bytes(self._serialized.encode())
-        config = json.dumps(self._config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer.json").write_bytes(self.serialized.encode())
+        config = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_bytes(config.encode())
 
 

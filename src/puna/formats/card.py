@@ -1,0 +1,106 @@
+"""The model card of an exported Hugging Face folder: what the files behind the model say, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import puna
+from puna.formats.lineage import Step
+from puna.model.reward import RewardModel
+from puna.model.transformer import Transformer
+
+SHOWN = (
+    "data",
+    "format",
+    "steps",
+    "epochs",
+    "iterations",
+    "seq_len",
+    "max_len",
+    "batch_size",
+    "optim.lr",
+    "optim.schedule",
+    "optim.weight_decay",
+    "margin",
+    "safety_auxiliary",
+    "beta",
+    "clip",
+    "precision",
+    "seed",
+)
+"""Settings of a stage that tell its result from another's; a stage has some of them."""
+
+
+def card(model: Transformer | RewardModel, name: str, steps: list[Step], license: str) -> str:
+    """README.md with Hugging Face's front matter. `steps` is what `lineage.trace` makes, this model last."""
+    is_reward = isinstance(model, RewardModel)
+    front = {
+        "license": license,
+        "library_name": "transformers",
+        "pipeline_tag": "text-classification" if is_reward else "text-generation",
+    }
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items() if value)]
+    lines += ["tags:", "- llama", "- puna", *(["- reward-model"] if is_reward else []), "---", "", f"# {name}", ""]
+    lines += [_what(model), ""]
+    if any(step.provenance for step in steps):
+        lines += ["## How it was made", "", *_stages(steps), ""]
+    if steps and steps[-1].evaluation:
+        lines += ["## Evaluation", "", "| Measure | Value |", "|---|---|", *_measures(steps[-1].evaluation), ""]
+    known = f"The base's licence is {license}." if license else "The files behind this model name no licence."
+    return "\n".join([*lines, "## Licence", "", known, ""])
+
+
+def n_params(model: Transformer | RewardModel) -> int:
+    """Number of parameters; a tied output is counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _what(model: Transformer | RewardModel) -> str:
+    config = model.config
+    kind = "reward model: one score for a dialog, read at its last token" if isinstance(model, RewardModel) else "model"
+    return (
+        f"A Llama {kind}, of {n_params(model):,} parameters: {config.n_layers} layers of width {config.dim}, "
+        f"{config.n_heads} heads ({config.n_kv_heads} of keys and values), vocabulary {config.vocab_size}, context "
+        f"{config.max_seq_len}. Written by Puna {puna.__version__}."
+    )
+
+
+def _stages(steps: list[Step]) -> list[str]:
+    """A numbered line a stage, the first one first."""
+    lines: list[str] = []
+    for step in steps:
+        said = {key: value for key, value in step.provenance.items() if key not in ("stage", "license")}
+        values = _leaves(step.settings)
+        shown = said | {key: values[key] for key in SHOWN if values.get(key) not in (None, "", [])}
+        listed = ", ".join(f"{key} `{_plain(value)}`" for key, value in shown.items())
+        stage = step.provenance.get("stage", "of unknown origin")
+        lines.append(f"{len(lines) + 1}. {stage}{': ' if listed else ''}{listed}")
+    return lines
+
+
+def _measures(evaluation: dict[str, Any]) -> list[str]:
+    """A row for each number and each mean with its interval; what lies deeper stays in evaluation.json."""
+    rows = []
+    for key, value in evaluation.items():
+        name = key.replace("_", " ")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            rows.append(f"| {name} | {value:.4g} |")
+        elif isinstance(value, dict) and isinstance(value.get("mean"), int | float):
+            interval = f" ({value['low']:.3g} to {value['high']:.3g})" if {"low", "high"} <= value.keys() else ""
+            rows.append(f"| {name} | {value['mean']:.3g}{interval} |")
+    return rows
+
+
+def _leaves(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of nested tables."""
+    leaves: dict[str, Any] = {}
+    for key, value in table.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _plain(value: Any) -> str:
+    """A setting as it stands between backquotes of one line."""
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(text.replace("`", "'").split())

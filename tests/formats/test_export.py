@@ -1,0 +1,310 @@
+"""`puna export` and `puna inspect`: every format from every kind of model, the card, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import puna
+from puna import checkpoint, cli, config
+from puna.api import Chat, RewardScorer
+from puna.config import ConfigError, DataError
+from puna.formats import convert, export, find, gguf, huggingface, inspect, meta
+from puna.formats.convert import ImportConfig
+from puna.formats.export import ExportConfig
+from puna.formats.inspect import InspectConfig
+from puna.run_folder import RunFolder
+from puna.text import tokenizer as tokenizers
+from tests import helpers
+
+pytestmark = pytest.mark.formats
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return helpers.talker_folder(tmp_path / "source")
+
+
+def looked_at(path: Path) -> dict[str, str]:
+    rows = [line.split("  ", 1) for line in inspect.run(InspectConfig(path)).splitlines()]
+    return {name: value.strip() for name, value in rows}
+
+
+def a_run(folder: Path) -> Path:
+    """SFT, a version with PPO, and a reward model, as the stages leave them, without the training."""
+    for stage, parent, seed in (("sft", "pretrain/model", 1), ("v1", "pretrain/model", 2), ("v1/ppo", "v1/model", 3)):
+        with RunFolder(folder / stage):
+            settings = {"out": str(folder / stage), "epochs": 2, "batch_size": 16, "optim": {"lr": 2e-5, "clip": 1.0}}
+            (folder / stage / "config.json").write_text(json.dumps(settings))
+            provenance = {"stage": stage[-3:], "parent": str(folder / parent)}
+            made = helpers.talker(seed)
+            huggingface.save_model(made, helpers.tokenizer(), folder / stage / "model", provenance=provenance)
+    (folder / "v1/ppo/evaluation").mkdir()
+    measured: dict[str, Any] = {"name": "v1", "gold_helpfulness": {"mean": 0.5025, "low": 0.45, "high": 0.56, "n": 9}}
+    measured |= {"accuracy": 0.75, "by_kind": {"fact": {"mean": 1.0}}}
+    (folder / "v1/ppo/evaluation/evaluation.json").write_text(json.dumps(measured))
+    provenance = {"stage": "reward", "parent": str(folder / "sft/model")}
+    scorer = helpers.reward_model()
+    huggingface.save_reward_model(scorer, helpers.tokenizer(), folder / "v1/reward/model", provenance=provenance)
+    return folder
+
+
+@pytest.mark.parametrize(("form", "name"), [("hf", "out"), ("gguf", "out.gguf"), ("meta", "out")])
+@torch.inference_mode()
+def test_every_format_opens_again_with_the_same_numbers(form: Any, name: str, source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    tokens = torch.arange(3, 33).view(2, 15)
+    before, after = puna.load(source), puna.load(export.run(ExportConfig(source, tmp_path / name, form)))
+    assert isinstance(before, Chat) and isinstance(after, Chat)
+    assert torch.equal(after.model(tokens), before.model(tokens))
+    assert after.model.config == before.model.config
+    assert after.tokenizer.encode("the llama, 7 tents") == before.tokenizer.encode("the llama, 7 tents")
+    assert after.generate("who?", seed=3, max_new_tokens=8) == before.generate("who?", seed=3, max_new_tokens=8)
+    export.run(ExportConfig(source, tmp_path / name, form))  # an export replaces an export
+
+
+def test_types(source: Path, tmp_path: Path) -> None:
+    export.run(ExportConfig(source, tmp_path / "half", "hf", dtype="bf16"))
+    assert json.loads((tmp_path / "half/config.json").read_text())["torch_dtype"] == "bfloat16"
+    export.run(ExportConfig(source, tmp_path / "shards", "meta", dtype="fp16", shards=2))
+    shard = torch.load(tmp_path / "shards/consolidated.01.pth", weights_only=True)
+    assert shard["output.weight"].dtype == torch.float16 and len(shard["output.weight"]) == helpers.VOCAB // 2
+
+
+def test_a_run_gives_its_newest_model_and_a_card_of_it(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    export.run(ExportConfig(run, tmp_path / "llama-one", license="apache-2.0"))
+    card = (tmp_path / "llama-one/README.md").read_text()
+    assert card.startswith('---\nlicense: "apache-2.0"\nlibrary_name: "transformers"\n')
+    assert "\n# llama-one\n" in card
+    count = helpers.config().n_params()
+    assert f"of {count:,} parameters: 2 layers of width 32, 4 heads (2 of keys and values), vocabulary 384" in card
+    [v1, ppo] = [line for line in card.splitlines() if line[:2] in ("1.", "2.")]
+    assert v1.startswith("1. v1: ") and "epochs `2`, batch_size `16`, optim.lr `2e-05`" in v1
+    assert ppo.startswith(f"2. ppo: parent `{run}/v1/model`")
+    assert "| gold helpfulness | 0.502 (0.45 to 0.56) |\n| accuracy | 0.75 |\n\n" in card
+    assert "by kind" not in card
+    assert puna.load(tmp_path / "llama-one").model.state_dict().keys()
+
+
+def test_a_reward_model_and_its_card(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    folder = export.run(ExportConfig(run / "v1/reward", tmp_path / "reward"))
+    before, after = puna.load(run / "v1/reward/model"), puna.load(folder)
+    assert isinstance(before, RewardScorer) and isinstance(after, RewardScorer)
+    dialog = [helpers.user("who?"), helpers.assistant("the llama")]
+    assert torch.equal(before.score(dialog), after.score(dialog))
+    card = (folder / "README.md").read_text()
+    assert 'pipeline_tag: "text-classification"' in card and "1. sft" in card and "2. reward" in card
+    assert "license:" not in card and "name no licence" in card
+    with pytest.raises(ConfigError, match="a reward model, which gguf has no place for"):
+        export.run(ExportConfig(run / "v1/reward", tmp_path / "reward.gguf", "gguf"))
+    with pytest.raises(ConfigError, match="a reward model: every stage takes it as it is"):
+        convert.run(ImportConfig(folder, tmp_path / "imported"))
+
+
+def test_the_licence_of_the_base_is_found(source: Path, tmp_path: Path) -> None:
+    (source / "README.md").write_text("---\ntags: [x]\nlicense: llama2\n---\n# A model\nlicense: mit\n")
+    imported = convert.run(ImportConfig(source, tmp_path / "base"))
+    assert json.loads((imported / "puna.json").read_text())["license"] == "llama2"
+    export.run(ExportConfig(imported, tmp_path / "model.gguf", "gguf"))
+    assert gguf.read_header(tmp_path / "model.gguf").license == "llama2"
+    again = convert.run(ImportConfig(tmp_path / "model.gguf", tmp_path / "again"))
+    export.run(ExportConfig(again, tmp_path / "published"))
+    assert 'license: "llama2"' in (tmp_path / "published/README.md").read_text()
+
+
+def test_metas_folder_is_imported(source: Path, tmp_path: Path) -> None:
+    export.run(ExportConfig(source, tmp_path / "meta", "meta", shards=2))
+    folder = convert.run(ImportConfig(tmp_path / "meta", tmp_path / "base"))
+    before, after = (huggingface.load_model(path).state_dict() for path in (source, folder))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert tokenizers.load(folder).sha256 == helpers.tokenizer().sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"dtype": "q8_0"}, "dtype q8_0 is GGUF's alone"),
+        ({"shards": 2}, "Meta's layout alone is cut into shards"),
+        ({"format": "gguf"}, r"give --out a name that ends with \.gguf"),
+        ({"format": "meta", "shards": 3}, "dim 32 cannot be cut into 3 shards"),
+        ({"out": "mine"}, "is no export that could be replaced"),
+        ({"out": "source"}, "is no export that could be replaced"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(changes: dict[str, Any], why: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/precious").touch()
+    out = tmp_path / str(changes.pop("out", "new"))
+    with pytest.raises(ConfigError, match=why):
+        export.run(ExportConfig(source, out, **changes))
+    assert (tmp_path / "mine/precious").exists() and not (tmp_path / "new").exists()
+    assert isinstance(puna.load(source), Chat)
+
+
+def test_an_export_does_not_replace_itself(source: Path, tmp_path: Path) -> None:
+    folder = export.run(ExportConfig(source, tmp_path / "out"))
+    with pytest.raises(ConfigError, match="--out is the model itself"):
+        export.run(ExportConfig(folder, folder))
+    assert isinstance(puna.load(folder), Chat)
+
+
+# Inspect -------------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_every_format(source: Path, tmp_path: Path) -> None:
+    count, sha256 = f"{helpers.config().n_params():,}", helpers.tokenizer().sha256
+    for form, name, holds, kind in (
+        ("hf", "hf", "a Hugging Face folder, LlamaForCausalLM", "F32 (21 tensors)"),
+        ("meta", "meta", "Meta's layout in 2 shards", "float32 (21 tensors)"),
+        ("gguf", "model.gguf", "a GGUF file", "BF16 (16 tensors), F32 (5 tensors)"),
+    ):
+        options: dict[str, Any] = {"meta": {"shards": 2}, "gguf": {"dtype": "bf16"}}.get(form, {})
+        rows = looked_at(export.run(ExportConfig(source, tmp_path / name, form, **options)))  # type: ignore[arg-type]
+        assert (rows["holds"], rows["parameters"], rows["dtype"]) == (holds, count, kind)
+        assert rows["shape"] == "2 layers, width 32, 4 heads (2 of keys and values), feed-forward 48"
+        assert rows["vocabulary"] == "384, embeddings not tied"
+        assert form == "gguf" or rows["tokenizer"] == f"384 ids, llama2, sha256 {sha256}"
+        assert form == "gguf" or (rows["stage"], rows["parent"]) == ("export", str(source))
+    assert " bytes  md5 " in looked_at(tmp_path / "meta")["consolidated.01.pth"]
+
+
+def test_inspect_a_run_and_a_reward_model(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run")
+    rows = looked_at(run)
+    assert rows["holds"] == "a run of 4 models"
+    assert (
+        rows["v1/ppo/model"] == f"model of {helpers.config().n_params():,} parameters: stage ppo, parent {run}/v1/model"
+    )
+    counted = sum(parameter.numel() for parameter in helpers.reward_model().parameters())
+    assert rows["v1/reward/model"].startswith(f"reward model of {counted:,} parameters: stage reward")
+    assert looked_at(run / "v1/reward/model")["holds"] == "a Hugging Face folder, LlamaForSequenceClassification"
+    with pytest.raises(ConfigError, match="holds no model"):
+        inspect.run(InspectConfig(run / "v1/ppo/evaluation"))
+    with pytest.raises(ConfigError, match="nowhere: no such file or folder"):
+        inspect.run(InspectConfig(tmp_path / "nowhere"))
+
+
+def test_inspect_and_export_a_checkpoint(tmp_path: Path) -> None:
+    made = helpers.talker()
+    settings = {"model": config.to_dict(made.config), "tokenizer": str(tmp_path / "source")}
+    helpers.talker_folder(tmp_path / "source")
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain/config.json").write_text(json.dumps(settings))
+    path = checkpoint.save(tmp_path / "pretrain/checkpoints", 7, made)
+    rows = looked_at(path)
+    assert rows["holds"] == "a checkpoint of step 7" and rows["parameters"] == f"{made.config.n_params():,}"
+    assert " bytes  sha256 " in rows[".metadata"]
+    export.run(ExportConfig(path, tmp_path / "out"))
+    after = huggingface.load_model(tmp_path / "out").state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in made.state_dict().items())
+    [data] = path.glob("__0_*")
+    damaged = bytearray(data.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    data.write_bytes(damaged)
+    with pytest.raises(DataError, match=rf"{data.name} is damaged: its sha256"):
+        export.run(ExportConfig(path, tmp_path / "out"))
+
+
+def test_the_commands(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(signal, "signal", lambda signum, handler: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    flags = ["--format", "meta", "--shards", "2", "--out", str(tmp_path / "meta")]
+    assert cli.main(["export", str(source), *flags]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'meta'}\n"
+    assert cli.main(["inspect", str(tmp_path / "meta")]) == 0
+    assert capsys.readouterr().out.startswith("holds ")
+    (tmp_path / "meta/consolidated.00.pth").unlink()
+    assert cli.main(["inspect", str(tmp_path / "meta")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "consolidated.00.pth is missing" in error
+
+
+# Hostile files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [1 << 62, (1 << 64) - 1, 99_000_000])
+def test_a_header_bomb_is_refused(length: int, source: Path) -> None:
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", length) + b'{"a":')
+    for read in (lambda: huggingface.load_model(source), lambda: inspect.run(InspectConfig(source))):
+        with pytest.raises(DataError, match=r"model\.safetensors: truncated or damaged") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_header_that_promises_more_than_the_file_is_refused(source: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(DataError, match=r"model\.safetensors: truncated or damaged"):
+        huggingface.load_model(source)
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/etc/passwd", "../model.safetensors", "deeper/model.safetensors", "..", ""]
+)
+def test_an_index_that_leaves_its_folder_is_refused(name: str, source: Path) -> None:
+    (source.parent / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(ConfigError, match=r"index\.json: refused, it names .*, which does not lie in its folder"):
+        huggingface.load_model(source)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "\udcff"])
+def test_a_damaged_index_is_named(content: str, source: Path) -> None:
+    (source / "model.safetensors.index.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(DataError, match=r"index\.json: not an index"):
+        huggingface.load_model(source)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"max_position_embeddings": 10**12},
+        {"hidden_size": 10**9},
+        {"vocab_size": 10**12},
+        {"intermediate_size": 10**12},
+        {"num_attention_heads": 0},
+        {"hidden_size": "32"},
+        {"num_hidden_layers": 1.5},
+        {"num_key_value_heads": 3},
+        {"rope_theta": [1]},
+        {"rms_norm_eps": None},
+        {"intermediate_size": True},
+    ],
+)
+def test_absurd_sizes_in_a_config_are_refused(changes: dict[str, Any], source: Path) -> None:
+    read = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**read, "head_dim": None, **changes}))
+    with pytest.raises((ConfigError, DataError), match=r"source.*(a Llama has|shape|multiple)"):
+        find.load(source)
+
+
+@pytest.mark.parametrize("name", ["other", "run/model"])
+def test_the_tokenizer_of_another_model_is_refused(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    huggingface.save_model(helpers.model(vocab_size=400), helpers.tokenizer(), folder)
+    small = tmp_path / "small"
+    tokenizers.train(helpers.sentences(300), 300, small)
+    huggingface.save_model(helpers.model(vocab_size=300), tokenizers.load(small), folder)
+    helpers.tokenizer().save(folder)
+    for read in (lambda: puna.load(folder), lambda: convert.run(ImportConfig(folder, tmp_path / "base"))):
+        with pytest.raises(ConfigError, match=f"{name}: its tokenizer has 384 ids, the model only 300: it is another"):
+            read()
+
+
+def test_a_folder_of_two_layouts_is_read_as_hugging_faces(source: Path) -> None:
+    (source / "consolidated.00.pth").write_bytes(b"never read")
+    assert meta.is_meta(source)
+    assert find.load(source).source == source
+    assert looked_at(source)["holds"] == "a Hugging Face folder, LlamaForCausalLM"
