@@ -49,7 +49,7 @@ def close(got: Tensor, expected: Tensor) -> None:
 @torch.inference_mode()
 @pytest.mark.parametrize("apart", [False, True])
 def test_ragged_decoding_is_the_full_forward_pass(apart: bool) -> None:
-    model = helpers.model()
+    model = helpers.model(max_seq_len=512)
     cache, texts = cached(model), [list(prompt) for prompt in (*PROMPTS, LONG)]
     if apart:  # blocks far from the beginning are selected, not read as they lie
         [cache.take() for _ in range(40)]

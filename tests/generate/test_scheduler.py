@@ -123,9 +123,9 @@ def test_the_last_one_running_never_preempts_itself(serving: bool) -> None:
     model = helpers.talker(end=1e-4)
     least = model.config.max_seq_len + 2 * BLOCK
     scheduler, sampling = made(model, cache_tokens=least, serving=serving), Sampling(max_new_tokens=500)
-    long = [1] + [300 + i % 40 for i in range(7 * BLOCK)]
+    long = [1] + [300 + i % 40 for i in range(4 * BLOCK - 3)]
     [first] = scheduler.submit(Request(0, long[: BLOCK + 1], sampling))
-    [second] = scheduler.submit(Request(1, long[:-2], sampling))
+    [second] = scheduler.submit(Request(1, long, sampling))
     steps = 0
     while scheduler.busy:
         scheduler.step()
@@ -166,7 +166,7 @@ def test_random_work_in_a_small_cache_draws_as_the_plain_model(seed: int, monkey
 
 @torch.inference_mode()
 def test_a_served_answer_is_kept_for_the_dialogs_next_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    scheduler, sampling = made(helpers.model(), serving=True), Sampling(max_new_tokens=2 * BLOCK)
+    scheduler, sampling = made(helpers.model(), serving=True), Sampling(max_new_tokens=BLOCK + 8)
     [answer] = scheduler.submit(Request(0, HEAD, sampling))
     while scheduler.busy:
         scheduler.step()

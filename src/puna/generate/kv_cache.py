@@ -23,7 +23,7 @@ from torch import Tensor
 from puna.generate.weights import Pages
 from puna.model.transformer import ModelConfig, attend
 
-BLOCK = 32
+BLOCK = 64
 """Tokens a block (docs/decisions/0008-queries-go-to-the-blocks.md)."""
 
 KEPT = 256
@@ -303,23 +303,20 @@ class DecodePass:
             many = q_of.index_select(0, members.flatten()).view(*members.shape, *q_of.shape[1:])  # (N, M, K, G, E)
             many = many.transpose(1, 2).flatten(2, 3)  # (N, K, M G, E)
             shared = keys.index_select(0, blocks), values.index_select(0, blocks)
-            found.append([_by_member(x, members.shape[1]) for x in _part(many, *shared, mask)])
+            sums, outs = _part(many, *shared, mask)
+            found.append((_by_member(sums, members.shape[1]), _by_member(outs, members.shape[1])))
         return self._merged(found).to(q.dtype).view_as(q)
 
-    def _merged(self, found: Sequence[Sequence[Tensor]]) -> Tensor:
-        """The parts' sums, joined for each row: (B, K, G, E) float32."""
-        highest, sums, outs = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
-        if self._table.shape[1] == 1:
-            index = self._table[:, 0]
-            return outs.index_select(0, index) / sums.index_select(0, index)[..., None]
-        highest, sums, outs = (torch.cat((x, x.new_full((1, *x.shape[1:]), fill))) for x, fill in
-                               ((highest, LOWEST), (sums, 0.0), (outs, 0.0)))  # fmt: skip
+    def _merged(self, found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The parts, joined for each row by what each holds of the whole sum: (B, K, G, E) float32."""
+        sums, outs = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True))
         flat = self._table.flatten()
-        highest, sums, outs = (
-            x.index_select(0, flat).view(*self._table.shape, *x.shape[1:]) for x in (highest, sums, outs)
-        )  # (B, W, K, G), the last (B, W, K, G, E)
-        weights = (highest - highest.amax(1, keepdim=True)).exp_()
-        return (weights[..., None] * outs).sum(1) / (weights * sums).sum(1)[..., None]
+        if self._table.shape[1] == 1:
+            return outs.index_select(0, flat)
+        sums = torch.cat((sums, sums.new_full((1, *sums.shape[1:]), LOWEST)))
+        outs = torch.cat((outs, outs.new_zeros(1, *outs.shape[1:])))
+        shares = sums.index_select(0, flat).view(*self._table.shape, *sums.shape[1:]).softmax(1)  # (B, W, K, G)
+        return (outs.index_select(0, flat).view(*self._table.shape, *outs.shape[1:]) * shares[..., None]).sum(1)
 
     def _mask(self, filled: Ids) -> Tensor:
         """(N, 1, 1, BLOCK) float32: 0 where a block holds a token, LOWEST elsewhere."""
@@ -330,15 +327,15 @@ class DecodePass:
         return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self._cache.device)
 
 
-def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> list[Tensor]:
+def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Attention within blocks: q (N, K, Q, E), k and v (N, K, BLOCK, E), mask (N, 1, 1, BLOCK).
 
-    The highest score and the sum of exponentials above it (N, K, Q), and the weighted values (N, K, Q, E), float32.
+    The logarithm of the sum of exponentials (N, K, Q), and what the block alone would give (N, K, Q, E), float32.
     """
     scores = (q @ k.transpose(-2, -1)).float().add_(mask)
-    highest = scores.amax(-1)
-    weights = scores.sub_(highest[..., None]).exp_()
-    return [highest, weights.sum(-1), (weights.to(v.dtype) @ v).float()]
+    logs = scores.log_softmax(-1)
+    sums = scores[..., 0] - logs[..., 0]  # a block's first place is never hidden from its readers
+    return sums, (logs.exp_().to(v.dtype) @ v).float()
 
 
 def _by_member(x: Tensor, members: int) -> Tensor:

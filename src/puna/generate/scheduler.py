@@ -199,8 +199,8 @@ class Scheduler:
         begun: set[tuple[int, ...]] = set()  # what this pass computes first of each: prompts that begin alike wait
         longest = past = wanted = 0
         for group in self._waiting:
-            if wanted >= self.max_batch_size - len(self._running):
-                break
+            if self._serving and wanted >= self.max_batch_size - len(self._running):
+                break  # a bulk call runs prompts ahead, many at a time
             is_new = not group.blocks
             if is_new:
                 group.blocks = self.cache.match(group.tokens)
