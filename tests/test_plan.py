@@ -81,14 +81,14 @@ def test_memory_with_checkpointing_is_the_measured_peak(precision: str, monkeypa
 
 
 def close(model: ModelConfig, precision: Any, checkpointing: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the counted peak is within 2 % of the measured; bfloat16 also on a CPU without its arithmetic."""
+    """Whether the counted peak is within 5 % of the measured; bfloat16 also on a CPU without its arithmetic."""
     monkeypatch.setattr(parallel, "dtype", lambda name, _: {"bf16": torch.bfloat16, "fp32": torch.float32}[name])
     cfg = PretrainConfig(
         Path(), (), model=model, seq_len=400, batch_size=6, micro_batch_size=3, steps=2, precision=precision
     )
     counted = plan.memory(model, 400, 3, checkpointing=checkpointing, precision=precision).total
     measured = measured_peak(cfg, full=checkpointing == "full")
-    return abs(counted - measured) < 0.02 * measured
+    return abs(counted - measured) < 0.05 * measured
 
 
 def test_sharding_divides_the_states_and_nothing_else() -> None:
