@@ -132,6 +132,10 @@ class BlockCache:
             for part in parts:
                 part[target] = part.index_select(0, source)
 
+    def tensor(self, ids: Ids) -> Tensor:
+        """Indices, int64, where the blocks are."""
+        return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self.device)
+
     def _forget(self, block: int) -> None:
         del self._known[self._text_of.pop(block)]
         self._serials[block] = 0
@@ -172,15 +176,15 @@ class PromptPass:
         into = np.concatenate(
             [np.repeat(held, BLOCK)[start : start + n] for held, start, n in zip(blocks, starts, lengths, strict=True)]
         )
-        self._from = self._tensor(rows), self._tensor(columns)
-        self._to = self._tensor(into), self._tensor(places % BLOCK)
+        self._from = self._cache.tensor(rows), self._cache.tensor(columns)
+        self._to = self._cache.tensor(into), self._cache.tensor(places % BLOCK)
         self._past: Tensor | None = None
         if past:
             table = np.zeros((len(lengths), past), np.int64)
             for row, (held, start) in enumerate(zip(blocks, starts, strict=True)):
                 table[row, : blocks_of(start)] = held[: blocks_of(start)]
-            self._past = self._tensor(table)
-            begun = self._tensor(np.asarray(starts))
+            self._past = self._cache.tensor(table)
+            begun = self._cache.tensor(np.asarray(starts))
             seen = torch.arange(past * BLOCK, device=cache.device) < begun[:, None]
             causal = torch.ones(longest, longest, dtype=torch.bool, device=cache.device).tril()
             self._mask = torch.cat(
@@ -197,9 +201,6 @@ class PromptPass:
         before = (_joined(part, self._past) for part in (keys, values))
         k, v = (torch.cat((old, new), dim=2) for old, new in zip(before, (k, v), strict=True))
         return attend(q, k, v, self._mask)
-
-    def _tensor(self, ids: NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(ids.astype(np.int64)).to(self._cache.device)
 
 
 def _joined(part: Tensor, table: Tensor) -> Tensor:
@@ -224,7 +225,7 @@ class DecodePass:
         table = np.zeros((len(self._blocks), max(map(len, self._blocks))), np.int64)
         for row, held in enumerate(self._blocks):
             table[row, : len(held)] = held
-        return Pages(self._cache.keys, self._cache.values, self._tensor(table))
+        return Pages(self._cache.keys, self._cache.values, self._cache.tensor(table))
 
     def _plan(self) -> None:
         """Which rows read which block, alone or together, and where a row's parts will be."""
@@ -235,7 +236,7 @@ class DecodePass:
         places = np.arange(len(ids)) - np.repeat(np.cumsum(counts) - counts, counts)  # a block's place in its row
         filled = np.minimum(self._lengths[rows] - places * BLOCK, BLOCK)
         last = np.cumsum(counts) - 1
-        self._to = self._tensor(ids[last]), self._tensor((self._lengths - 1) % BLOCK)
+        self._to = self._cache.tensor(ids[last]), self._cache.tensor((self._lengths - 1) % BLOCK)
 
         readers = np.bincount(ids, minlength=1)
         alone = readers[ids] == 1
@@ -244,7 +245,7 @@ class DecodePass:
         self._shared = self._shared_blocks(ids[~alone], rows[~alone], filled[~alone], parts, ~alone)
         table = np.full((len(counts), int(counts.max())), self._parts, np.int64)
         table[rows, places] = parts
-        self._table = self._tensor(table)  # (B, W); what a shorter row lacks is the part after the last: none
+        self._table = self._cache.tensor(table)  # (B, W); what a shorter row lacks is the part after the last: none
 
     def _lone_blocks(
         self, ids: Ids, rows: Ids, filled: Ids, parts: Ids, which: NDArray[np.bool_]
@@ -260,10 +261,10 @@ class DecodePass:
             chosen: Tensor | int = high
         else:
             place, reader, tokens = np.arange(len(ids)), rows, filled
-            chosen = self._tensor(ids)
+            chosen = self._cache.tensor(ids)
         parts[which] = place
         self._parts = len(reader)
-        return chosen, self._tensor(reader), self._mask(tokens)
+        return chosen, self._cache.tensor(reader), self._mask(tokens)
 
     def _shared_blocks(
         self, ids: Ids, rows: Ids, filled: Ids, parts: Ids, which: NDArray[np.bool_]
@@ -282,7 +283,7 @@ class DecodePass:
         places[order] = self._parts + block_of * most + rank
         parts[which] = places
         self._parts += members.size
-        return self._tensor(blocks), self._tensor(members), self._mask(filled[order][begins])
+        return self._cache.tensor(blocks), self._cache.tensor(members), self._mask(filled[order][begins])
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See model.transformer.Cache."""
@@ -320,11 +321,8 @@ class DecodePass:
 
     def _mask(self, filled: Ids) -> Tensor:
         """(N, 1, 1, BLOCK) float32: 0 where a block holds a token, LOWEST elsewhere."""
-        held = torch.arange(BLOCK, device=self._cache.device) < self._tensor(filled)[:, None]
+        held = torch.arange(BLOCK, device=self._cache.device) < self._cache.tensor(filled)[:, None]
         return torch.where(held, 0.0, LOWEST)[:, None, None]
-
-    def _tensor(self, ids: Ids) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(ids, np.int64)).to(self._cache.device)
 
 
 def _part(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
