@@ -70,6 +70,13 @@ def test_a_command_runs_and_says_where_its_result_is(
     assert cli.main(["fake", str(tmp_path), "--steps", "3"]) == 0  # its first argument is --out
 
 
+def test_a_command_may_have_two_words(stage: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "fake data", cli.COMMANDS["fake"])
+    assert cli.split(["fake", "data", "--out", "a"]) == ("fake data", ["--out", "a"])
+    assert cli.split(["fake", "--out", "data"]) == ("fake", ["--out", "data"])
+    assert cli.main(["fake", "data", str(tmp_path)]) == 0
+
+
 def test_a_recipe_with_flags(stage: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cli.COMMANDS, "fake", Command("puna_fake_stage", "FakeConfig", "fake", "a fake stage"))
     (tmp_path / "x.toml").write_text('[fake]\nout = "a"\nsteps = 2\n')

@@ -1,7 +1,7 @@
 """The command line: `puna COMMAND [RECIPE.toml] [--flags]`.
 
-A command is a row of COMMANDS: the module, its config dataclass, the recipe's table. The module is imported when its
-command is named, so `puna --help` needs no torch.
+A command is a row of COMMANDS: the module, its config dataclass, the recipe's table. Its name is a word or two
+("data stats"). The module is imported when its command is named, so `puna --help` needs no torch.
 
 Exit codes: 0 done; 1 an error (`--debug` shows the traceback); 2 a mistake in a recipe, a flag, a path or a data file;
 130 stopped by Ctrl-C; 143 stopped by SIGTERM. A stopped run goes on when the same command is given again.
@@ -123,7 +123,7 @@ def _run(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"puna {puna.__version__}")
         return 0
-    name, *rest = arguments
+    name, rest = split(arguments)
     if name not in COMMANDS:
         (nearest,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
         raise ConfigError(f"unknown command {name!r}; did you mean {nearest!r}? (puna --help lists them)")
@@ -137,6 +137,14 @@ def _run(arguments: list[str]) -> int:
     if result is not None:
         print(result)
     return 0
+
+
+def split(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The command that arguments begin with, a word or two of them, and the rest."""
+    name, *rest = arguments
+    if rest and f"{name} {rest[0]}" in COMMANDS:
+        name = f"{name} {rest.pop(0)}"
+    return name, rest
 
 
 def _help() -> str:

@@ -63,9 +63,9 @@ def anchors(text: str) -> set[str]:
 
 
 def test_every_command_that_is_named_exists(texts: dict[str, str]) -> None:
-    mention = re.compile(r"`(?:\.venv/bin/)?puna ([a-z][\w-]*)")
-    named = {(name, word) for name, text in texts.items() for word in mention.findall(text)}
-    named |= {(name, words[0]) for name, text in texts.items() for words in shell_commands(text)}
+    mention = re.compile(r"`(?:\.venv/bin/)?puna ([a-z][\w-]*(?: [a-z][\w-]*)?)")
+    named = {(name, cli.split(words.split())[0]) for name, text in texts.items() for words in mention.findall(text)}
+    named |= {(name, cli.split(words)[0]) for name, text in texts.items() for words in shell_commands(text)}
     assert {word for _, word in named} > {"run", "chat"}
     assert not [(name, word) for name, word in sorted(named) if word not in cli.COMMANDS]
 
@@ -82,7 +82,7 @@ def test_every_command_line_is_accepted(texts: dict[str, str], root: Path, monke
         for words in shell_commands(text):
             with monkeypatch.context() as patch:
                 seen: list[Any] = []
-                patch.setattr(importlib.import_module(cli.COMMANDS[words[0]].module), "run", seen.append)
+                patch.setattr(importlib.import_module(cli.COMMANDS[cli.split(words)[0]].module), "run", seen.append)
                 assert cli.main(words) == 0 and seen, f"{name}: puna {shlex.join(words)}"
 
 
@@ -101,7 +101,7 @@ def test_every_make_target_that_is_named_exists(texts: dict[str, str], root: Pat
 def test_help_names_every_field(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as leaving:
-        cli.main([name, "--help"])
+        cli.main([*name.split(), "--help"])
     assert leaving.value.code == 0
     printed = capsys.readouterr().out
     command = cli.COMMANDS[name]
