@@ -67,6 +67,7 @@ COMMANDS = {
         "context_distillation",
         "write safe answers without their preprompt",
     ),
+    "data stats": Command("puna.data.stats", "StatsConfig", None, "count what comparisons hold", "files"),
     "sample": Command("puna.stages.sample", "SampleConfig", "sample", "write answers to prompts in bulk"),
     "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
     "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
