@@ -74,10 +74,10 @@ batch  comparisons  turns  words per example  in prompt  in response
 1                3    1.0                4.0        2.0          2.0
 2                1    2.0               11.0        1.5          2.0
 
-grades  significantly_better  better  slightly_better  negligibly_better    none
-first                  33.3%   66.7%             0.0%               0.0%    0.0%
-second                  0.0%   50.0%             0.0%               0.0%   50.0%
-total                  20.0%   60.0%             0.0%               0.0%   20.0%
+grades  significantly_better  better  slightly_better  negligibly_better   none
+first                  33.3%   66.7%             0.0%               0.0%   0.0%
+second                  0.0%   50.0%             0.0%               0.0%  50.0%
+total                  20.0%   60.0%             0.0%               0.0%  20.0%
 
 safety labels  chosen_safe_rejected_unsafe  both_safe  both_unsafe   none
 first                                 0.0%      33.3%         0.0%  66.7%
