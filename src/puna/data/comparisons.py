@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from puna.config import ConfigError
@@ -34,22 +34,21 @@ def check(preference: Preference, tokenizer: Tokenizer) -> None:
 
 
 def read_each(
-    files: Sequence[Path], formats: Sequence[str], tokenizer: Tokenizer | None = None, quarantine: Path | None = None
+    files: Sequence[Path],
+    formats: Sequence[str],
+    check: Callable[[Preference], object] | None = None,
+    quarantine: Path | None = None,
 ) -> list[ReadResult]:
     """What each file holds, `formats` being one for all files or one for each; else a ConfigError.
 
-    Given a tokenizer, what its chat format refuses is set aside. Other errors as `readers.read`.
+    `check`, `quarantine` and other errors as in `readers.read`.
     """
     if len(formats) not in (1, len(files)):
         raise ConfigError(f"{len(formats)} formats for {len(files)} files: give one for all, or one for each in order")
-
-    def sound(preference: Preference) -> None:
-        if tokenizer is not None:
-            check(preference, tokenizer)
-
+    each = formats if len(formats) > 1 else [*formats] * len(files)
     return [
-        readers.read(file, format, kind="comparisons", check=sound, quarantine=quarantine)
-        for file, format in zip(files, formats if len(formats) > 1 else [*formats] * len(files), strict=True)
+        readers.read(file, format, kind="comparisons", check=check, quarantine=quarantine)
+        for file, format in zip(files, each, strict=True)
     ]
 
 
