@@ -48,6 +48,12 @@ COMMANDS = {
     "sft": Command("puna.stages.sft", "SFTConfig", "sft", "fine-tune a model on dialogs"),
     "collect": Command("puna.stages.collect", "CollectConfig", "collect", "collect preferences over answer pairs"),
     "reward": Command("puna.stages.reward", "RewardConfig", "reward", "train a reward model on preferences"),
+    "reward evaluate": Command(
+        "puna.evals.reward_models",
+        "RewardEvaluateConfig",
+        "reward_evaluate",
+        "measure reward models on held-out comparisons",
+    ),
     "rejection-sampling": Command(
         "puna.stages.rejection_sampling",
         "RejectionSamplingConfig",
