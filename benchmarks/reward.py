@@ -6,7 +6,8 @@ Both sides start from the same weights and take the same pairs (as token ids, of
 same order and the same batches, with bfloat16 autocast over float32 weights, AdamW, and the same settings of the
 allocator and of OpenMP. TRL runs without activation checkpointing, which it would otherwise turn on, and in as many
 accumulated parts of `--micro` pairs as fill the batch. Each turn is a process of its own, so that the peak of its
-memory is its own; the sides take turns. The first step of a turn warms up. Its loss is printed for both: it agrees to what bfloat16 can tell.
+memory is its own; the sides take turns. The first step of a turn warms up; its loss is printed for both, and agrees to
+what bfloat16 can tell.
 """
 
 from __future__ import annotations

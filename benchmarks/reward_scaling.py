@@ -42,7 +42,7 @@ def train(settings: argparse.Namespace, share: float, seed: int) -> dict[str, An
         seed=seed,
     )
     every, _, _ = reward.prepare(cfg, tokenizers.load(settings.model))
-    reward.run(replace(cfg, limit=max(1, int(len(every) * share))))
+    reward.run(replace(cfg, limit=0 if share == 1 else max(1, int(len(every) * share))))
     evaluation: dict[str, Any] = json.loads((cfg.out / "evaluation.json").read_text())
     return evaluation | {"trained_on": json.loads((cfg.out / "done/reward.json").read_text())["pairs"]}
 
