@@ -77,5 +77,8 @@ def test_a_difference_is_of_the_pairs() -> None:
     found = intervals.difference(mine, theirs, range(400))
     assert (found["mean"], found["n"], found["clusters"]) == (pytest.approx(0.25), 400, 400)
     half = 1.959964 * (0.25 * 0.75 / 400) ** 0.5
-    assert found["high"] - 0.25 == pytest.approx(half, rel=0.1)
+    assert (found["low"], found["high"]) == (
+        pytest.approx(0.25 - half, abs=0.005),
+        pytest.approx(0.25 + half, abs=0.005),
+    )
     assert intervals.difference([0.0] * 9, [1.0] * 9, range(9))["mean"] == -1
