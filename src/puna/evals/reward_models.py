@@ -119,7 +119,7 @@ def load(cfg: RewardEvaluateConfig) -> tuple[Pairs, list[Preference]]:
     reasons = {reason: sum(r.skipped[reason] for r in test) for result in test for reason in result.skipped}
     return Pairs(
         test=[preference for records in chosen for preference in records],
-        sources=[name for name, records in zip(names, chosen, strict=False) for _ in records],
+        sources=[name for name, records in zip(names[: len(chosen)], chosen, strict=True) for _ in records],
         set_aside=sum(len(result.bad) for result in test),
         skipped=reasons,
     ), [preference for result in train for preference in result.records]
