@@ -48,6 +48,12 @@ COMMANDS = {
     "sft": Command("puna.stages.sft", "SFTConfig", "sft", "fine-tune a model on dialogs"),
     "collect": Command("puna.stages.collect", "CollectConfig", "collect", "collect preferences over answer pairs"),
     "reward": Command("puna.stages.reward", "RewardConfig", "reward", "train a reward model on preferences"),
+    "reward evaluate": Command(
+        "puna.evals.reward_models",
+        "RewardEvaluateConfig",
+        "reward_evaluate",
+        "measure reward models on held-out comparisons",
+    ),
     "rejection-sampling": Command(
         "puna.stages.rejection_sampling",
         "RejectionSamplingConfig",
@@ -67,7 +73,9 @@ COMMANDS = {
         "context_distillation",
         "write safe answers without their preprompt",
     ),
+    "data stats": Command("puna.data.stats", "StatsConfig", None, "count what comparisons hold", "files"),
     "sample": Command("puna.stages.sample", "SampleConfig", "sample", "write answers to prompts in bulk"),
+    "score": Command("puna.stages.score", "ScoreConfig", "score", "write reward models' scores of dialogs", "data"),
     "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
     "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
     "plan": Command("puna.plan", "PlanConfig", "plan", "what pretraining takes on a cluster", "recipe"),

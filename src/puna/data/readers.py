@@ -9,7 +9,8 @@ and `preferences`, a JSON object a line:
      "chosen_is_safe": bool|null, "rejected_is_safe": bool|null, "domain": "helpfulness|safety", "batch": n, ...}
 
 A line that cannot be used is reported with its file, number and reason, set aside and counted; a file with more than
-1 % of such lines stops the run. A comparison of two identical answers says nothing: it is skipped and counted.
+1 % of such lines stops the run. A comparison that says nothing (two identical answers, a tie, three annotators who all
+differ, an empty answer in a set of models' outputs) is skipped and counted by its reason.
 Lines end at U+000A alone, since text may hold U+2028.
 
 A new format is a function of one row (puna.data.rows) or of one path, and its line in READERS.
@@ -246,6 +247,12 @@ READERS: dict[str, Reader] = {
     "oasst_preferences": _by_row(rows.oasst_preferences),
     "pku": _by_row(rows.pku("better_response_id", "helpfulness")),
     "pku_safety": _by_row(rows.pku("safer_response_id", "safety")),
+    "pandalm": _by_row(rows.pandalm),
+    "llmbar": _by_row(rows.llmbar),
+    "autoj": _by_row(rows.autoj),
+    "shp": _by_row(rows.shp),
+    "webgpt": _by_row(rows.webgpt),
+    "alpaca_eval": _by_row(rows.alpaca_eval),
 }
 
 
@@ -261,7 +268,8 @@ def _holds_messages(record: Any) -> bool:
 
 
 _DIALOGS = ("dialogs", "alpaca", "oasst", "trl")
-_COMPARISONS = ("preferences", "hh", "trl", "oasst_preferences", "pku", "pku_safety")
+_JUDGED = ("pandalm", "llmbar", "autoj", "shp", "webgpt", "alpaca_eval")
+_COMPARISONS = ("preferences", "hh", "trl", "oasst_preferences", "pku", "pku_safety", *_JUDGED)
 KINDS: dict[str, Kind] = {
     "dialogs": Kind(_holds_messages, _DIALOGS),
     "comparisons": Kind(lambda record: isinstance(record, Preference), _COMPARISONS),
