@@ -34,6 +34,9 @@ PREFILL_TOKENS = 2048
 PAST_TOKENS = 16384
 """Tokens, padding included, that a prefill pass of several prompts may have behind it: they are copied for it."""
 
+Watch = Callable[[Answer, Token, str], None]
+"""Told of a drawn token: its answer, the token, and the text that it makes certain."""
+
 
 @dataclass(eq=False)
 class _Waiting:
@@ -58,10 +61,11 @@ class _Running:
 
 
 class Scheduler:
-    """Runs requests on one model. `watch` is told every token drawn and the text that it makes certain.
+    """Runs requests on one model. `watch` is told of every token drawn.
 
     `serving` is for requests that keep coming: no more than one prefill pass comes between two tokens of a running
-    sequence, and answers are kept like prompts, for dialogs that go on.
+    sequence, and answers are kept like prompts, for dialogs that go on. Without `share_prompts` nothing is kept for
+    another request, which then runs its whole prompt: to measure what sharing gives.
     Raises ConfigError where the cache cannot hold one sequence as long as the model's context.
     """
 
@@ -73,14 +77,13 @@ class Scheduler:
         *,
         max_batch_size: int,
         cache_tokens: int | None = None,
-        watch: Callable[[Answer, Token, str], None] | None = None,
+        watch: Watch | None = None,
         serving: bool = False,
+        share_prompts: bool = True,
     ) -> None:
-        weight = model.tok_embeddings.weight
-        self.model = model
         self.max_batch_size = max_batch_size
-        self._decode, self._eos_id, self._watch, self._serving = decode, eos_id, watch, serving
-        self._device = weight.device
+        self._decode, self._eos_id, self._watch = decode, eos_id, watch
+        self._serving, self._shares = serving, share_prompts
         context = blocks_of(model.config.max_seq_len)
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size is {max_batch_size}: it must be at least 1")
@@ -91,9 +94,16 @@ class Scheduler:
                 f"a cache of {cache_tokens} tokens is too small for the model's context of "
                 f"{model.config.max_seq_len}: give it at least {BLOCK * least}"
             )
-        self.cache = BlockCache(model.config, capacity, weight.dtype, weight.device)
         self._waiting: deque[_Waiting] = deque()
         self._running: list[_Running] = []
+        self._use(model, capacity)
+
+    def _use(self, model: Transformer, capacity: int) -> None:
+        """This model from now on, with a cache that knows nothing and nobody in a slot."""
+        weight = model.tok_embeddings.weight
+        self.model = model
+        self._device = weight.device
+        self.cache = BlockCache(model.config, capacity, weight.dtype, weight.device)
         self._logits = torch.empty(0, model.config.vocab_size, dtype=weight.dtype, device=weight.device)  # (B, V)
         self._settings = Settings.of([], weight.device)
         self._tokens = torch.empty(0, dtype=torch.int64, device=weight.device)  # (B,) the last drawn
@@ -152,6 +162,18 @@ class Scheduler:
         for answer in answers:
             answer.finish = "cancelled"
         return list(zip(answers, pieces, strict=True))
+
+    def update_weights(self, model: Transformer) -> None:
+        """Go on with this model, of the same shape: no answer is dropped, but keys and values are the old weights'.
+
+        What was drawn of an answer stays; it is run again, with its prompt, before the next token is drawn.
+        """
+        assert model.config == self.model.config, f"{model.config} is not {self.model.config}"
+        for group in self._waiting:
+            self._give_back(group)
+        while self._running:
+            self._preempt(self._running[-1])
+        self._use(model, self.cache.capacity)
 
     def step(self) -> list[Answer]:
         """Admit, draw one token for every sequence that has a slot, and run it; the answers that ended with it."""
@@ -215,7 +237,8 @@ class Scheduler:
                     continue
                 break
             self._extend(group.blocks, group.cached + n)
-            begun.add(head)
+            if self._shares:
+                begun.add(head)
             chunk.append((group, n))
             longest, past, wanted = max(longest, n), max(past, group.cached), wanted + len(group.answers)
         if chunk:
@@ -253,7 +276,8 @@ class Scheduler:
             group.cached += n
             if group.cached == len(group.tokens):
                 group.logits = logits[row]
-                self.cache.remember(group.tokens, group.blocks)
+                if self._shares:
+                    self.cache.remember(group.tokens, group.blocks)
 
     def _begin(self, ready: Iterable[_Waiting]) -> None:
         """Put samples of computed prompts into free slots. Raises Full where a block for one cannot be had.
@@ -304,7 +328,7 @@ class Scheduler:
             if self._watch:
                 self._watch(row.answer, Token(token, logprob, self._top(logits[i], row.answer.request.sampling)), piece)
         ended = [row for row in self._running if row.answer.finish]
-        if self._serving:
+        if self._serving and self._shares:
             for row in ended:
                 self.cache.remember((row.answer.request.prompt + row.answer.tokens)[: row.length], row.blocks)
         self._remove(ended)
