@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,6 +82,17 @@ class Sampling:
     def cuts(self) -> bool:
         """Whether some tokens cannot be drawn."""
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
+
+
+def one_each(temperature: float | Sequence[float], count: int, **settings: Any) -> list[Sampling]:
+    """The settings of `count` prompts, alike but for a temperature of each where a list is given.
+
+    Raises ConfigError where the list has another length, or as Sampling.
+    """
+    heat = [temperature] * count if isinstance(temperature, int | float) else list(temperature)
+    if len(heat) != count:
+        raise ConfigError(f"{len(heat)} temperatures for {count} prompts: give one, or one for each")
+    return [Sampling(temperature=float(t), **settings) for t in heat]
 
 
 class Settings(NamedTuple):

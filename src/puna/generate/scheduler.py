@@ -25,7 +25,7 @@ from torch import Tensor
 from puna.config import ConfigError
 from puna.generate.kv_cache import BLOCK, BlockCache, DecodePass, Full, PromptPass, blocks_of
 from puna.generate.sampling import Sampling, Settings, adjust, sample, uniforms
-from puna.generate.sequence import Answer, Request, TextStream, Token
+from puna.generate.sequence import Answer, Request, TextStream, Token, room
 from puna.model.transformer import Transformer
 
 PREFILL_TOKENS = 2048
@@ -125,18 +125,13 @@ class Scheduler:
 
     def check(self, request: Request, name: str) -> int:
         """How many tokens an answer can have. Raises ConfigError where the request, called `name`, cannot be served."""
-        context, vocab = self.model.config.max_seq_len, self.model.config.vocab_size
-        if not 0 < len(request.prompt) < context:
-            raise ConfigError(
-                f"{name} has {len(request.prompt)} tokens and the model's context {context}: "
-                "a prompt needs at least one token and must leave room for an answer"
-            )
+        left, vocab = room(request.prompt, self.model.config.max_seq_len, name), self.model.config.vocab_size
         if request.n < 1:
             raise ConfigError(f"n is {request.n}: it must be at least 1")
         for ids, where in ((request.prompt, name), (request.sampling.logit_bias, "logit_bias")):
             if not (min(ids, default=0) >= 0 and max(ids, default=0) < vocab):
                 raise ConfigError(f"{where} has a token that is not among the model's {vocab}")
-        return min(context - len(request.prompt), request.sampling.max_new_tokens)
+        return min(left, request.sampling.max_new_tokens)
 
     def submit(self, request: Request) -> list[Answer]:
         """Queue a request; its answers fill as steps are made. Raises ConfigError as `check`."""
