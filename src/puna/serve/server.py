@@ -136,7 +136,7 @@ def run(cfg: ServeConfig) -> None:
     gc.freeze()  # what is here stays: a full collection would look at all of it, and hold up everybody for 170 ms
     server.run([listening])
     if server.dead:
-        raise RuntimeError(f"the engine of {', '.join(server.dead)} has died: its error is in the log")
+        raise RuntimeError(f"the engine of {', '.join(map(repr, server.dead))} has died: its error is in the log")
 
 
 def listen(host: str, port: int) -> socket.socket:
