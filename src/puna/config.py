@@ -105,7 +105,7 @@ def save(config: Any, path: Path) -> None:
     write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def keep(config: Any, path: Path, ignore: Sequence[str] = ("out", "threads", "dry_run")) -> None:
+def keep(config: Any, path: Path, ignore: Sequence[str] = ("out", "threads", "dry_run", "vllm")) -> None:
     """`save`, or a ConfigError where the config saved there is another one: a folder holds one config's results.
 
     What `ignore` names, in a nested table too, may differ, and so may the way a path is written.

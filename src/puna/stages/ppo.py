@@ -39,6 +39,7 @@ from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import Scorer, combined_reward
+from puna.generate.vllm import VLLMEngine
 from puna.model.reward import RewardModel
 from puna.model.transformer import Transformer
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
@@ -112,6 +113,8 @@ class PPOConfig:
     """stop after so many measurements without a new best; 0 never stops early."""
     checkpoint_every: int = 10
     """iterations between checkpoints; 0 keeps none."""
+    vllm: str = ""
+    """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in this process."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -221,7 +224,9 @@ def load(cfg: PPOConfig, device: torch.device) -> Models:
             huggingface.load_reward_model(cfg.reward_helpfulness).to(device), tokenizer, precision=cfg.precision
         ),
         safety=Scorer(huggingface.load_reward_model(cfg.reward_safety).to(device), tokenizer, precision=cfg.precision),
-        engine=LocalEngine(policy, tokenizer),
+        engine=VLLMEngine(cfg.vllm, tokenizer, cfg.out / "sampled_with")
+        if cfg.vllm
+        else LocalEngine(policy, tokenizer),
         tokenizer=tokenizer,
         device=device,
     )

@@ -44,6 +44,8 @@ class SampleConfig:
     max_new_tokens: int = 256
     shard_size: int = 256
     """prompts a resumable piece of work."""
+    vllm: str = ""
+    """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in this process."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -60,7 +62,7 @@ def run(cfg: SampleConfig) -> Path:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("sample"):
             return folder.path
-        engine = open_engine(cfg.init, device)
+        engine = open_engine(cfg.init, device, cfg.vllm)
         read = read_prompts(cfg.prompts, cfg.format)
         prompts = fitting(read, engine.tokenizer, engine.context)
         progress = Progress("sample", len(prompts), unit="prompt")
