@@ -38,6 +38,10 @@ ALIASES = {
 """What Hugging Face calls keys of ours that look like no key of ours: for the nearest valid key in messages."""
 
 
+NOT_RESULTS = ("out", "threads", "dry_run", "workers", "cluster", "gpus")
+"""Keys that change nothing in what a run writes."""
+
+
 class ConfigError(Exception):
     """A user's mistake in a recipe, a flag or a path: one line that names it and the way out (exit code 2)."""
 
@@ -105,7 +109,7 @@ def save(config: Any, path: Path) -> None:
     write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def keep(config: Any, path: Path, ignore: Sequence[str] = ("out", "threads", "dry_run")) -> None:
+def keep(config: Any, path: Path, ignore: Sequence[str] = NOT_RESULTS) -> None:
     """`save`, or a ConfigError where the config saved there is another one: a folder holds one config's results.
 
     What `ignore` names, in a nested table too, may differ, and so may the way a path is written.

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from puna.config import DataError
 from puna.corpus.encode import encoder, words_are_apart
 from puna.data import readers
-from puna.formats.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, read_pieces, sentencepiece_model
 from puna.text import tokenizer as tokenizers
+from puna.text.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, read_pieces, sentencepiece_model
 from puna.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from tests import helpers
 

@@ -83,12 +83,12 @@ def test_shards_are_made_as_they_are_needed(tmp_path: Path) -> None:
 
     def shards() -> Iterator[list[int]]:
         for number in range(9):
-            assert number - done <= 4, "one for each worker, two that wait, and this one"
+            assert number - done <= 4, "one for each worker, and two that wait"
             yield [number]
 
     def said(shard: list[int]) -> None:
         nonlocal done
         done += 1
 
-    records = map_each(partial(work.squares, tmp_path), shards(), tmp_path / "parts", said, Workers(1))
+    records = map_each(partial(work.squares, tmp_path), shards(), tmp_path / "parts", said, Workers(2))
     assert records == [{"x": x * x} for x in range(9)] and done == 9

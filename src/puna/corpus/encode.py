@@ -14,7 +14,7 @@ from collections.abc import Callable
 import numpy as np
 
 from puna.data.shards import Tokens, dtype_of
-from puna.formats.pieces import CONTROL, UNKNOWN, Pieces, read_pieces
+from puna.text.pieces import CONTROL, UNKNOWN, Pieces, read_pieces
 from puna.text.tokenizer import SentencePieceTokenizer, Tokenizer, check_unicode
 
 SPACE = "\u2581"  # how SentencePiece writes it

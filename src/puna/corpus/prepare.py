@@ -126,7 +126,7 @@ class Kept(NamedTuple):
 def run(cfg: PrepareConfig) -> Path:
     """Prepare, and return the folder."""
     with RunFolder(cfg.out) as folder:
-        config.keep(cfg, folder.path / "config.json", ignore=("out", "workers", "cluster"))
+        config.keep(cfg, folder.path / "config.json")
         if folder.done("prepare"):
             return folder.path
         tokenizer = tokenizers.load(cfg.tokenizer)
@@ -136,6 +136,7 @@ def run(cfg: PrepareConfig) -> Path:
         n = cfg.workers or (len(os.sched_getaffinity(0)) if cfg.cluster == "local" else 0)
         workers, parts = Workers(n, cfg.cluster), folder.path / "parts"
         result = ReadResult()
+        _encoder.cache_clear()  # another run may have had another tokenizer under this name
         records = map_each(partial(encode, shared), pieces(cfg, result), parts / "encoded", workers=workers)
         if result.bad:
             readers.keep_bad_lines(result.bad, folder.path / "bad_lines.jsonl")
@@ -151,6 +152,8 @@ def run(cfg: PrepareConfig) -> Path:
 
 def pieces(cfg: PrepareConfig, result: ReadResult) -> Iterator[Piece]:
     """1: every source's documents, so many characters at a time; `result` gets what is set aside."""
+    for source in cfg.all_sources.values():
+        readers.check_files(source.paths, source.format)
     progress = Progress("data prepare", sum(len(source.paths) for source in cfg.all_sources.values()), unit="file")
     read = 0
     for name, source in cfg.all_sources.items():

@@ -3,7 +3,7 @@
 With workers, processes share the shards: on this machine, or on those of a Ray cluster, which must all see the same
 files. `work` is then sent to them, so that it is a module's function or a `functools.partial` of one; what is dear to
 make (an engine, a tokenizer) it takes from a `functools.cache`, which each worker fills once. Which worker does a shard
-changes nothing in what is written.
+changes nothing in what is written. Under torchrun its processes take the shards in turn, and all get all records.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Workers(NamedTuple):
     """Who does the work."""
 
     n: int = 0
-    """processes; 0 is this one alone (on Ray: as many as the cluster has room for)."""
+    """processes; 0 or 1 is this one alone (on Ray: 0 is as many as the cluster has room for)."""
     cluster: Literal["local", "ray"] = "local"
     gpus: float = 0
     """GPUs that each asks Ray for."""
@@ -61,12 +61,13 @@ def map_each(
     workers: Workers = Workers(),  # noqa: B008
 ) -> Records:
     """The same of shards that come one by one: no more of them are held than there are workers, and two."""
+    rank, n_processes = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
     paths: list[Path] = []
 
     def undone() -> Iterator[Job]:
         for number, shard in enumerate(shards):
             paths.append(folder / f"{number:05d}.jsonl")
-            if paths[number].exists():
+            if number % n_processes != rank or paths[number].exists():
                 said(shard)
             else:
                 yield number, shard
@@ -75,6 +76,10 @@ def map_each(
         lines = [json.dumps(record, ensure_ascii=False) for record in records]
         write_atomically(paths[number], "".join(line + "\n" for line in lines))
         said(shard)
+    if n_processes > 1:
+        from puna import parallel  # and torch, which a worker of a pool need not import
+
+        parallel.barrier()
     texts = (path.read_text(encoding="utf-8") for path in paths)
     return [json.loads(line) for text in texts for line in text.split("\n")[:-1]]
 
@@ -83,7 +88,7 @@ def _doers(workers: Workers) -> Callable[[Work, Iterator[Job], Workers], Iterato
     """Who does the jobs; each pairs them with their records, in any order."""
     if workers.cluster == "ray":
         return _on_ray
-    return _in_processes if workers.n else _here
+    return _in_processes if workers.n > 1 else _here
 
 
 def _here(work: Work, jobs: Iterator[Job], workers: Workers) -> Iterator[tuple[Job, Records]]:
@@ -127,20 +132,18 @@ def _begin() -> None:
 
 def _on_ray(work: Work, jobs: Iterator[Job], workers: Workers) -> Iterator[tuple[Job, Records]]:
     """Actors of the cluster that RAY_ADDRESS names, or of one on this machine that lasts as long as the work."""
-    try:
-        import ray
-        from ray.util import ActorPool
-    except ModuleNotFoundError:
-        raise ConfigError("cluster = \"ray\" needs Ray: pip install 'puna[cluster]'") from None
+    ray = _ray()
     begun = not ray.is_initialized()
-    if begun and "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=False)
-    elif begun:
-        ray.init(num_cpus=workers.n or None, include_dashboard=False, log_to_driver=False)
+    if begun:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+        here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers.n or None, "include_dashboard": False}
+        ray.init(log_to_driver=False, **here)
     has = ray.cluster_resources()
-    n = workers.n or max(1, int(has.get("GPU", 0) / workers.gpus if workers.gpus else has.get("CPU", 1)))
+    n = workers.n or max(1, int(has.get("GPU", 0) / workers.gpus if workers.gpus else has["CPU"]))
+    if workers.gpus * n > has.get("GPU", 0):
+        raise ConfigError(f"{n} workers ask for {workers.gpus:g} GPUs each, Ray has {has.get('GPU', 0):g}")
     actor = ray.remote(num_cpus=1, num_gpus=workers.gpus)(_Worker)
-    pool = ActorPool([actor.remote() for _ in range(n)])
+    pool = ray.util.ActorPool([actor.remote() for _ in range(n)])
     running: dict[int, Job] = {}
 
     def finished() -> tuple[Job, Records]:
@@ -160,6 +163,15 @@ def _on_ray(work: Work, jobs: Iterator[Job], workers: Workers) -> Iterator[tuple
     finally:
         if begun:
             ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.util
+    except ModuleNotFoundError:
+        raise ConfigError("the cluster \"ray\" needs Ray: pip install 'puna[cluster]'") from None
+    return ray
 
 
 class _Worker:

@@ -95,8 +95,7 @@ def stream(
     check: Callable[[Any], object] | None = None,
 ) -> Iterator[Any]:
     """`read`, a record at a time: `result` gets what is set aside or skipped, and no records. Errors come as found."""
-    if format not in READERS:
-        raise ConfigError(f"unknown data format {format!r}; there are {', '.join(READERS)}")
+    check_files(files, format)
 
     def sound(record: Any) -> None:
         if kind is not None and not KINDS[kind].holds(record):
@@ -105,13 +104,19 @@ def stream(
         if check is not None:
             check(record)
 
+    for path in files:
+        yield from _read_file(path, READERS[format], result, sound)
+
+
+def check_files(files: Sequence[Path], format: str) -> None:
+    """ConfigError on an unknown format, and where there is no file or one is missing."""
+    if format not in READERS:
+        raise ConfigError(f"unknown data format {format!r}; there are {', '.join(READERS)}")
     if not files:
         raise ConfigError(f"no data file of the format {format!r} is given")
     for path in files:
         if not path.is_file():
             raise ConfigError(f"no such data file: {path}")
-    for path in files:
-        yield from _read_file(path, READERS[format], result, sound)
 
 
 def _read_file(path: Path, reader: Reader, result: ReadResult, check: Callable[[Any], object]) -> Iterator[Any]:

@@ -67,7 +67,7 @@ def run(cfg: SampleConfig) -> Path:
     parallel.start(cfg.threads)
     parallel.only_one_process("sample")
     with RunFolder(cfg.out) as folder:
-        config.keep(cfg, folder.path / "config.json", ignore=("out", "threads", "workers", "cluster", "gpus"))
+        config.keep(cfg, folder.path / "config.json")
         if folder.done("sample"):
             return folder.path
         read, tokenizer = read_prompts(cfg.prompts, cfg.format), tokenizers.load(cfg.init)
