@@ -44,6 +44,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "run": Command("puna.recipe", "RecipeConfig", None, "the whole recipe: pretrain, SFT, V1 to V5, report"),
     "valley": Command("puna.valley.write", "ValleyConfig", "valley", "write the embedded world's data"),
+    "data prepare": Command(
+        "puna.corpus.prepare", "PrepareConfig", "prepare", "write text of many sources as token shards"
+    ),
     "pretrain": Command("puna.stages.pretrain", "PretrainConfig", "pretrain", "train a model on raw text"),
     "sft": Command("puna.stages.sft", "SFTConfig", "sft", "fine-tune a model on dialogs"),
     "collect": Command("puna.stages.collect", "CollectConfig", "collect", "collect preferences over answer pairs"),

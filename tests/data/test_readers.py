@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import logging
@@ -184,6 +185,34 @@ def test_text(tmp_path: Path) -> None:
     path.write_bytes(b"a\nb\n\xff")
     with pytest.raises(DataError, match=r"line 3: not UTF-8"):
         readers.read(path, "text")
+
+
+def test_paragraphs_are_read_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"a\n\n" * 200 + b"b\n\xff\nc\r\n \t\r\n\nd")
+    result = readers.ReadResult()
+    texts = readers.stream([path], "paragraphs", result)
+    assert next(texts) == "a" and not result.bad
+    assert list(texts)[199:] == ["b\nc\r", "d"]
+    assert [(line.line, line.reason) for line in result.bad] == [(402, "not UTF-8 at byte 0")]
+    assert result.records == [], "a stream keeps nothing"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst"])
+def test_compressed(suffix: str, tmp_path: Path) -> None:
+    data = b"".join(json.dumps({"text": f"{i}\u2028ö"}).encode() + b"\n" for i in range(3000))
+    if suffix == ".zst":
+        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+        packed = pyarrow.compress(data, "zstd", asbytes=True)
+    else:
+        packed = {".gz": gzip, ".bz2": bz2}[suffix].compress(data)
+    path = tmp_path / f"x.jsonl{suffix}"
+    path.write_bytes(packed)
+    assert readers.read(path, "jsonl_text").records == [f"{i}\u2028ö" for i in range(3000)]
+    for broken in (packed[:-30], packed[:40] + b"nonsense" * 9):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match=rf"x\.jsonl\{suffix}: broken (gzip|bzip2|zstd) file"):
+            readers.read(path, "jsonl_text")
 
 
 def test_trl(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from puna.config import ConfigError, DataError
 from puna.formats import build, shape_of
-from puna.formats.pieces import CONTROL, NORMAL, UNKNOWN, UNUSED, read_pieces, sentencepiece_model
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text import chat
+from puna.text.pieces import CONTROL, NORMAL, UNKNOWN, UNUSED, read_pieces, sentencepiece_model
 from puna.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 TOP_NAMES = {
