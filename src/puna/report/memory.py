@@ -10,8 +10,11 @@ Peak memory is the process's largest resident size less what it had before its m
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
+import re
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +34,7 @@ from puna.generate.sampling import Sampling
 from puna.model.moe import MoEConfig
 from puna.model.sizes import cache_bytes, with_kv_heads
 from puna.model.transformer import ModelConfig, Transformer
-from puna.report import figures
+from puna.report.figures import BLUE, MUTED, STYLE
 from puna.run_folder import write_atomically
 from puna.stages import pretrain
 from puna.stages.pretrain import PretrainConfig
@@ -82,7 +85,7 @@ def run(cfg: MemoryBenchConfig) -> str:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
             rows.append(alone.submit(measure, cfg, name, model).result())
     write_atomically(cfg.out / "memory.json", json.dumps(rows, indent=1) + "\n")
-    write_atomically(cfg.out / "memory.svg", figures.memory(rows))
+    write_atomically(cfg.out / "memory.svg", chart(rows))
     return table(cfg, rows)
 
 
@@ -179,7 +182,10 @@ def _peak(device: torch.device) -> int:
     """Largest memory so far, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return peak_resident()
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would count the parent's size before this program was started
+        return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # 3: what is shown ----------------------------------------------------------------------------------------------------
@@ -204,3 +210,31 @@ def table(cfg: MemoryBenchConfig, rows: list[Row]) -> str:
         f"{cfg.batch_size} x {cfg.seq_len} tokens in {cfg.precision}; {rows[0]['device']}"
     )
     return "\n".join([*lines, str(cfg.out / "memory.svg")])
+
+
+def chart(rows: list[Row]) -> str:
+    """Four panels of bars as an SVG file's text, a bar a variant."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    panels = {
+        "Keys and values, kB a token": [row["cache_bytes_per_token"] / 1e3 for row in rows],
+        "Peak memory in training, MB": [row["training_peak_bytes"] / 1e6 for row in rows],
+        "Training, thousand tokens/s": [row["training_tokens_per_second"] / 1e3 for row in rows],
+        "Decoding, thousand tokens/s": [row["decode_tokens_per_second"] / 1e3 for row in rows],
+    }
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE | {"svg.hashsalt": "memory"})
+        figure = Figure(figsize=(10.5, 0.9 + 0.3 * len(rows)), layout="constrained", facecolor="white")
+        for axes, (title, values) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+            bars = axes.barh(range(len(rows)), values, color=BLUE, height=0.62)
+            axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, color=MUTED, fontsize=8)
+            axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+            axes.set_title(title, fontsize=9)
+            axes.set_xlim(0, 1.3 * max(values))
+            axes.grid(axis="y", visible=False)
+        figure.axes[0].invert_yaxis()  # shared: the first variant on top
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()
