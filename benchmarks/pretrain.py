@@ -1,11 +1,11 @@
-"""Pretraining on a CPU beside transformers and plain torch code: tokens/s, share of the machine's bfloat16 rate, memory.
+"""Pretraining on a CPU beside transformers and plain torch code: tokens/s, share of the bfloat16 rate, memory.
 
     python benchmarks/pretrain.py [--shapes v4k v32k laptop] [--rounds 5] [--steps 6] [--threads 2]
 
-Every contender runs in a process of its own, by turns, so that what else the machine does falls on each; a process warms
-up for two steps and tells the median of the others, the table the medians over the rounds. All take the same random
-tokens and AdamW's fused kernel, and clip. The rate is counted as 6 operations a weight and token, embeddings left out,
-and 6 L D T of causal attention, over what a square product of bfloat16 reaches between the turns. Memory is the largest
+Every contender runs in a process of its own, by turns, so that what else the machine does falls on each; a process
+warms up for two steps and tells the median of the others, the table the medians over the rounds. All take random tokens
+and AdamW's fused kernel, and clip. The rate is counted as 6 operations a weight and token, embeddings left out, and
+6 L D T of causal attention, over what a square product of bfloat16 reaches between the turns. Memory is the largest
 resident size less what the process had before its model.
 
 puna is `stages.pretrain.update` and `optim.clip_and_step`; transformers runs as it comes (float32), and with autocast,
@@ -159,7 +159,8 @@ def transformers(name: str, shape: str) -> Step:
     c, _, length = SHAPES[shape]
     config = transformers.LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.dim, intermediate_size=c.ffn_hidden, num_hidden_layers=c.n_layers,
-        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=length, use_cache=False,
+        num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads, max_position_embeddings=length,
+        use_cache=False,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config)
     forward = torch.compile(model) if "compiled" in name else model
@@ -227,7 +228,7 @@ def race(shape: str, names: list[str], rounds: int, steps: int, threads: int) ->
             out = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
             found[name].append(json.loads(out.splitlines()[-1]))
             rates.append(matrix_rate())
-        print(f"{shape}: round {turn + 1} of {rounds}", file=sys.stderr, flush=True)
+            print(f"{shape}: round {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
     rate, per_token = statistics.median(rates), operations(shape)
     config, batch, length = SHAPES[shape]
     print(f"\n{shape}: {config.n_params() / 1e6:.1f} M parameters, {batch} x {length} tokens a step")

@@ -46,13 +46,11 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         pieces = (torch.split(tensor, CHUNK) for tensor in (states, targets, of_states))
         for part, wanted, gradient in zip(*pieces, strict=True):
-            logprobs = _logprobs(part, matrix)  # (C, V)
-            index = wanted[:, None]
-            total -= logprobs.gather(1, index).sum()
-            slope = logprobs.exp_().scatter_add_(1, index, index.new_full((), -1).to(logprobs).expand_as(index))
-            slope = slope.to(states.dtype)  # p - 1 at the target, p elsewhere
+            logprob, slope = _loss_and_slope(part, matrix, wanted[:, None])
+            total -= logprob
             torch.mm(slope, matrix, out=gradient)
             of_weight += slope.t() @ part
+            del slope  # before the next chunk makes its own
         ctx.save_for_backward(of_states, of_weight)
         ctx.types = hidden.dtype, weight.dtype
         return total
@@ -62,6 +60,14 @@ class _ChunkedLoss(torch.autograd.Function):
         of_states, of_weight = ctx.saved_tensors
         hidden_type, weight_type = ctx.types
         return of_states.to(hidden_type) * slope, (of_weight * slope).to(weight_type), None
+
+
+def _loss_and_slope(part: Tensor, matrix: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of log p at the targets (C, 1), and the loss's gradient of the logits (C, V): p, less 1 at the target."""
+    logprobs = _logprobs(part, matrix)
+    total = logprobs.gather(1, index).sum()
+    minus = torch.full_like(index, -1, dtype=torch.float32)
+    return total, logprobs.exp_().scatter_add_(1, index, minus).to(part.dtype)
 
 
 def _logprobs(states: Tensor, matrix: Tensor) -> Tensor:
