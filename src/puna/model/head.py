@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 512
-"""Tokens whose logits exist at once: with 1024 a pretraining step holds a ninth more, at the same speed (docs/log.md)."""
+"""Tokens whose logits exist at once: with 1024 an update holds a ninth more, at the same speed (docs/log.md)."""
 LARGE = 2**24
 """Logits of a forward pass from which on chunks are as fast as the whole on a CPU, or faster (docs/log.md)."""
 
