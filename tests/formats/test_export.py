@@ -115,6 +115,7 @@ def test_experts_are_a_hugging_face_folder_alone(tmp_path: Path) -> None:
     model = helpers.model(moe=MoEConfig(experts=3, top_k=2))
     huggingface.save_model(model, helpers.tokenizer(), tmp_path / "experts")
     export.run(ExportConfig(tmp_path / "experts", tmp_path / "out", "hf", "bf16"))
+    assert "3 experts, 2 a token, vocabulary 384" in (tmp_path / "out/README.md").read_text()
     rows = looked_at(tmp_path / "out")
     assert rows["holds"] == "a Hugging Face folder, MixtralForCausalLM" and rows["experts"] == "3, 2 a token"
     assert rows["parameters"] == f"{model.config.n_params():,}"

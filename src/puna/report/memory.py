@@ -229,7 +229,13 @@ def chart(rows: list[Row]) -> str:
         figure = Figure(figsize=(10.5, 0.9 + 0.3 * len(rows)), layout="constrained", facecolor="white")
         for axes, (title, values) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
             bars = axes.barh(range(len(rows)), values, color=BLUE, height=0.62)
-            axes.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, color=MUTED, fontsize=8)
+            axes.bar_label(
+                bars,
+                [f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in values],
+                padding=3,
+                color=MUTED,
+                fontsize=8,
+            )
             axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
             axes.set_title(title, fontsize=9)
             axes.set_xlim(0, 1.3 * max(values))
