@@ -82,6 +82,9 @@ COMMANDS = {
     "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
     "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
     "plan": Command("puna.plan", "PlanConfig", "plan", "what pretraining takes on a cluster", "recipe"),
+    "bench memory": Command(
+        "puna.report.memory", "MemoryBenchConfig", "bench_memory", "what heads and experts cost in memory and speed"
+    ),
     "import": Command(
         "puna.formats.convert", "ImportConfig", "import", "import a model (GGUF, Hugging Face, Meta)", "path"
     ),

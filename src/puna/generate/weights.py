@@ -140,10 +140,11 @@ class PackedTransformer(Transformer):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         only: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        logits = self._step(tokens, positions, cache, head=True) if only is None else None
+        logits = self._step(tokens, positions, cache, head=True) if only is None and targets is None else None
         if logits is None:
-            return super().forward(tokens, positions=positions, mask=mask, cache=cache, only=only)
+            return super().forward(tokens, positions=positions, mask=mask, cache=cache, only=only, targets=targets)
         return logits
 
     def _step(self, tokens: Tensor, positions: Tensor | None, cache: object, head: bool) -> Tensor | None:
@@ -170,7 +171,9 @@ class PackedTransformer(Transformer):
 
     @functools.cached_property
     def _pointers(self) -> kernel.Model | None:
-        """Where the weights are; None where there is no compiled step or it does not read some layer's type."""
+        """Where the weights are; None where there is no compiled step, or it cannot read some layer or experts."""
+        if self.config.moe.experts:
+            return None
         if kernel.library() is None or self.norm.weight.is_cuda or self.norm.weight.dtype != torch.float32:
             return None
         layers = []

@@ -26,6 +26,7 @@ from puna import checkpoint, config, losses, optim, parallel
 from puna.config import ConfigError, DataError, positive
 from puna.data import loader, readers, shards
 from puna.formats import huggingface
+from puna.model.moe import MixtureOfExperts
 from puna.model.transformer import ModelConfig, Transformer
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
@@ -164,9 +165,19 @@ def update(cfg: PretrainConfig, model: Transformer, data: loader.Data, step: int
     total = torch.zeros((), device=device)
     for x, y in _micro_batches(cfg, inputs, targets):
         loss = _loss(cfg, model, x.to(device), y.to(device), count)
-        parallel.backward(loss)
+        parallel.backward(loss + balance(cfg, model) * y.numel() / count)
         total += loss.detach()
     return float(parallel.total(total))
+
+
+def balance(cfg: PretrainConfig, model: Transformer) -> Tensor | float:
+    """The load-balancing loss of the last forward pass, its layers' mean, weighted; 0 without experts.
+
+    It is of a micro-batch on one rank, as the router's shares are: unlike the loss, it depends on how a batch is split.
+    """
+    layers = [module.routing for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    terms = [losses.load_balancing_loss(*routing) for routing in layers if routing]
+    return cfg.model.moe.balance * torch.stack(terms).mean() if terms else 0.0
 
 
 @torch.inference_mode()
@@ -187,9 +198,9 @@ def _micro_batches(cfg: PretrainConfig, inputs: Tensor, targets: Tensor) -> Iter
 
 
 def _loss(cfg: PretrainConfig, model: Transformer, x: Tensor, y: Tensor, count: int) -> Tensor:
+    """A micro-batch's part of the mean: its sum over the step's count, so that how a batch is split changes nothing."""
     with parallel.autocast(cfg.precision, x.device):
-        logits = model(x)
-    return losses.language_model_loss(losses.token_logprobs(logits, y), torch.ones_like(y, dtype=torch.bool), count)
+        return model(x, targets=y) / count  # type: ignore[no-any-return]
 
 
 def _part(texts: Iterable[str], share: float, held_out: bool) -> Iterator[str]:
