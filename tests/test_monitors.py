@@ -40,7 +40,10 @@ SICK: dict[str, tuple[list[float], str]] = {
     "length": ([20.0] * 10 + [30.0] * 5 + [40.0] * 5, "answers grow from 20 to 40 tokens"),
     "repetition": ([0.02] * 15 + [0.3] * 5, "2% of their stretches of 4 tokens at first, 30% now"),
     "entropy": ([2.0] * 15 + [0.5] * 5, "entropy falls from 2.00 to 0.50 nats a token"),
-    "gold": ([0.6] * 10 + [0.55] * 10, "the reward rises from 0.52 to 0.67, the held-out reward model falls from 0.60 to 0.55"),
+    "gold": (
+        [0.6] * 10 + [0.55] * 10,
+        "the reward rises from 0.52 to 0.67, the held-out reward model falls from 0.60 to 0.55",
+    ),
 }
 
 

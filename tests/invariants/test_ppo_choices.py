@@ -1,4 +1,4 @@
-"""What each choice beside the paper's does, on the details that it concerns; the defaults are in test_ppo_details.py."""
+"""What each choice beside the defaults does to the details that it concerns (test_ppo_details.py has the defaults')."""
 
 from __future__ import annotations
 
@@ -146,7 +146,9 @@ def test_k_running_moments_whiten_all_batches_so_far(cfg: PPOConfig) -> None:
         with torch.no_grad():
             rewards *= 1.5  # another scale each time
         rollout, _, moments = ppo.collect(cfg, models, helpers.prompts(8, seed=iteration), iteration, moments)
-        seen.append(losses.logit(ppo.sample(cfg, models, helpers.prompts(8, seed=iteration), 1 + iteration)[2]["reward"]))
+        seen.append(
+            losses.logit(ppo.sample(cfg, models, helpers.prompts(8, seed=iteration), 1 + iteration)[2]["reward"])
+        )
         so_far = torch.cat(seen)
         close(rollout.scores, (seen[-1] - so_far.mean()) / so_far.std(correction=0), 1e-4)
 
@@ -208,7 +210,9 @@ def test_mixed_pretraining_keeps_the_text_likely(cfg: PPOConfig, text: Path, tmp
         replace(cfg, pretrain_data=text)
 
 
-def test_every_gradient_step_has_windows_of_its_own(cfg: PPOConfig, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_gradient_step_has_windows_of_its_own(
+    cfg: PPOConfig, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[int] = []
     monkeypatch.setattr(
         loader, "windows", lambda shard, length, n, step, seed: asked.append(step) or (torch.ones(1, 4).long(),) * 2

@@ -105,7 +105,12 @@ def test_clipped_losses() -> None:
 
 
 def plain_iteration(
-    cfg: PPOConfig, policy: Transformer, critic: RewardModel, reference: Transformer, rollout: Rollout, orders: list[Any]
+    cfg: PPOConfig,
+    policy: Transformer,
+    critic: RewardModel,
+    reference: Transformer,
+    rollout: Rollout,
+    orders: list[Any],
 ) -> None:
     """Trains policy and critic on a rollout: answer by answer, no padding, no micro-batches, AdamW written out.
 
