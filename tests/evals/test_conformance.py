@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -390,3 +391,22 @@ def test_recorded_tensors_are_copies_joined() -> None:
     x += 1
     record(x=x)
     assert torch.cat(record.parts["x"]).tolist() == [0, 0, 1, 1]
+
+
+# The guide -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_guide(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (root / "docs/guides/conformance.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(text.split("```python\n")[1].split("```")[0], "conformance.md", "exec"), {"__name__": "guide"})
+    tables = [section.split("\n\n## ")[0] for section in text.split("\n## ")]
+    tensors = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in tables[2].splitlines() if line[:2] == "| "))
+    assert set(tensors) == {name for names in conformance.SHAPES.values() for name in names.split()}
+    details = dict(re.findall(r"^\| ([a-z]) \| (.+?) \|", tables[4], re.MULTILINE))
+    assert details == {
+        k: (f.__doc__ or "").removeprefix(f"{k}: ").removesuffix(".") for k, f in conformance.CHECKS.items()
+    }
+    facts = set(re.findall(r"`(\w+)`", tables[3])) - {"token", "sequence", "batch", "running", "none"}
+    facts -= {"reward", "zero_head", "shared"}
+    assert facts == {*rollouts.SETTINGS, *"iteration top_p top_k pad_id eos_id beta_after lr adam_eps".split()}
