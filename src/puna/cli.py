@@ -64,6 +64,9 @@ COMMANDS = {
         "sample answers and write the best as dialogs",
     ),
     "ppo": Command("puna.stages.ppo", "PPOConfig", "ppo", "train a chat model against the reward models"),
+    "conformance": Command(
+        "puna.evals.conformance", "ConformanceConfig", "conformance", "check a PPO trainer's dump", "rollout"
+    ),
     "ghost-attention": Command(
         "puna.stages.ghost_attention",
         "GhostAttentionConfig",

@@ -148,6 +148,24 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tens
     return torch.from_numpy(tokens), torch.from_numpy(lengths)
 
 
+def pad_answers(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts and their answers -> tokens (B, T) and lengths (B,) as `pad_right`, and action_mask (B, T - 1) bool.
+
+    Action t is the emission of token t + 1: True where that is an answer's, its EOS included.
+    """
+    tokens, lengths = pad_right([[*p, *a] for p, a in zip(prompts, answers, strict=True)], pad)
+    step = torch.arange(1, tokens.shape[1])
+    begins = torch.tensor([len(prompt) for prompt in prompts])
+    return tokens, lengths, (step >= begins[:, None]) & (step < lengths[:, None])
+
+
+def acted_lengths(mask: Tensor) -> list[int]:
+    """Tokens of each row up to its last action; mask (B, T - 1), True somewhere in each row."""
+    return [int(row.nonzero()[-1]) + 2 for row in mask]
+
+
 def by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Indices in micro-batches of like lengths, each at most max_tokens once padded (a longer row stands alone)."""
     batches: list[list[int]] = []
