@@ -55,6 +55,8 @@ COMMANDS = {
         "sample answers and write the best as dialogs",
     ),
     "ppo": Command("puna.stages.ppo", "PPOConfig", "ppo", "train a chat model against the reward models"),
+    "dpo": Command("puna.stages.dpo", "DPOConfig", "dpo", "train a chat model on preferences, without a reward model"),
+    "grpo": Command("puna.stages.grpo", "GRPOConfig", "grpo", "train a chat model on groups of answers (GRPO, RLOO)"),
     "ghost-attention": Command(
         "puna.stages.ghost_attention",
         "GhostAttentionConfig",

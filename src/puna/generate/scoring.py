@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from puna import losses, parallel
@@ -46,6 +48,32 @@ class Scorer:
 def combined_reward(safety: Tensor, helpfulness: Tensor, is_safety: Sequence[bool], threshold: float) -> Tensor:
     """The paper's R_c of N scored answers; see losses.combine_rewards."""
     return losses.combine_rewards(safety, helpfulness, torch.tensor(list(is_safety), dtype=torch.bool), threshold)
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Both reward models, and what the paper makes of them (3.2.3)."""
+
+    helpfulness: Scorer
+    safety: Scorer
+    threshold: float
+
+    def scores(self, rows: Sequence[Sequence[int]], is_safety: Sequence[bool]) -> dict[str, Tensor]:
+        """Of rows of ids that end with an answer: "helpfulness", "safety", and "reward", both combined; (N,) each."""
+        helpfulness, safety = self.helpfulness.score_tokens(rows), self.safety.score_tokens(rows)
+        combined = combined_reward(safety, helpfulness, is_safety, self.threshold)
+        return {"helpfulness": helpfulness, "safety": safety, "reward": combined}
+
+
+def action_logprobs(model: Transformer, tokens: Tensor, mask: Tensor, temperature: float, precision: str) -> Tensor:
+    """log pi of every emitted token, (B, T - 1), with its gradient; 0 where it is no action.
+
+    tokens (B, T), mask (B, T - 1). A prompt's logits, of a large vocabulary, are never made.
+    """
+    with parallel.autocast(precision, tokens.device):
+        logits = model(tokens, only=F.pad(mask, (0, 1)))  # (N, V)
+    logprobs = losses.token_logprobs(logits, tokens[:, 1:][mask], temperature)
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 
 
 @torch.inference_mode()
