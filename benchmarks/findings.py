@@ -325,9 +325,9 @@ def markdown(rows: list[dict[str, Any]], n_seeds: int) -> str:
     lines = [
         "# What the paper reports, and what holds here",
         "",
-        f"Laptop runs of {n_seeds} seeds in the embedded world; `benchmarks/findings.py` makes this page. The first figure should",
-        "be the larger; the difference has Student's 95 % interval over seeds. The model is far smaller than the",
-        "paper's and its data are others: what does not hold here may well hold there.",
+        f"Laptop runs of {n_seeds} seeds in the embedded world; `benchmarks/findings.py` makes this page. The first",
+        "figure should be the larger; the difference has Student's 95 % interval over seeds. The model is far smaller",
+        "than the paper's and its data are others: what does not hold here may well hold there.",
         "",
         "| Claim | Paper | First | Second | Difference | Here |",
         "|---|---|---|---|---|---|",

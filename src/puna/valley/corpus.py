@@ -345,15 +345,14 @@ def talk_answer(topic: dict[str, Any], context: dict[str, str], rng: random.Rand
 
 
 def _how_to(desk: _Desk) -> str:
-    """Two how-tos, and the answers to two household questions between them."""
+    """Two how-tos, and the answers to four household questions between them."""
     rng = desk.rng
     lines = []
     for _ in range(2):
         howto = desk.deal("howto", lambda: desk.world.howtos)
         desk.told.append(howto.id)
         lines.append(telling.tell_howto(howto, rng))
-    for place in (1, 2):
-        lines.insert(place, " ".join(_household(desk)))
+    lines[1:1] = [" ".join(_household(desk)) for _ in range(4)]
     return " ".join(lines)
 
 
