@@ -72,6 +72,7 @@ COMMANDS = {
     "sample": Command("puna.stages.sample", "SampleConfig", "sample", "write answers to prompts in bulk"),
     "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
     "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
+    "compare": Command("puna.report.compare", "CompareConfig", "compare", "runs side by side: a table, a page", "runs"),
     "plan": Command("puna.plan", "PlanConfig", "plan", "what pretraining takes on a cluster", "recipe"),
     "import": Command(
         "puna.formats.convert", "ImportConfig", "import", "import a model (GGUF, Hugging Face, Meta)", "path"

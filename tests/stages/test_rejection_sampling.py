@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from puna.config import DataError
+from puna.run_folder import fingerprint
 from puna.stages import rejection_sampling
 from puna.stages.rejection_sampling import RejectionSamplingConfig
 from puna.text import chat
@@ -40,13 +41,16 @@ def test_the_best_of_k_is_kept(tmp_path: Path) -> None:
     assert len(best) > 15
     models = rejection_sampling.load(cfg, CPU)
     for record in best:
+        assert record["model"] == fingerprint(cfg.init)
         assert record["round"] == "v1" and record["temperature"] == curve["temperature"]
         assert record["reward"] >= record["reward_median"] and record["reward"] >= record["reward_mean"]
         reward = models.reward([record["messages"]], [record["is_safety"]])
         assert record["reward"] == pytest.approx(float(reward), abs=BF16)
     assert helpers.read_lines(tmp_path / "v1/sampling/pool.jsonl") == best
     done = json.loads((tmp_path / "v1/sampling/done/rejection_sampling.json").read_text())
-    assert done == {"temperature": curve["temperature"], "best": len(best), "pool": len(best), "left_out": 0}
+    counts = {"best": len(best), "pool": len(best), "doubles": 0, "left_out": 0}
+    assert done == {"temperature": curve["temperature"], **counts, **rejection_sampling.gained(best)}
+    assert 0.5 < done["improved"] < 1 and done["gain"] > 0, "of five answers the first is seldom the best"
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, rewards: dict[float, list[list[float]]], text: str = "yes") -> None:
@@ -125,6 +129,17 @@ def test_earlier_rounds_are_pooled_and_judged_anew(tmp_path: Path) -> None:
         assert record["round"] == version or abs(candidates[0][0] - candidates[1][0]) < BF16
         rounds.add(record["round"])
     assert rounds == {"v1", "v2"}
+
+
+def test_a_dialog_stands_in_the_pool_once() -> None:
+    said = [[helpers.user("Where?"), helpers.assistant(answer)] for answer in ("Here.", "There.", "Here.")]
+    records = [{"prompt_id": f"p{i}", "messages": dialog} for i, dialog in enumerate(said)]
+    assert [record["prompt_id"] for record in rejection_sampling.distinct(records)] == ["p0", "p1"]
+
+
+def test_what_selection_gains() -> None:
+    best = [{"reward": 0.75, "reward_first": 0.25}, {"reward": 0.5, "reward_first": 0.5}]
+    assert rejection_sampling.gained(best) == {"improved": 0.5, "gain": 0.25}
 
 
 def test_a_limit_keeps_both_kinds_of_prompts(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from puna import checkpoint, config, losses, optim, parallel
 from puna.config import ConfigError, DataError
@@ -152,7 +152,8 @@ def run(cfg: GRPOConfig) -> Path:
         size = min(cfg.batch_size // cfg.group_size, len(prompts))
         epochs = math.ceil(cfg.iterations / (len(prompts) // size))
         batches = loader.steps_of_epochs(len(prompts), size, epochs, cfg.seed, multiple=size)[: cfg.iterations]
-        start, kept = checkpoint.resume(folder.path / "checkpoints", models.policy, optimizer)
+        trained = nn.ModuleDict({"policy": models.policy})
+        start, kept = checkpoint.resume(folder.path / "checkpoints", trained, optimizer)
         best = Best(**kept)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="grpo")
         progress = Progress(cfg.advantage, len(batches), unit="iteration", start=start)
@@ -166,7 +167,7 @@ def run(cfg: GRPOConfig) -> Path:
             metrics.log(step=iteration, **numbers)
             progress.update(reward=numbers["reward"], kl=numbers["kl"])
             if cfg.checkpoint_every and (iteration + 1) % cfg.checkpoint_every == 0:
-                checkpoint.save(folder.path / "checkpoints", iteration + 1, models.policy, optimizer, best._asdict())
+                checkpoint.save(folder.path / "checkpoints", iteration + 1, trained, optimizer, best._asdict())
         else:
             best = measure(cfg, models, held_out, len(batches), best, folder.path)
         progress.close()
