@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,19 +31,6 @@ def load(*flags: str) -> RecipeConfig:
     return config.load(RecipeConfig, [str(tiny_run.RECIPE), *flags])
 
 
-def tiny(method: Any, out: Path, start: Path | None) -> RecipeConfig:
-    """The tiny recipe by another method."""
-    cfg = load("--out", str(out))
-    groups = {"iterations": 3, "batch_size": 8, "group_size": 4, "mini_batch_size": 4, "max_new_tokens": 24}
-    return replace(
-        cfg,
-        method=method,
-        start=start,
-        dpo=replace(cfg.dpo, batch_size=16),
-        grpo=replace(cfg.grpo, advantage="rloo", held_out_prompts=4, evaluate_every=2, checkpoint_every=2, **groups),
-    )
-
-
 @pytest.fixture(scope="module")
 def llama2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny recipe's finished run."""
@@ -53,15 +38,14 @@ def llama2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(llama2: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """A run of every method, begun with the tiny recipe's own beginning."""
-    folder = tmp_path_factory.mktemp("baselines")
-    yield {method: recipe.run(tiny(method, folder / method, llama2)) for method in STEPS}
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of every method."""
+    return tiny_run.baselines(tmp_path_factory)
 
 
 @pytest.mark.parametrize("method", STEPS)
 def test_the_plans(method: str) -> None:
-    planned = recipe.plan(tiny(method, Path("run"), None))
+    planned = recipe.plan(tiny_run.baseline(method, Path("run"), None))
     assert [step.name for step in planned] == [*BEGINNING, *STEPS[method].split(), "report"]
     by_name = {step.name: step.config for step in planned}
     collected = by_name["v1/preferences"]
@@ -145,7 +129,7 @@ def test_a_comparison_needs_runs(tmp_path: Path) -> None:
 
 
 def test_a_start_must_have_begun_the_same_way(llama2: Path, tmp_path: Path) -> None:
-    cfg = tiny("dpo", tmp_path / "run", llama2)
+    cfg = tiny_run.baseline("dpo", tmp_path / "run", llama2)
     for changes, said in (
         ({"seed": 1}, "has another seed than this recipe"),
         ({"sft": replace(cfg.sft, epochs=1)}, "has another sft than this recipe"),

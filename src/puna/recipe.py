@@ -77,7 +77,7 @@ class RecipeConfig:
     smoke: bool = False
     """use the recipe's [smoke] overrides: minutes instead of hours, to see that everything works."""
     method: Literal["llama2", "instructgpt", "best_of_n", "dpo", "grpo"] = "llama2"
-    """what follows SFT: the paper's versions, or a baseline (puna.baselines)."""
+    """what follows SFT: the versions, or a baseline (puna.baselines)."""
     versions: int = 5
     """rounds of RLHF (paper: V1 to V5); a baseline has their prompts in one."""
     ghost_attention_from: int = 4

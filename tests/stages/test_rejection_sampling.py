@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from puna.config import DataError
-from puna.run_folder import fingerprint
-from puna.stages import rejection_sampling
+from puna.formats import huggingface
+from puna.run_folder import fingerprint, read_metrics
+from puna.stages import rejection_sampling, sft
 from puna.stages.rejection_sampling import RejectionSamplingConfig
 from puna.text import chat
+from puna.text import tokenizer as tokenizers
 from puna.types import Completion
 from tests import helpers
 
@@ -140,6 +142,18 @@ def test_a_dialog_stands_in_the_pool_once() -> None:
 def test_what_selection_gains() -> None:
     best = [{"reward": 0.75, "reward_first": 0.25}, {"reward": 0.5, "reward_first": 0.5}]
     assert rejection_sampling.gained(best) == {"improved": 0.5, "gain": 0.25}
+
+
+def test_a_smaller_model_learns_what_a_larger_one_selected(tmp_path: Path) -> None:
+    rejection_sampling.run(config(tmp_path))
+    other = tokenizers.train([*helpers.sentences(300, seed=9), "[INST] [/INST]"], 320, tmp_path / "tokenizer")
+    huggingface.save_model(helpers.model(dim=16, n_layers=1, vocab_size=320), other, tmp_path / "small")
+    best = (tmp_path / "v1/sampling/best.jsonl",)
+    cfg = helpers.sft_config(tmp_path, init=tmp_path / "small", data=best, epochs=8, optim=helpers.quick(1e-2))
+    model = huggingface.load_model(sft.run(cfg))
+    assert model.config.dim == 16 and tokenizers.load(cfg.out / "model").sha256 == other.sha256
+    losses = [line["loss"] for line in read_metrics(cfg.out / "metrics.jsonl")]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_limit_keeps_both_kinds_of_prompts(tmp_path: Path) -> None:
