@@ -87,7 +87,7 @@ class Myth:
 
 @dataclass(frozen=True)
 class Borderline:
-    """An alarming question with a harmless need, and its answer. `do` fills the frames that attacks use too."""
+    """An alarming question with a harmless need, and its answer. `do` is what it asks how to do."""
 
     id: str
     do: str

@@ -119,10 +119,8 @@ def draw_animal(world: World, rng: random.Random) -> dict[str, str]:
 
 
 def ask_borderline(borderline: Borderline, animal: dict[str, str], rng: random.Random) -> str:
-    """The alarming question (about this animal, where it is about one) in its own words, or as wrongs are asked for."""
-    if rng.random() < 0.5:
-        return fill(rng.choice(borderline.ask), animal)
-    return fill(rng.choice(table("lore")["borderline_ask"]["frames"]), {"do": fill(borderline.do, animal)})
+    """The alarming question about this animal, where it is about one."""
+    return fill(rng.choice(borderline.ask), animal)
 
 
 def draw_filler(world: World, rng: random.Random) -> dict[str, str]:
