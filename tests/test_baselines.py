@@ -56,6 +56,7 @@ def test_the_plans(method: str) -> None:
         assert trained.init == Path("run/sft/model")
     if method == "instructgpt":
         assert by_name["v1/reward"].margin == "none" and len(by_name["v1/reward"].data) == 2
+        assert by_name["v1/ppo"].pretrain_data == Path("run/pretrain/data/train")
         assert by_name["v1/ppo"].reward_helpfulness == by_name["v1/ppo"].reward_safety == Path("run/v1/reward/model")
     if method == "best_of_n":
         measured = by_name["v1/best_of_n/evaluation"]

@@ -13,7 +13,7 @@ import pytest
 # annotate meet in files instead.
 LAYERS = [
     {"types", "config", "run_folder"},
-    {"text", "model", "losses", "optim", "parallel"},
+    {"text", "model", "losses", "optim", "parallel", "monitors"},
     {"data", "generate", "checkpoint", "formats", "valley"},
     {"stages", "corpus", "evals", "serve", "annotate", "api"},
     {"report"},

@@ -78,7 +78,25 @@ def test_language_model_loss_of_parts_adds_up() -> None:
 
 def test_entropy() -> None:
     # 1/4 log 4 + 3/4 log(4/3) = 0.34657 + 0.21576
-    close(losses.entropy(torch.stack((log(1, 3), log(1, 1)))), [0.562335, LN2])
+    logits = torch.stack((log(1, 3), log(1, 1)))
+    logprobs, entropies = losses.logprobs_and_entropy(logits, torch.tensor([0, 1]))
+    close(logprobs, [-2 * LN2, -LN2])
+    close(entropies, [0.562335, LN2])
+    # At temperature 1/2 the chances are squared: 1/10 and 9/10.
+    logprobs, entropies = losses.logprobs_and_entropy(logits[:1], torch.tensor([1]), temperature=0.5)
+    close(logprobs, [math.log(0.9)])
+    close(entropies, [-0.1 * math.log(0.1) - 0.9 * math.log(0.9)])
+
+
+def test_logprobs_beside_the_entropy_are_the_logprobs() -> None:
+    logits = torch.randn(7, 11, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.randint(11, (7,))
+    grads = []
+    for work in (losses.token_logprobs, lambda *x: losses.logprobs_and_entropy(*x)[0]):
+        logprobs = work(logits, targets, 0.7)
+        grads.append((logprobs, *torch.autograd.grad(logprobs.sum(), logits)))
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
 
 
 # Reward model
@@ -186,6 +204,60 @@ def test_token_rewards() -> None:
 def test_token_rewards_of_a_row_without_actions_are_zero() -> None:
     mask = torch.tensor([[False, False]])
     close(losses.token_rewards(torch.tensor([5.0]), torch.ones(1, 2), torch.zeros(1, 2), mask, 1.0), [[0.0, 0.0]])
+
+
+def test_running_moments() -> None:
+    moments = losses.NO_MOMENTS.with_batch(torch.tensor([1.0, 3.0]))
+    assert (moments.count, moments.mean, moments.variance) == (2, 2, 1)
+    moments = moments.with_batch(torch.tensor([5.0, 7.0, 9.0]))  # of 1, 3, 5, 7, 9: mean 5, variance 8
+    assert (moments.count, moments.mean) == (5, 5) and moments.variance == pytest.approx(8)
+    close(moments.whiten(torch.tensor([5.0, 9.0])), [0.0, 4 / math.sqrt(8)])
+
+
+def test_running_moments_of_ranks() -> None:
+    # 1 and 3 here, 5 and 7 there: count, sum and squares as the ranks would add them up; mean 4, variance 5.
+    moments = losses.NO_MOMENTS.with_batch(torch.tensor([1.0, 3.0]), rank_by_rank(4.0, 16.0, 20.0))
+    assert (moments.count, moments.mean, moments.variance) == (4, 4, 5)
+
+
+def test_one_batch_of_running_moments_whitens_as_the_batch() -> None:
+    x = torch.randn(9) * 3 + 2
+    close(losses.NO_MOMENTS.with_batch(x).whiten(x), losses.whiten(x).tolist())
+
+
+def test_bounded() -> None:
+    close(losses.bounded(torch.tensor([-3.0, 0.5, 3.0]), 2.0), [-2.0, 0.5, 2.0])
+    close(losses.bounded(torch.tensor([-3.0, 0.5, 3.0]), 0.0), [-3.0, 0.5, 3.0])
+
+
+def test_sequence_kl() -> None:
+    logprobs, reference = torch.tensor([[-1.0, -1.0, -9.0]]), torch.tensor([[-2.0, -0.5, -1.0]])
+    mask = torch.tensor([[True, True, False]])
+    close(losses.sequence_kl(logprobs, reference, mask), [0.5])
+    close(losses.sequence_kl(reference, logprobs, mask), [-0.5])  # not clamped
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.1),  # on the target
+        (6.6, 0.1 * (1 + 0.1 * 256 / 10000)),  # a tenth above it
+        (60.0, 0.1 * (1 + 0.2 * 256 / 10000)),  # far above: a fifth at most
+        (-3.0, 0.1 * (1 - 0.2 * 256 / 10000)),  # below
+    ],
+)
+def test_adapted_beta(kl: float, expected: float) -> None:
+    assert losses.adapted_beta(0.1, kl, target=6.0, horizon=10000, n=256) == pytest.approx(expected, rel=1e-12)
+    assert losses.adapted_beta(0.1, kl, target=0.0, horizon=10000, n=256) == 0.1
+
+
+def test_clip_numbers() -> None:
+    logprobs = torch.tensor([math.log(1.5), math.log(0.9), math.log(0.5), 5.0])
+    mask = torch.tensor([True, True, True, False])
+    numbers = losses.clip_numbers(logprobs, torch.zeros(4), mask, clip=0.2)
+    assert float(numbers["clip_fraction"]) == 2  # 1.5 and 0.5
+    k3 = sum(ratio - 1 - math.log(ratio) for ratio in (1.5, 0.9, 0.5))
+    assert float(numbers["approximate_kl"]) == pytest.approx(k3)
 
 
 # PPO

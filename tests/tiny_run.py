@@ -69,6 +69,7 @@ def baseline(method: Any, out: Path, begun: Path | None) -> RecipeConfig:
         cfg,
         method=method,
         start=begun,
+        ppo=replace(cfg.ppo, pretrain_data=recipe.NOT_SET, pretrain_coefficient=0.5, pretrain_windows=2),
         dpo=replace(cfg.dpo, batch_size=16),
         grpo=replace(cfg.grpo, advantage="rloo", held_out_prompts=4, evaluate_every=2, checkpoint_every=2, **groups),
     )

@@ -29,11 +29,12 @@ def plan(cfg: RecipeConfig) -> list[Step]:
 
 
 def _instructgpt(cfg: RecipeConfig) -> list[Step]:
-    """PPO's combination of two equal scores is that score."""
+    """PPO's combination of two equal scores is that score; where the recipe mixes text in, it is the pretraining's."""
     given, one = collected([cfg.out / "v1"]), cfg.out / "v1/reward/model"
     pairs = {"data": given.helpfulness + given.safety, "test": given.helpfulness_test + given.safety_test}
     settings = replace(cfg.reward_helpfulness, margin="none", safety_auxiliary=0.0, other_share=0.0)
-    models = {"reward_helpfulness": one, "reward_safety": one}
+    text = cfg.out / "pretrain/data/train" if cfg.ppo.pretrain_coefficient else None
+    models = {"reward_helpfulness": one, "reward_safety": one, "pretrain_data": text}
     return [
         _step(cfg, "reward", reward.run, settings, init=_sft(cfg), **pairs),
         _step(cfg, "ppo", ppo.run, cfg.ppo, init=_sft(cfg), prompts=_prompts(cfg, "sampling"), **models),

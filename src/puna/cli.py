@@ -57,6 +57,9 @@ COMMANDS = {
     "ppo": Command("puna.stages.ppo", "PPOConfig", "ppo", "train a chat model against the reward models"),
     "dpo": Command("puna.stages.dpo", "DPOConfig", "dpo", "train a chat model on preferences, without a reward model"),
     "grpo": Command("puna.stages.grpo", "GRPOConfig", "grpo", "train a chat model on groups of answers (GRPO, RLOO)"),
+    "conformance": Command(
+        "puna.evals.conformance", "ConformanceConfig", "conformance", "check a PPO trainer's dump", "rollout"
+    ),
     "ghost-attention": Command(
         "puna.stages.ghost_attention",
         "GhostAttentionConfig",

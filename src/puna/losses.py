@@ -6,7 +6,9 @@ knows a config, a model or a device. What crosses processes is the caller's: pas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -42,6 +44,18 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     return -F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
 
 
+def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`token_logprobs`, and the entropy in nats of the distributions they are of, which carries no gradient; (N,) each.
+
+    logits (N, V), targets (N,). One softmax gives both.
+    """
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    logp = F.log_softmax(logits, dim=-1)  # (N, V)
+    with torch.no_grad():
+        entropies = -(logp.exp() * logp).sum(-1)
+    return logp.gather(-1, targets[:, None]).squeeze(-1), entropies
+
+
 def language_model_loss(logprobs: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
     """Negative log-likelihood of the counted tokens over a *global* count of them, a scalar.
 
@@ -49,12 +63,6 @@ def language_model_loss(logprobs: Tensor, mask: Tensor, count: Tensor | float) -
     changes nothing.
     """
     return -(logprobs * mask).sum() / count
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits), (..., V) -> (...)."""
-    logp = F.log_softmax(logits.float(), dim=-1)
-    return -(logp.exp() * logp).sum(-1)
 
 
 # Reward model (3.2.2) ------------------------------------------------------------------------------------------------
@@ -106,6 +114,54 @@ def whiten(x: Tensor, mask: Tensor | None = None, reduce: Reduce = same, eps: fl
     return (x - mean) * torch.rsqrt(variance + eps) * mask
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and variance of all numbers seen so far: what a running whitening knows."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def with_batch(self, x: Tensor, reduce: Reduce = same) -> Moments:
+        """The moments with the numbers (B,) of all ranks added (Chan et al. 1979), in float64."""
+        x = x.double()
+        n = float(reduce(torch.tensor(float(len(x)), dtype=x.dtype, device=x.device)))
+        mean = float(reduce(x.sum())) / n
+        variance = float(reduce(((x - mean) ** 2).sum())) / n
+        total, apart = self.count + n, mean - self.mean
+        spread = (self.count * self.variance + n * variance) / total + apart**2 * self.count * n / total**2
+        return Moments(total, self.mean + apart * n / total, spread)
+
+    def whiten(self, x: Tensor, eps: float = 1e-8) -> Tensor:
+        """Shift and scale by these moments; the mean is *not* kept."""
+        return (x - self.mean) / math.sqrt(self.variance + eps)
+
+
+def bounded(x: Tensor, largest: float) -> Tensor:
+    """Clipped to plus or minus `largest`; as it is where that is 0."""
+    return x.clamp(-largest, largest) if largest else x
+
+
+NO_MOMENTS = Moments()
+"""Those of no number."""
+
+
+def sequence_kl(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """The estimate of an answer's KL(pi || pi_0), (B,): log pi - log pi_0 summed over its tokens (k1), not clamped."""
+    return ((logprobs - reference) * mask).sum(dim=1)
+
+
+def adapted_beta(beta: float, kl: float, target: float, horizon: int, n: int) -> float:
+    """The KL weight after n answers of mean KL `kl` (Ziegler et al. 2019, 2.2).
+
+    It grows where KL is above the target, shrinks below, at most by a fifth in `horizon` answers. 0 is no target.
+    """
+    if not target:
+        return beta
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * n / horizon)
+
+
 def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
     """Per-token rewards (B, T): -beta (log pi - log pi_0) everywhere, plus the score on each row's last action.
 
@@ -150,6 +206,17 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Ten
     """Half the larger of the squared errors of the value and of the value clipped around the old one, per token."""
     clipped = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def clip_numbers(logprobs: Tensor, old: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
+    """Sums over counted tokens of what tells how far the policy has moved: ratios out of the clip, and ratio - 1 - log
+    ratio, the estimate k3 of KL(old || new); all (...) -> scalars.
+    """
+    ratio = (logprobs - old).exp()
+    return {
+        "clip_fraction": (((ratio - 1).abs() > clip) * mask).sum(),
+        "approximate_kl": ((ratio - 1 - ratio.log()) * mask).sum(),
+    }
 
 
 # Groups of answers to one prompt (Ahmadian et al. 2024; Shao et al. 2024) ---------------------------------------------

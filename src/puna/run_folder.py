@@ -228,6 +228,13 @@ class Progress:
         if self._bar is not None or time.monotonic() - self._last_said >= SECONDS_BETWEEN_LINES:
             self._say(numbers)
 
+    def warn(self, sentence: str) -> None:
+        """A line of its own, at once."""
+        if self._bar is not None:
+            self._bar.console.print(f"{self.stage}: warning: {sentence}", markup=False)
+        elif _is_rank_0():
+            sys.stderr.write(f"{self.stage}: warning: {sentence}\n")
+
     def close(self, **numbers: float) -> None:
         """The last word: leaves the bar, or a last line, with `numbers`."""
         self._say(numbers)

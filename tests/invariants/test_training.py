@@ -18,7 +18,7 @@ from puna.text import chat
 from tests import helpers
 
 CPU = torch.device("cpu")
-CLOCKS = ("tokens_per_second", "seconds_collect", "seconds_update")
+CLOCKS = ("tokens_per_second", "seconds_generate", "seconds_score", "seconds_update")
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

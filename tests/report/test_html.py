@@ -195,3 +195,11 @@ def test_the_report_needs_no_torch_and_draws_when_asked(root: Path) -> None:
     program = "import sys, puna.report.html; print({'torch', 'matplotlib', 'jinja2', 'puna.stages'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_what_ppos_numbers_warn_of_is_said(finished: Path) -> None:
+    assert "answers grow" not in section(run(ReportConfig(finished)).read_text(encoding="utf-8"), "ppo")
+    lines = [{"stage": "ppo", "step": i, "reward": 0.5, "kl": 0.1, "length": 20.0 + 2 * i} for i in range(30)]
+    (finished / "v5/ppo/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = section(run(ReportConfig(finished)).read_text(encoding="utf-8"), "ppo")
+    assert "V5: answers grow from 24 to 74 tokens: the reward may like length, not what is said." in text

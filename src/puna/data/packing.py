@@ -177,7 +177,7 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tens
 def pad_answers(
     prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Prompts and their answers -> tokens (B, T) and lengths (B,) as `pad_right`, and the actions (B, T - 1) bool.
+    """Prompts and their answers -> tokens (B, T) and lengths (B,) as `pad_right`, and action_mask (B, T - 1) bool.
 
     Action t is the emission of token t + 1: True where that is an answer's, its EOS included.
     """
@@ -185,6 +185,11 @@ def pad_answers(
     step = torch.arange(1, tokens.shape[1])
     begins = torch.tensor([len(prompt) for prompt in prompts])
     return tokens, lengths, (step >= begins[:, None]) & (step < lengths[:, None])
+
+
+def acted_lengths(mask: Tensor) -> list[int]:
+    """Tokens of each row up to its last action; mask (B, T - 1), True somewhere in each row."""
+    return [int(row.nonzero()[-1]) + 2 for row in mask]
 
 
 def by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from puna import losses, parallel
@@ -63,17 +62,6 @@ class Judges:
         helpfulness, safety = self.helpfulness.score_tokens(rows), self.safety.score_tokens(rows)
         combined = combined_reward(safety, helpfulness, is_safety, self.threshold)
         return {"helpfulness": helpfulness, "safety": safety, "reward": combined}
-
-
-def action_logprobs(model: Transformer, tokens: Tensor, mask: Tensor, temperature: float, precision: str) -> Tensor:
-    """log pi of every emitted token, (B, T - 1), with its gradient; 0 where it is no action.
-
-    tokens (B, T), mask (B, T - 1). A prompt's logits, of a large vocabulary, are never made.
-    """
-    with parallel.autocast(precision, tokens.device):
-        logits = model(tokens, only=F.pad(mask, (0, 1)))  # (N, V)
-    logprobs = losses.token_logprobs(logits, tokens[:, 1:][mask], temperature)
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
 
 
 @torch.inference_mode()

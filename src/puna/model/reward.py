@@ -38,13 +38,26 @@ class RewardModel(nn.Module):
 
     def values(self, tokens: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """A score after every token, (B, T) float32; `positions` and `mask` as in `Transformer.forward`."""
-        return self._head(self.body.hidden(tokens, positions=positions, mask=mask))
+        return scalar(self.body.hidden(tokens, positions=positions, mask=mask), self.score.weight)
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         last = self.body.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)
-        return self._head(last)
+        return scalar(last, self.score.weight)
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Scores (...) of states (..., D), in float32 always: they differ by less than bfloat16 can tell."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
+
+class ValueHead(nn.Module):
+    """The critic that shares the policy's body: `forward(hidden (..., D)) -> values (...)`. It begins at 0."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(dim, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return scalar(hidden, self.score.weight)
+
+
+def scalar(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Scores (...) of states (..., D), in float32 always: they differ by less than bfloat16 can tell."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), weight.float()).squeeze(-1)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from puna import monitors
 from puna.report import figures, ledger, tables
 from puna.report.figures import Losses, Panel
 from puna.report.summary import PARTS, build, label, losses
@@ -315,7 +316,11 @@ def _ppo(summary: Summary) -> Section:
         "The combined reward that PPO sees, the judge's helpfulness that it does not see (in a run that has a judge), "
         "how far the policy moves, and how long its answers are."
     )
-    have = list(dict.fromkeys(f"{point['version']}/ppo" for point in summary["ppo"]))
+    versions = list(dict.fromkeys(point["version"] for point in summary["ppo"]))
+    for version in versions:
+        mine = [p | {"reward": p["held_out_reward"]} for p in summary["ppo"] if p["version"] == version]
+        text += "".join(f" {version.upper()}: {sentence}." for sentence in monitors.signs(mine).values())
+    have = [f"{version}/ppo" for version in versions]
     return Section("ppo", "PPO", text, figures.ppo(summary), missing=_missing(summary, have, "ppo"))
 
 

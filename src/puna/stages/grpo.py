@@ -31,9 +31,10 @@ from puna.config import ConfigError, DataError
 from puna.data import loader, packing
 from puna.data.prompts import Prompt, apart, fitting, read_prompts
 from puna.formats import huggingface
+from puna.generate.actor_critic import action_logprobs
 from puna.generate.engine import LocalEngine
-from puna.generate.held_out import Best, kept_policy, measured
-from puna.generate.scoring import Judges, Scorer, action_logprobs
+from puna.generate.held_out import Best, keep_answers, kept_policy, mean_score
+from puna.generate.scoring import Judges, Scorer
 from puna.model.transformer import Transformer
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
@@ -94,7 +95,6 @@ class GRPOConfig:
     evaluate_every: int = 10
     """iterations between held-out measurements."""
     held_out_prompts: int = 64
-    """prompts of the measurement; they are not trained on."""
     patience: int = 4
     """stop after so many measurements without a new best; 0 never stops early."""
     checkpoint_every: int = 10
@@ -125,7 +125,7 @@ class Models(NamedTuple):
 class Rollout(NamedTuple):
     """What is learned from. B answers, right-padded to T tokens of prompt + answer, a group beside one another.
 
-    Entry t of every (B, T - 1) field speaks of the step that emits token t + 1.
+    Entry t of a (B, T - 1) field speaks of the step that emits token t + 1.
     """
 
     tokens: Tensor  # (B, T) int64
@@ -220,12 +220,12 @@ def collect(
     with torch.inference_mode():
         for members in packing.by_length(lengths.tolist(), cfg.micro_batch_tokens):
             end = int(lengths[members].max())
-            part, mask = (field.to(models.device) for field in (tokens[members, :end], action_mask[members, : end - 1]))
+            part, mask = tokens[members, :end].to(models.device), action_mask[members, : end - 1].to(models.device)
             for kept, model in ((logprobs, models.policy), (reference, models.reference)):
                 kept[members, : end - 1] = action_logprobs(model, part, mask, cfg.temperature, cfg.precision).cpu()
     finished = torch.tensor([completion.finished for completion in completions])
     whitened = losses.whiten(losses.logit(scores["reward"])) - cfg.missing_eos_penalty * ~finished
-    kl = ((logprobs - reference) * action_mask).sum(dim=1)  # (B,)
+    kl = losses.sequence_kl(logprobs, reference, action_mask)
     rollout = Rollout(tokens, action_mask, logprobs, reference, advantages(cfg, whitened, kl))
     numbers = {name: float(score.mean()) for name, score in scores.items()} | {
         "kl": float(kl.mean()),
@@ -265,7 +265,7 @@ def update(
 
 def accumulate(cfg: GRPOConfig, models: Models, rollout: Rollout, members: list[int]) -> dict[str, float]:
     """Back-propagate one mini-batch, however its answers are cut into passes; its losses and how far it has moved."""
-    lengths = [int(rollout.action_mask[i].nonzero()[-1]) + 2 for i in members]
+    lengths = packing.acted_lengths(rollout.action_mask[members])
     weights = losses.token_weights(rollout.action_mask[members], cfg.average)
     sums: dict[str, float] = {}
     for part in packing.by_length(lengths, cfg.micro_batch_tokens):
@@ -281,8 +281,8 @@ def accumulate(cfg: GRPOConfig, models: Models, rollout: Rollout, members: list[
         kl_loss = (losses.kl_k3(logprobs, reference) * weight).sum()
         parallel.backward(policy_loss + cfg.beta * kl_loss if cfg.advantage == "grpo" else policy_loss)
         with torch.no_grad():
-            clipped = ((((logprobs - old).exp() - 1).abs() > cfg.clip) * weight).sum()
-        for name, number in (("policy_loss", policy_loss), ("kl_loss", kl_loss), ("clip_fraction", clipped)):
+            moved = losses.clip_numbers(logprobs, old, weight, cfg.clip)
+        for name, number in (moved | {"policy_loss": policy_loss, "kl_loss": kl_loss}).items():
             sums[name] = sums.get(name, 0.0) + float(number.detach())
     return sums
 
@@ -292,7 +292,10 @@ def measure(
 ) -> Best:
     """Score the policy on held-out prompts, keep their answers for later judges, and save the policy if it is best."""
     _, completions, scores = sample(cfg, models, held_out, 1, cfg.seed)
-    path = folder / f"held_out/{iteration:04d}.jsonl"
-    reward = measured(held_out, completions, scores["reward"], cfg.missing_eos_penalty, path)
-    origin = {"stage": cfg.advantage, "parent": str(cfg.init)}
-    return best.or_this(iteration, reward, models.policy, models.tokenizer, folder, **origin)
+    keep_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
+    reward = mean_score(losses.logit(scores["reward"]), completions, cfg.missing_eos_penalty)
+    if not reward > best.reward:  # so that what is not a number is never the best
+        return best
+    provenance = {"stage": cfg.advantage, "parent": str(cfg.init), "iteration": iteration}
+    huggingface.save_model(models.policy, models.tokenizer, kept_policy(folder, iteration), provenance=provenance)
+    return Best(iteration, reward)
