@@ -32,7 +32,7 @@ def signature(text: str, seed: int = 0) -> Signatures:
 def find(signatures: Signatures, threshold: float) -> npt.NDArray[np.bool_]:
     """(N, 128) -> (N,): True where an earlier document, itself no duplicate, is estimated to be this alike (Jaccard).
 
-    The index is in memory: some kilobytes a document.
+    The index is in memory, some 3.5 kB a document (docs/log.md).
     """
     datasketch = _datasketch()
     index = datasketch.MinHashLSH(threshold, PERMUTATIONS)
