@@ -14,7 +14,15 @@ import pytest
 from puna.run_folder import read_metrics
 from tests import tiny_run
 
-FILES = ("metrics.jsonl", "evaluation.json", "curve.json", "best_of_n.json", "held_out.json", "summary.json")
+FILES = (
+    "metrics.jsonl",
+    "evaluation.json",
+    "curve.json",
+    "best_of_n.json",
+    "gate.json",
+    "held_out.json",
+    "summary.json",
+)
 
 
 @pytest.fixture(scope="module")
