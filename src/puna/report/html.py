@@ -315,8 +315,8 @@ def _rejection_sampling(summary: Summary) -> Section:
 def _context_distillation(summary: Summary) -> Section:
     text = (
         "Adversarial prompts answered as they are, and under a safety preprompt: mean scores by the safety model, and "
-        "the share of answers under the preprompt that are learned without it, those that score higher. Where the plain "
-        "answer is good already, little is kept (the paper's Figure 16)."
+        "the share of answers under the preprompt that are learned without it, those that score higher. Where the "
+        "plain answer is good already, little is kept (the paper's Figure 16)."
     )
     table = tables.context_distillation(summary)
     have = [f"{told['version']}/context_distillation" for told in summary["context_distillation"]]
