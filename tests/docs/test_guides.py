@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import shlex
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from puna import cli
+from puna.data import readers
 from tests import helpers, tiny_run
 
 SMALL = {
@@ -82,3 +84,33 @@ def test_the_readmes_python(
     monkeypatch.chdir(tmp_path)
     source = block(root / "README.md", "From Python", "python")
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_comparisons_and_reward_models(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path)
+    helpers.talker_folder(tmp_path / "runs/chat/model")
+    safety = {"domain": "safety", "chosen_is_safe": True, "rejected_is_safe": False}
+    helpers.write_lines(tmp_path / "helpful_test.jsonl", helpers.preferences(12, seed=2))
+    helpers.write_lines(tmp_path / "harmless_test.jsonl", helpers.preferences(12, seed=3, **safety))
+    judged = {"output_1": "yes", "output_2": "no", "label": 1}
+    helpers.write_lines(tmp_path / "llmbar.jsonl", ({"input": text, **judged} for text in helpers.sentences(12)))
+    monkeypatch.chdir(tmp_path)
+    text = (root / "docs/guides/preferences.md").read_text(encoding="utf-8")
+    (layout,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    helpers.write_lines(tmp_path / "layout.jsonl", [json.loads(layout)])
+    (read,) = readers.read(tmp_path / "layout.jsonl", "preferences").records
+    assert (read.chosen, read.grade, read.batch, read.safety_label) == ("Shepherds do.", "better", 1, "both_safe")
+    script = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    commands = [shlex.split(line)[1:] for line in script.splitlines() if line]
+    assert len(commands) == 10
+    for words in commands:
+        small = ["--batch-size", "8"] if words[0] == "reward" and words[1] != "evaluate" else []
+        assert cli.main([*words, *small]) == 0, f"{words}\n{capsys.readouterr().err}"
+    found = json.loads((tmp_path / "runs/compared/evaluation.json").read_text())
+    assert found["models"].keys() == {"runs/helpfulness", "runs/safety"} and found["rules"].keys() == {
+        "length",
+        "words",
+    }
+    assert len(helpers.read_lines(tmp_path / "runs/scored/dialogs.jsonl")) == 60

@@ -5,21 +5,39 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from puna.data import stats
+from puna.data.stats import StatsConfig
+from puna.evals import reward_models
+from puna.evals.reward_models import RewardEvaluateConfig
 from puna.run_folder import read_metrics
-from tests import tiny_run
+from tests import helpers, tiny_run
 
 FILES = ("metrics.jsonl", "evaluation.json", "curve.json", "held_out.json", "summary.json")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_run.finished(tmp_path_factory) / "run"
+    """A copy of the tiny recipe's run, with what commands beside the recipe write of its models."""
+    folder = tmp_path_factory.mktemp("metrics") / "run"
+    shutil.copytree(tiny_run.finished(tmp_path_factory) / "run", folder)
+    rated = {"chosen_is_safe": True, "rejected_is_safe": False, "chosen_rating": 6, "rejected_rating": 3}
+    rows = helpers.preferences(20, **rated)
+    same = {**rows[0], "rejected": rows[0]["chosen"]}
+    test, train = (helpers.write_lines(folder / f"{name}.jsonl", [*rows, same]) for name in ("test", "train"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # a model is called by its path, whose dots would part the key
+        models = tuple(path.relative_to(folder) for path in sorted(folder.glob("v2/reward_*/model")))
+        compared = {"test": (test,), "train": (train,), "model": models, "ensemble": True}
+        reward_models.run(RewardEvaluateConfig(out=Path("reward_evaluation"), **compared))
+    stats.run(StatsConfig((test, train), out=folder / "stats.json"))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -47,6 +47,8 @@ class GhostAttentionConfig:
     """user turns of the shortest cut."""
     shard_size: int = 256
     """dialogs a resumable piece of work."""
+    vllm: str = ""
+    """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in this process."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -61,7 +63,7 @@ def run(cfg: GhostAttentionConfig) -> Path:
         if folder.done("ghost_attention"):
             return folder.path
         scripts = read_scripts(cfg.scripts)
-        engine = open_engine(cfg.init, device)
+        engine = open_engine(cfg.init, device, cfg.vllm)
         progress = Progress("ghost attention", len(scripts), unit="dialog")
 
         def work(number: int, shard: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
