@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from puna import losses
 from puna.data.packing import (
-    answer_steps,
     acted_lengths,
+    answer_steps,
     by_length,
     common,
     cut,
