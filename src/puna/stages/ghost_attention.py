@@ -50,7 +50,7 @@ class GhostAttentionConfig:
     min_turns: int = 2
     """user turns of the shortest cut."""
     invent: tuple[str, ...] = ()
-    """kinds of instructions (keys of KINDS) to make of what the model lists (paper: hobbies and figures); none takes each
+    """kinds of instructions (keys of KINDS) to make of what the model lists (paper: hobbies, figures); none takes each
     script's own."""
     invented: int = 32
     """items to keep of a kind's list, and a quarter of the answers asked for it."""
