@@ -149,7 +149,7 @@ def two_models(lab: Lab) -> Iterator[Finding]:
     for name, table in files.items():
         test = readers.read(tuple(map(Path, table["test"])), "preferences").records
         own = lab.json(f"v5/reward_{name}/evaluation.json")["accuracy"]
-        accuracy = reward.evaluate(model, tokenizer, test)["accuracy"]
+        accuracy = reward.evaluate(test, *reward.held_out_scores(model, tokenizer, test))["accuracy"]
         yield Finding(f"two models beat one mixed: {name}", "3.2.2", "two", "one", own, accuracy)
 
 
@@ -217,7 +217,7 @@ def both_kinds(lab: Lab) -> Iterator[Finding]:
 def whitening(lab: Lab) -> Iterator[Finding]:
     """3.2.3: the score is whitened after a logit, for stability."""
     usual = lab.held_out(lab.run / "v5/ppo")
-    raw = lab.held_out(lab.policy("raw_scores", logit_scores=False, whitening="none"))
+    raw = lab.held_out(lab.policy("raw_scores", logit_scores=False, whiten="none"))
     gains = [max(p["reward"] for p in points) - points[0]["reward"] for points in (usual, raw)]
     yield Finding(
         "whitened logits raise the held-out reward more than raw scores", "3.2.3", "gain, whitened", "raw", *gains

@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -174,6 +175,13 @@ def _join(rank: int, world_size: int, folder: str, work: Callable[..., None], ar
     work(*arguments)
     dist.barrier()  # or the first to leave may abort the other
     dist.destroy_process_group()
+
+
+def two_workers(cluster: str) -> dict[str, Any]:
+    """Settings of a run whose work two processes share; skips where Ray is asked for and absent."""
+    if cluster == "ray":
+        pytest.importorskip("ray", reason="ray is not installed")
+    return {"workers": 2, "cluster": cluster}
 
 
 # Configs of tiny runs; each writes the files it needs into the folder.

@@ -61,19 +61,20 @@ def test_token_logprobs_refuse_a_target_outside_the_vocabulary(target: int) -> N
         losses.token_logprobs(torch.zeros(1, 3), torch.tensor([target]))
 
 
-def test_language_model_loss() -> None:
-    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, -8.0]])
-    mask = torch.tensor([[False, True], [True, False]])
-    # Counted are 2 and 3, two tokens: 5 / 2. Inverted: 9 / 2. Over all four places: 5 / 4. With its own sign: -5 / 2.
-    close(losses.language_model_loss(logprobs, mask, 2), 2.5)
+def test_load_balancing_loss() -> None:
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3]], requires_grad=True)
+    loss = losses.load_balancing_loss(probabilities, torch.tensor([[0, 1], [0, 2]]))
+    # f = 1, 1/2, 1/2 and P = 0.55, 0.2, 0.25: 3 (0.55 + 0.1 + 0.125). Over k N assignments it would be half of that.
+    close(loss, 2.325)
+    loss.backward()
+    close(probabilities.grad, [[1.5, 0.75, 0.75]] * 2)  # type: ignore[arg-type]  # 3 f / N
 
 
-def test_language_model_loss_of_parts_adds_up() -> None:
-    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, -8.0]])
-    mask = torch.tensor([[False, True], [True, True]])
-    # 13 / 3 as a whole; rows averaged on their own, 2 and 5.5, would give 3.75.
-    parts = [losses.language_model_loss(logprobs[i], mask[i], 3) for i in range(2)]
-    close(parts[0] + parts[1], 13 / 3)
+def test_load_balancing_loss_at_its_ends() -> None:
+    even = torch.full((3, 3), 1 / 3)
+    close(losses.load_balancing_loss(even, torch.tensor([[0, 1], [1, 2], [2, 0]])), 2.0)
+    crowded = torch.tensor([[0.5, 0.5, 0.0]] * 4)
+    close(losses.load_balancing_loss(crowded, torch.tensor([[0, 1]] * 4)), 3.0)
 
 
 def test_entropy() -> None:

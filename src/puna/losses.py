@@ -56,13 +56,15 @@ def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float = 1
     return logp.gather(-1, targets[:, None]).squeeze(-1), entropies
 
 
-def language_model_loss(logprobs: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
-    """Negative log-likelihood of the counted tokens over a *global* count of them, a scalar.
+def load_balancing_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """E sum over experts of f P, a scalar: k where all experts have as much to do, E where k of them do all.
 
-    logprobs, mask (...). The count is of the whole step, over all micro-batches and ranks, so that how a batch is split
-    changes nothing.
+    probabilities (N, E), chosen (N, k). f is an expert's share of the tokens, which choose k each, P its mean
+    probability: Switch's equation 4 (arXiv 2101.03961), as Mixtral counts it. P alone carries the gradient.
     """
-    return -(logprobs * mask).sum() / count
+    n, experts = probabilities.shape
+    f = chosen.flatten().bincount(minlength=experts) / n  # (E,)
+    return experts * (f * probabilities.mean(0)).sum()
 
 
 # Reward model (3.2.2) ------------------------------------------------------------------------------------------------

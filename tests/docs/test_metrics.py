@@ -5,14 +5,19 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from puna.data import stats
+from puna.data.stats import StatsConfig
+from puna.evals import reward_models
+from puna.evals.reward_models import RewardEvaluateConfig
 from puna.run_folder import read_metrics
-from tests import tiny_run
+from tests import helpers, tiny_run
 
 FILES = (
     "metrics.jsonl",
@@ -27,8 +32,25 @@ FILES = (
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The tiny recipe's run, and those of other methods."""
-    return [tiny_run.finished(tmp_path_factory) / "run", *tiny_run.baselines(tmp_path_factory).values()]
+    """The tiny recipe's run with what commands beside the recipe write of its models, and those of other methods."""
+    return [with_measures(tmp_path_factory), *tiny_run.baselines(tmp_path_factory).values()]
+
+
+def with_measures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny recipe's run, its reward models evaluated and some comparisons counted."""
+    folder = tmp_path_factory.mktemp("metrics") / "run"
+    shutil.copytree(tiny_run.finished(tmp_path_factory) / "run", folder)
+    rated = {"chosen_is_safe": True, "rejected_is_safe": False, "chosen_rating": 6, "rejected_rating": 3}
+    rows = helpers.preferences(20, **rated)
+    same = {**rows[0], "rejected": rows[0]["chosen"]}
+    test, train = (helpers.write_lines(folder / f"{name}.jsonl", [*rows, same]) for name in ("test", "train"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # a model is called by its path, whose dots would part the key
+        models = tuple(path.relative_to(folder) for path in sorted(folder.glob("v2/reward_*/model")))
+        compared = {"test": (test,), "train": (train,), "model": models, "ensemble": True}
+        reward_models.run(RewardEvaluateConfig(out=Path("reward_evaluation"), **compared))
+    stats.run(StatsConfig((test, train), out=folder / "stats.json"))
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def load(path: Path) -> Opened:
         return Opened(*meta.load(path), path)
     folder = model_folder(path)
     tokenizer = tokenizers.load(folder)
-    is_reward = huggingface.CLASSIFIER in architectures(folder)
+    is_reward = huggingface.is_classifier(architectures(folder)[0])
     check_vocabulary(tokenizer, huggingface.read_config(folder, architectures(folder)[0]), folder)
     model = huggingface.load_reward_model(folder) if is_reward else huggingface.load_model(folder)
     return Opened(model, tokenizer, folder)

@@ -57,6 +57,8 @@ class ContextDistillationConfig:
     """use at most so many prompts; 0 uses all."""
     shard_size: int = 256
     """prompts a resumable piece of work."""
+    vllm: str = ""
+    """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in this process."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -106,7 +108,7 @@ def run(cfg: ContextDistillationConfig) -> Path:
         if folder.done("context_distillation"):
             return folder.path
         tagged = [p for p in read_prompts(cfg.prompts, cfg.format) if p["is_safety"]]
-        engine = open_engine(cfg.init, device)
+        engine = open_engine(cfg.init, device, cfg.vllm)
         prompts = fitting(tagged, engine.tokenizer, engine.context) if tagged else []
         left_out = len(tagged) - len(prompts)
         prompts = prompts[: cfg.limit] if cfg.limit else prompts

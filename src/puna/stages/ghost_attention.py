@@ -50,14 +50,16 @@ class GhostAttentionConfig:
     min_turns: int = 2
     """user turns of the shortest cut."""
     invent: tuple[str, ...] = ()
-    """kinds of instructions (keys of KINDS) to make of what the model lists (paper: hobbies, figures); none takes each
-    script's own."""
+    """kinds of instructions (keys of KINDS) to make of what the model lists (paper: hobbies and figures); none takes
+    each script's own."""
     invented: int = 32
     """items to keep of a kind's list, and a quarter of the answers asked for it."""
     combined_share: float = 0.25
     """share of dialogs whose invented instruction is of two kinds."""
     shard_size: int = 256
     """dialogs a resumable piece of work."""
+    vllm: str = ""
+    """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in this process."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -94,7 +96,7 @@ def run(cfg: GhostAttentionConfig) -> Path:
         if folder.done("ghost_attention"):
             return folder.path
         scripts = read_scripts(cfg.scripts, instructed=not cfg.invent)
-        engine = open_engine(cfg.init, device)
+        engine = open_engine(cfg.init, device, cfg.vllm)
         if cfg.invent:
             lists = invent(cfg, engine)
             write_atomically(folder.path / "lists.json", json.dumps(lists, indent=1, ensure_ascii=False))

@@ -41,6 +41,7 @@ from puna.formats import huggingface
 from puna.generate import actor_critic
 from puna.generate.actor_critic import Critic, Models, Sampled
 from puna.generate.held_out import keep_answers, kept_policy, mean_score
+from puna.generate.vllm import VLLMEngine
 from puna.losses import Moments
 from puna.run_folder import Metrics, Progress, RunFolder, read_metrics
 from puna.text.tokenizer import Tokenizer
@@ -146,6 +147,8 @@ class PPOConfig:
     """which one; at 0 the policy is the reference."""
     checkpoint_every: int = 10
     """iterations between checkpoints; 0 keeps none."""
+    vllm: str = ""
+    """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in this process."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -245,7 +248,10 @@ def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Promp
 def load(cfg: PPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, the critic that is asked for, all reward models frozen."""
     rewards = cfg.reward_helpfulness, cfg.reward_safety, cfg.gold
-    return actor_critic.load(cfg.init, rewards, cfg.critic, cfg.precision, device)
+    models = actor_critic.load(cfg.init, rewards, cfg.critic, cfg.precision, device)
+    if cfg.vllm:
+        return replace(models, engine=VLLMEngine(cfg.vllm, models.tokenizer, cfg.out / "sampled_with"))
+    return models
 
 
 def sample(cfg: PPOConfig, models: Models, asked: Sequence[Prompt], seed: int) -> Sampled:

@@ -72,6 +72,8 @@ class RejectionSamplingConfig:
     """use at most so many prompts; 0 uses all."""
     shard_size: int = 128
     """prompts a resumable piece of work."""
+    vllm: str = ""
+    """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in this process."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -134,7 +136,7 @@ def run(cfg: RejectionSamplingConfig) -> Path:
 
 def load(cfg: RejectionSamplingConfig, device: torch.device) -> Models:
     """The newest chat model and both reward models."""
-    engine = open_engine(cfg.init, device)
+    engine = open_engine(cfg.init, device, cfg.vllm)
     helpfulness, safety = (
         Scorer(huggingface.load_reward_model(path).to(device), engine.tokenizer, precision="bf16")
         for path in (cfg.reward_helpfulness, cfg.reward_safety)
