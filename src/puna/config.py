@@ -105,16 +105,16 @@ def save(config: Any, path: Path) -> None:
     write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def keep(config: Any, path: Path, ignore: Sequence[str] = ("out", "threads", "dry_run")) -> None:
+def keep(config: Any, path: Path, ignore: Sequence[str] = ("out", "threads", "dry_run", "parallel")) -> None:
     """`save`, or a ConfigError where the config saved there is another one: a folder holds one config's results.
 
-    What `ignore` names, in a nested table too, may differ, and so may the way a path is written.
+    What `ignore` names, a table or a key in one, may differ, and so may the way a path is written.
     """
     if path.exists():
         begun = load(type(config), [str(path)])
         for key in _leaves(type(config)):
             old, new = (functools.reduce(getattr, key.split("."), each) for each in (begun, config))
-            if key.rpartition(".")[2] not in ignore and _resolved(old) != _resolved(new):
+            if set(key.split(".")).isdisjoint(ignore) and _resolved(old) != _resolved(new):
                 raise ConfigError(
                     f"{path.parent} was begun with {key} {_said(old)}, not {_said(new)} ({path}): use another --out"
                 )

@@ -33,10 +33,16 @@ class Scorer:
 
     @torch.inference_mode()
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """Rows of ids, each ending with its answer, -> scores (N,). The ids are taken as they are."""
+        """Rows of ids, each ending with its answer, -> scores (N,). The ids are taken as they are.
+
+        Of a sharded model all ranks score at once, each its own rows, as many as the others.
+        """
         device = self.model.score.weight.device
         scores = torch.zeros(len(rows))
-        for members in packing.by_length([len(row) for row in rows], self.max_tokens):
+        batches = packing.by_length([len(row) for row in rows], self.max_tokens)
+        if parallel.is_sharded(self.model):
+            batches = packing.cut(batches, parallel.largest(len(batches)))
+        for members in batches:
             tokens, lengths = packing.pad_right([rows[i] for i in members])
             with parallel.autocast(self.precision, device):
                 scores[members] = self.model(tokens.to(device), lengths.to(device)).sigmoid().cpu()

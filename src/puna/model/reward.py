@@ -9,6 +9,14 @@ from torch import Tensor, nn
 from puna.model.transformer import ModelConfig, Transformer
 
 
+class ScalarHead(nn.Linear):
+    """Scores (...) of states (..., D), in float32 always: they differ by less than bfloat16 can tell."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
+
+
 class RewardModel(nn.Module):
     """`forward(tokens (B, T), lengths (B,)) -> raw scores (B,)`, read at each row's last counted token.
 
@@ -21,30 +29,37 @@ class RewardModel(nn.Module):
         self.body = body
         # The language-model head is dropped: a parameter without a gradient has no place in the optimizer.
         self.body.output = nn.Identity()  # type: ignore[assignment]
-        self.score = nn.Linear(body.config.dim, 1, bias=False)
+        self.score = ScalarHead(body.config.dim, 1, bias=False)
         self.init_head()
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> RewardModel:
         return cls(Transformer(config))
 
+    @classmethod
+    def without_weights(cls, config: ModelConfig) -> RewardModel:
+        """As `Transformer.without_weights`."""
+        body = Transformer.without_weights(config)
+        with torch.device("meta"):
+            return cls(body)
+
     @property
     def config(self) -> ModelConfig:
         return self.body.config
 
+    def initial_head(self, generator: torch.Generator | None = None) -> Tensor:
+        """A new head (1, D): deviation 1/sqrt(D + 1), so that scores start near unit size (Stiennon et al. 2020)."""
+        return torch.empty(1, self.config.dim).normal_(std=(self.config.dim + 1) ** -0.5, generator=generator)
+
     def init_head(self, generator: torch.Generator | None = None) -> None:
-        """Deviation 1/sqrt(D + 1), so that scores start near unit size (Stiennon et al. 2020)."""
-        nn.init.normal_(self.score.weight, std=(self.body.config.dim + 1) ** -0.5, generator=generator)
+        """Set `initial_head` on one process."""
+        with torch.no_grad():
+            self.score.weight.copy_(self.initial_head(generator))
 
     def values(self, tokens: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """A score after every token, (B, T) float32; `positions` and `mask` as in `Transformer.forward`."""
-        return self._head(self.body.hidden(tokens, positions=positions, mask=mask))
+        return self.score(self.body.hidden(tokens, positions=positions, mask=mask))  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         last = self.body.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)
-        return self._head(last)
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Scores (...) of states (..., D), in float32 always: they differ by less than bfloat16 can tell."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.float(), self.score.weight.float()).squeeze(-1)
+        return self.score(last)  # type: ignore[no-any-return]
