@@ -37,7 +37,7 @@ class Heartbeat(threading.Thread):
 
     def __init__(self, store: Store, rank: int, world_size: int, limit: float) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.store = store.clone()  # a connection of its own: the main thread may wait on the other
+        self.store = store.clone()  # type: ignore[attr-defined]  # a connection of its own: the main thread may wait on the other
         self.rank, self.world_size, self.limit = rank, world_size, limit
         self.heard: tuple[bytes, float] = (b"", time.monotonic())
 

@@ -18,14 +18,15 @@ import functools
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store
 from torch import Tensor, nn
+from torch._C._distributed_c10d import Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
@@ -114,7 +115,9 @@ def _made_mesh(tensor: int) -> DeviceMesh:
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     if tensor == 1:
         return init_device_mesh(kind, (world_size(),), mesh_dim_names=("data",))
-    return init_device_mesh(kind, (world_size() // tensor, tensor), mesh_dim_names=("data", "tensor"))
+    mesh = init_device_mesh(kind, (world_size() // tensor, tensor), mesh_dim_names=("data", "tensor"))
+    mesh._flatten("all")  # else a gradient norm is summed along one dimension after the other, not alike on all ranks
+    return mesh
 
 
 @functools.cache
@@ -215,9 +218,7 @@ def share(n_items: int) -> slice:
     return slice(data_rank() * each, (data_rank() + 1) * each)
 
 
-def spread(
-    work: Callable[[int, Sequence[T]], Sequence[R]], items: Sequence[T], *, everyone: bool = False
-) -> list[R]:
+def spread(work: Callable[[int, Sequence[T]], Sequence[R]], items: Sequence[T], *, everyone: bool = False) -> list[R]:
     """The results of all items, in order, on all ranks; each computes `work(place of the first, its part)`.
 
     The parts are those of a batch (a sharded model must pass over them), or one a process with `everyone`. They are
@@ -373,6 +374,8 @@ def _recompute(block: Any, cfg: ParallelConfig) -> None:
 
 def _shard_states(model: nn.Module, mesh: DeviceMesh, compute: torch.dtype) -> None:
     """FSDP2: a unit a block, one for embeddings and head. A reward model's score is a unit in float32 always."""
+    # What a model returns may be a view; nothing here changes one in place, which would be the harm in it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)  # inputs stay as they are: a rotary table needs float32
     policy = exact if compute == torch.float32 else MixedPrecisionPolicy(compute, torch.float32, None, False)
     for block in _blocks(model):

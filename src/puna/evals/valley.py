@@ -62,7 +62,6 @@ class EvaluateConfig:
 def run(cfg: EvaluateConfig) -> Path:
     """Evaluate and return the folder."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("evaluate")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         judge = GoldJudge(read_world(cfg.world))
@@ -81,11 +80,13 @@ def run(cfg: EvaluateConfig) -> Path:
             "win_rate_vs_sft": compare(answers, cfg.baseline),
             "ghost_attention": obedience(scripts, carried),
         }
-        readers.write_jsonl(folder.path / "answers.jsonl", answers)
-        write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=1))
-        if cfg.held_out_answers:
-            gold = judge_held_out(judge, cfg.held_out_answers)
-            write_atomically(folder.path / "held_out.json", json.dumps(gold, indent=1))
+        if parallel.is_main():
+            readers.write_jsonl(folder.path / "answers.jsonl", answers)
+            write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=1))
+            if cfg.held_out_answers:
+                gold = judge_held_out(judge, cfg.held_out_answers)
+                write_atomically(folder.path / "held_out.json", json.dumps(gold, indent=1))
+        parallel.barrier()
         return folder.path
 
 
@@ -98,8 +99,11 @@ def reply(cfg: EvaluateConfig, engine: Engine, dialogs: Sequence[Dialog], seed: 
         "seed": seed,
     }
     newline = engine.tokenizer.encode("x\n")[-1:] if cfg.plain else []
-    prompts = [prompt_ids(cfg, engine, dialog) for dialog in dialogs]
-    return [answers[0] for answers in engine.generate_ids(prompts, stop_ids=newline, **settings)]
+
+    def answer(first: int, prompts: Sequence[list[int]]) -> list[Completion]:
+        return [row[0] for row in engine.generate_ids(prompts, stop_ids=newline, first=first, **settings)]
+
+    return parallel.spread(answer, [prompt_ids(cfg, engine, dialog) for dialog in dialogs], everyone=True)
 
 
 def prompt_ids(cfg: EvaluateConfig, engine: Engine, dialog: Dialog) -> list[int]:

@@ -84,9 +84,11 @@ class LocalEngine:
         top_k: int = 0,
         seed: int = 0,
         stop_ids: Sequence[int] = (),
+        first: int = 0,
     ) -> list[list[Completion]]:
         """n continuations of each prompt of token ids, in order, up to EOS, one of `stop_ids`, or the room there is.
 
+        `first` is the place of the first prompt, where the list is part of a longer one.
         Raises ConfigError where a prompt leaves no room in the model's context, or a setting is out of range.
         """
         heat = [temperature] * len(prompts) if isinstance(temperature, int | float) else list(temperature)
@@ -94,11 +96,11 @@ class LocalEngine:
             raise ConfigError(f"{len(heat)} temperatures for {len(prompts)} prompts: give one, or one for each")
         settings = {"top_p": top_p, "top_k": top_k, "seed": seed, "max_new_tokens": max_new_tokens}
         samplings = [Sampling(temperature=float(t), stop_ids=tuple(stop_ids), **settings) for t in heat]  # type: ignore[arg-type]
-        return self.complete(prompts, samplings, n=n)
+        return self.complete(prompts, samplings, n=n, first=first)
 
     @torch.inference_mode()
     def complete(
-        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], *, n: int = 1
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], *, n: int = 1, first: int = 0
     ) -> list[list[Completion]]:
         """n continuations of each prompt, drawn by its own settings; errors as `generate_ids`.
 
@@ -107,7 +109,7 @@ class LocalEngine:
         scheduler = self._scheduler()
         answers: list[list[Answer]] = [[] for _ in prompts]
         for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-            answers[i] = scheduler.submit(Request(i, list(prompts[i]), samplings[i], n, place=i))
+            answers[i] = scheduler.submit(Request(i, list(prompts[i]), samplings[i], n, place=first + i))
         while scheduler.busy:
             scheduler.step()
         return [[self._completion(answer) for answer in row] for row in answers]

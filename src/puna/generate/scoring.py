@@ -31,21 +31,28 @@ class Scorer:
         """Dialogs that end with an answer -> scores (N,) float32 on the CPU."""
         return self.score_tokens([chat.encode(dialog, self.tokenizer).tokens for dialog in dialogs])
 
-    @torch.inference_mode()
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Rows of ids, each ending with its answer, -> scores (N,). The ids are taken as they are.
 
-        Of a sharded model all ranks score at once, each its own rows, as many as the others.
+        Of a sharded model all ranks call it with the same rows, and each scores its share of them.
         """
+        if not parallel.is_sharded(self.model):
+            return self._score(rows, packing.by_length([len(row) for row in rows], self.max_tokens))
+
+        def score(first: int, part: Sequence[Sequence[int]]) -> list[float]:
+            scores: list[float] = self._score(part, packing.passes([len(r) for r in part], self.max_tokens)).tolist()
+            return scores
+
+        return torch.tensor(parallel.spread(score, rows))
+
+    @torch.inference_mode()
+    def _score(self, rows: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]) -> Tensor:
         device = self.model.score.weight.device
         scores = torch.zeros(len(rows))
-        batches = packing.by_length([len(row) for row in rows], self.max_tokens)
-        if parallel.is_sharded(self.model):
-            batches = packing.cut(batches, parallel.largest(len(batches)))
         for members in batches:
             tokens, lengths = packing.pad_right([rows[i] for i in members])
             with parallel.autocast(self.precision, device):
-                scores[members] = self.model(tokens.to(device), lengths.to(device)).sigmoid().cpu()
+                scores[list(members)] = self.model(tokens.to(device), lengths.to(device)).sigmoid().cpu()
         return scores
 
 

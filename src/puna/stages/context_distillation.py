@@ -98,7 +98,6 @@ PREPROMPTS: dict[str, Callable[[Prompt, bool, random.Random], str]] = {
 def run(cfg: ContextDistillationConfig) -> Path:
     """Sample, gate, and return the folder with dialogs.jsonl."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("context distillation")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("context_distillation"):
@@ -118,8 +117,10 @@ def run(cfg: ContextDistillationConfig) -> Path:
         records = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update)
         progress.close()
         kept = [record for record in records if record["kept"]]
-        readers.write_jsonl(folder.path / "dialogs.jsonl", kept)
+        if parallel.is_main():
+            readers.write_jsonl(folder.path / "dialogs.jsonl", kept)
         folder.mark_done("context_distillation", kept=len(kept), prompts=len(prompts), left_out=left_out)
+        parallel.barrier()
         return folder.path
 
 

@@ -55,7 +55,6 @@ class GhostAttentionConfig:
 def run(cfg: GhostAttentionConfig) -> Path:
     """Sample the dialogs and return the folder with dialogs.jsonl."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("ghost attention")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("ghost_attention"):
@@ -76,8 +75,10 @@ def run(cfg: GhostAttentionConfig) -> Path:
 
         dialogs = map_shards(work, scripts, cfg.shard_size, folder.path / "parts", progress.update)
         progress.close()
-        readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
+        if parallel.is_main():
+            readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
         folder.mark_done("ghost_attention", dialogs=len(dialogs), left_out=len(scripts) - len(dialogs))
+        parallel.barrier()
         return folder.path
 
 

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna import checkpoint, config, losses, optim, parallel
+from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError
 from puna.data import loader, packing
 from puna.data.prompts import Prompt, fitting, read_prompts
@@ -105,13 +106,14 @@ class PPOConfig:
     """paper 3.2.3: constant 1e-6, weight decay 0.1, clip 1.0."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32 keeps the first ratio of an iteration at 1 to the last digits."""
+    parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     evaluate_every: int = 10
     """iterations between held-out measurements."""
     held_out_prompts: int = 64
     patience: int = 4
     """stop after so many measurements without a new best; 0 never stops early."""
     checkpoint_every: int = 10
-    """iterations between checkpoints; 0 keeps none."""
+    """iterations between checkpoints; 0 writes one on SIGTERM alone."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -141,8 +143,7 @@ class Models:
 
 def run(cfg: PPOConfig) -> Path:
     """Train and return the best policy's folder."""
-    device = parallel.start(cfg.threads)
-    parallel.only_one_process("PPO")
+    device = parallel.start(cfg.threads, cfg.parallel)
     with RunFolder(cfg.out) as folder:
         model_path = folder.path / "model"
         config.keep(cfg, folder.path / "config.json")
@@ -162,28 +163,30 @@ def run(cfg: PPOConfig) -> Path:
         best = Best(**kept) if kept else Best(0, -math.inf)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="ppo")
         progress = Progress("ppo", len(batches), unit="iteration", start=start)
-        for iteration in range(start, len(batches)):
-            if iteration % cfg.evaluate_every == 0:
-                best = measure(cfg, models, held_out, iteration, best, folder.path)
-                if cfg.patience and iteration - best.iteration >= cfg.patience * cfg.evaluate_every:
-                    break
-            clock = time.perf_counter()
-            rollout, numbers = collect(cfg, models, [prompts[i] for i in batches[iteration]], iteration)
-            collected = time.perf_counter()
-            numbers |= update(cfg, models, optimizer, rollout, iteration, len(batches))
-            numbers |= {"seconds_collect": collected - clock, "seconds_update": time.perf_counter() - collected}
-            metrics.log(step=iteration, **numbers)
-            progress.update(reward=numbers["reward"], kl=numbers["kl"])
-            if cfg.checkpoint_every and (iteration + 1) % cfg.checkpoint_every == 0:
-                checkpoint.save(folder.path / "checkpoints", iteration + 1, models.trained, optimizer, asdict(best))
-        else:
-            best = measure(cfg, models, held_out, len(batches), best, folder.path)
+        with Saver(folder.path / "checkpoints", models.trained, optimizer, cfg.checkpoint_every) as saver:
+            for iteration in range(start, len(batches)):
+                if iteration % cfg.evaluate_every == 0:
+                    best = measure(cfg, models, held_out, iteration, best, folder.path)
+                    if cfg.patience and iteration - best.iteration >= cfg.patience * cfg.evaluate_every:
+                        break
+                clock = time.perf_counter()
+                rollout, numbers = collect(cfg, models, [prompts[i] for i in batches[iteration]], iteration)
+                collected = time.perf_counter()
+                numbers |= update(cfg, models, optimizer, rollout, iteration, len(batches))
+                numbers |= {"seconds_collect": collected - clock, "seconds_update": time.perf_counter() - collected}
+                metrics.log(step=iteration, **numbers)
+                progress.update(reward=numbers["reward"], kl=numbers["kl"])
+                saver.after(iteration + 1, asdict(best))
+            else:
+                best = measure(cfg, models, held_out, len(batches), best, folder.path)
         progress.close()
         if best.reward == -math.inf:
             raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
-        shutil.copytree(kept_policy(folder.path, best.iteration), model_path, dirs_exist_ok=True)
-        folder.mark_done("ppo", best_iteration=best.iteration, held_out_reward=best.reward, left_out=left_out)
-        shutil.rmtree(folder.path / "best")
+        if parallel.is_main():
+            shutil.copytree(kept_policy(folder.path, best.iteration), model_path, dirs_exist_ok=True)
+            folder.mark_done("ppo", best_iteration=best.iteration, held_out_reward=best.reward, left_out=left_out)
+            shutil.rmtree(folder.path / "best")
+        parallel.barrier()
         return model_path
 
 
@@ -212,15 +215,18 @@ def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Promp
 def load(cfg: PPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, critic from the helpfulness reward model, both reward models frozen."""
     tokenizer = tokenizers.load(cfg.init)
-    policy = huggingface.load_model(cfg.init).to(device)
+    how: Any = (device, cfg.parallel, cfg.precision)
+    policy = parallel.place(*huggingface.open_model(cfg.init), *how)
+    helpfulness, safety = (
+        Scorer(parallel.place(*huggingface.open_reward_model(path), *how), tokenizer, precision=cfg.precision)
+        for path in (cfg.reward_helpfulness, cfg.reward_safety)
+    )
     return Models(
         policy=policy,
-        value=huggingface.load_reward_model(cfg.reward_helpfulness).to(device),
-        reference=huggingface.load_model(cfg.init).to(device).eval().requires_grad_(False),
-        helpfulness=Scorer(
-            huggingface.load_reward_model(cfg.reward_helpfulness).to(device), tokenizer, precision=cfg.precision
-        ),
-        safety=Scorer(huggingface.load_reward_model(cfg.reward_safety).to(device), tokenizer, precision=cfg.precision),
+        value=parallel.place(*huggingface.open_reward_model(cfg.reward_helpfulness), *how),
+        reference=parallel.place(*huggingface.open_model(cfg.init), *how).eval().requires_grad_(False),
+        helpfulness=helpfulness,
+        safety=safety,
         engine=LocalEngine(policy, tokenizer),
         tokenizer=tokenizer,
         device=device,
@@ -231,14 +237,16 @@ def sample(
     cfg: PPOConfig, models: Models, prompts: Sequence[Prompt], seed: int
 ) -> tuple[list[list[int]], list[Completion], dict[str, Tensor]]:
     """1 and 2: prompt ids, one answer each, and the scores of both reward models and combined, (B,) each."""
-    models.engine.update_weights(models.policy)
     prompt_ids = [chat.encode_prompt(prompt["messages"], models.tokenizer) for prompt in prompts]
-    completions = [
-        answers[0]
-        for answers in models.engine.generate_ids(
-            prompt_ids, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=seed
-        )
-    ]
+    settings: dict[str, Any] = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "seed": seed}
+
+    def answer(first: int, part: Sequence[list[int]]) -> list[Completion]:
+        return [answers[0] for answers in models.engine.generate_ids(part, first=first, **settings)]
+
+    with parallel.gathered(models.policy, cfg.precision, models.device) as policy:
+        models.engine.update_weights(policy)
+        completions = parallel.spread(answer, prompt_ids, everyone=True)
+        models.engine.update_weights(models.policy)  # or the gathered weights would stay
     rows = [ids + completion.tokens for ids, completion in zip(prompt_ids, completions, strict=True)]
     helpfulness, safety = models.helpfulness.score_tokens(rows), models.safety.score_tokens(rows)
     combined = combined_reward(safety, helpfulness, [prompt["is_safety"] for prompt in prompts], cfg.threshold)
@@ -257,14 +265,8 @@ def collect(
     action_mask = (step >= begins[:, None]) & (step < lengths[:, None])  # (B, T - 1)
     finished = torch.tensor([completion.finished for completion in completions])
     whitened = losses.whiten(losses.logit(scores["reward"])) - cfg.missing_eos_penalty * ~finished
-    logprobs, reference, values = (torch.zeros(action_mask.shape) for _ in range(3))
-    with torch.inference_mode():
-        for members in packing.by_length(lengths.tolist(), cfg.micro_batch_tokens):
-            end = int(lengths[members].max())
-            part, mask = (field.to(models.device) for field in (tokens[members, :end], action_mask[members, : end - 1]))
-            logprobs[members, : end - 1] = policy_logprobs(cfg, models.policy, part, mask)[0].cpu()
-            reference[members, : end - 1] = policy_logprobs(cfg, models.reference, part, mask)[0].cpu()
-            values[members, : end - 1] = state_values(cfg, models.value, part).cpu()
+    parts = parallel.spread(lambda first, part: reread(cfg, models, tokens, action_mask, part), range(len(rows)))
+    logprobs, reference, values = torch.stack(parts, dim=1)
     rollout = Rollout(tokens, action_mask, logprobs, reference, values, whitened, finished)
     kl = ((logprobs - reference) * action_mask).sum(dim=1)
     numbers = {name: float(score.mean()) for name, score in scores.items()}
@@ -274,6 +276,27 @@ def collect(
         "finished": float(finished.float().mean()),
     }
     return rollout, numbers
+
+
+@torch.inference_mode()
+def reread(
+    cfg: PPOConfig, models: Models, tokens: Tensor, action_mask: Tensor, rows: Sequence[int]
+) -> Sequence[Tensor]:
+    """log pi, log pi_0 and the value of every step of some rows, by the trainer's own numbers: (3, T - 1) each."""
+    found = torch.zeros(3, len(rows), action_mask.shape[1])
+    lengths = row_lengths(action_mask, rows)
+    for members in packing.passes(lengths, cfg.micro_batch_tokens):
+        end, part = max(lengths[i] for i in members), [rows[i] for i in members]
+        ids, mask = (field.to(models.device) for field in (tokens[part, :end], action_mask[part, : end - 1]))
+        found[0, members, : end - 1] = policy_logprobs(cfg, models.policy, ids, mask)[0].cpu()
+        found[1, members, : end - 1] = policy_logprobs(cfg, models.reference, ids, mask)[0].cpu()
+        found[2, members, : end - 1] = state_values(cfg, models.value, ids).cpu()
+    return found.unbind(1)
+
+
+def row_lengths(action_mask: Tensor, rows: Sequence[int]) -> list[int]:
+    """Tokens of these rows, up to the last of their answers."""
+    return [int(action_mask[i].nonzero()[-1]) + 2 for i in rows]
 
 
 def policy_logprobs(cfg: PPOConfig, model: Transformer, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,11 +348,12 @@ def accumulate(
     cfg: PPOConfig, models: Models, rollout: Rollout, advantages: Tensor, returns: Tensor, members: list[int]
 ) -> dict[str, float]:
     """Back-propagate one mini-batch: both losses, summed over its action tokens and divided by their number."""
-    lengths = [int(rollout.action_mask[i].nonzero()[-1]) + 2 for i in members]
     count = int(rollout.action_mask[members].sum())
-    sums: dict[str, float] = {}
-    for part in packing.by_length(lengths, cfg.micro_batch_tokens):
-        rows = [members[i] for i in part]
+    mine = members[parallel.share(len(members))]
+    lengths = row_lengths(rollout.action_mask, mine)
+    sums: dict[str, Tensor] = {}
+    for part in packing.passes(lengths, cfg.micro_batch_tokens):
+        rows = [mine[i] for i in part]
         end = max(lengths[i] for i in part)
         tokens = rollout.tokens[rows, :end].to(models.device)
         mask, old, old_values, advantage, target = (
@@ -351,8 +375,9 @@ def accumulate(
                 "entropy": losses.entropy(logits / cfg.temperature).sum() / count,
             }
         for name, number in parts.items():
-            sums[name] = sums.get(name, 0.0) + float(number)
-    return sums
+            sums[name] = sums[name] + number if name in sums else number
+    totals = parallel.total(torch.stack(list(sums.values())))
+    return dict(zip(sums, totals.tolist(), strict=True))
 
 
 def kept_policy(folder: Path, iteration: int) -> Path:

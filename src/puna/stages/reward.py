@@ -235,10 +235,7 @@ def update(cfg: RewardConfig, model: RewardModel, pairs: list[Pair], device: tor
     counts = parallel.total(torch.tensor([len(pairs), labelled, n_tokens], device=device, dtype=torch.float64))
     sums = torch.zeros(2, device=device)
     lengths = [packing.pair_length(pair.chosen, pair.rejected) for pair in pairs]
-    micro_batches = packing.by_length(lengths, cfg.micro_batch_tokens)
-    # A sharded forward pass gathers weights from all ranks: each rank must make as many.
-    micro_batches = packing.cut(micro_batches, parallel.largest(len(micro_batches)))
-    for members in micro_batches:
+    for members in packing.passes(lengths, cfg.micro_batch_tokens):
         batch = [pairs[i] for i in members]
         with parallel.autocast(cfg.precision, device):
             chosen, rejected = scores(model, batch, device)
@@ -272,9 +269,8 @@ def auxiliary(chosen: Tensor, rejected: Tensor, batch: Sequence[Pair]) -> Tensor
 def evaluate(model: RewardModel, tokenizer: Tokenizer, test: Sequence[Preference]) -> dict[str, Any]:
     """4: accuracy on held-out comparisons, in all and by grade and safety bucket, and recall of unsafe answers."""
     scorer = Scorer(model, tokenizer)
-    rows = [_tokens(p, answer, tokenizer) for p in test for answer in (p.chosen, p.rejected)]
-    scored = parallel.spread(lambda first, part: scorer.score_tokens(part).tolist(), rows)
-    chosen, rejected = torch.tensor(scored[::2]), torch.tensor(scored[1::2])
+    chosen = scorer.score_tokens([_tokens(preference, preference.chosen, tokenizer) for preference in test])
+    rejected = scorer.score_tokens([_tokens(preference, preference.rejected, tokenizer) for preference in test])
     model.train()
     right = (chosen > rejected).tolist()
     groups: dict[str, dict[str, list[bool]]] = {"grade": defaultdict(list), "safety_label": defaultdict(list)}

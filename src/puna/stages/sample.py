@@ -55,7 +55,6 @@ class SampleConfig:
 def run(cfg: SampleConfig) -> Path:
     """Sample, and return the folder with dialogs.jsonl."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("sample")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("sample"):
@@ -89,7 +88,9 @@ def run(cfg: SampleConfig) -> Path:
 
         dialogs = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update)
         progress.close()
-        readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
+        if parallel.is_main():
+            readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
         unusable = cfg.n * len(prompts) - len(dialogs)
         folder.mark_done("sample", dialogs=len(dialogs), unusable=unusable, left_out=len(read) - len(prompts))
+        parallel.barrier()
         return folder.path
