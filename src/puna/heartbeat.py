@@ -37,7 +37,8 @@ class Heartbeat(threading.Thread):
 
     def __init__(self, store: Store, rank: int, world_size: int, limit: float) -> None:
         super().__init__(name="heartbeat", daemon=True)
-        self.store = store.clone()  # type: ignore[attr-defined]  # a connection of its own: the main thread may wait on the other
+        # A connection of its own: the main thread may be waiting on the other.
+        self.store: Store = store.clone()  # type: ignore[attr-defined]
         self.rank, self.world_size, self.limit = rank, world_size, limit
         self.heard: tuple[bytes, float] = (b"", time.monotonic())
 
