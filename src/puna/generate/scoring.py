@@ -45,7 +45,7 @@ class Scorer:
 
         return torch.tensor(parallel.spread(score, rows))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
     def _score(self, rows: Sequence[Sequence[int]], batches: Sequence[Sequence[int]]) -> Tensor:
         device = self.model.score.weight.device
         scores = torch.zeros(len(rows))

@@ -278,7 +278,7 @@ def collect(
     return rollout, numbers
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
 def reread(
     cfg: PPOConfig, models: Models, tokens: Tensor, action_mask: Tensor, rows: Sequence[int]
 ) -> Sequence[Tensor]:

@@ -156,7 +156,7 @@ def update(cfg: PretrainConfig, model: Transformer, data: shards.Shard, step: in
     return float(parallel.total(total))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
 def evaluate(cfg: PretrainConfig, model: Transformer, data: shards.Shard, device: torch.device) -> float:
     """Mean validation loss in nats a token over at most 64 windows."""
     n_windows = max(1, min(64, (len(data.tokens) - 1) // cfg.seq_len - 1))
