@@ -23,7 +23,6 @@ import torch
 
 from puna.formats import gguf, huggingface
 from puna.generate.engine import LocalEngine
-from puna.generate.kv_cache import BlockCache
 from puna.generate.sampling import Sampling
 from puna.parallel import start
 
@@ -44,17 +43,9 @@ def ours(engine: LocalEngine, prompts: Prompts, n: int, new: int, top_p: float) 
 
 
 def unshared(engine: LocalEngine, prompts: Prompts, n: int, new: int, top_p: float) -> Work:
-    """The engine with a request a sample, and a cache that knows no prompt."""
-    inner = ours(engine, [prompt for prompt in prompts for _ in range(n)], 1, new, top_p)
-
-    def work() -> int:
-        match, BlockCache.match = BlockCache.match, lambda cache, tokens: []  # type: ignore[method-assign]
-        try:
-            return inner()
-        finally:
-            BlockCache.match = match  # type: ignore[method-assign]
-
-    return work
+    """The engine with a request a sample, each of which runs its own prompt."""
+    alone = LocalEngine(engine.model, engine.tokenizer, max_batch_size=engine.max_batch_size, share_prompts=False)
+    return ours(alone, [prompt for prompt in prompts for _ in range(n)], 1, new, top_p)
 
 
 def transformers(folder: Path, prompts: Prompts, n: int, new: int, top_p: float) -> Work:

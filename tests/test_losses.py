@@ -61,24 +61,43 @@ def test_token_logprobs_refuse_a_target_outside_the_vocabulary(target: int) -> N
         losses.token_logprobs(torch.zeros(1, 3), torch.tensor([target]))
 
 
-def test_language_model_loss() -> None:
-    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, -8.0]])
-    mask = torch.tensor([[False, True], [True, False]])
-    # Counted are 2 and 3, two tokens: 5 / 2. Inverted: 9 / 2. Over all four places: 5 / 4. With its own sign: -5 / 2.
-    close(losses.language_model_loss(logprobs, mask, 2), 2.5)
+def test_load_balancing_loss() -> None:
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3]], requires_grad=True)
+    loss = losses.load_balancing_loss(probabilities, torch.tensor([[0, 1], [0, 2]]))
+    # f = 1, 1/2, 1/2 and P = 0.55, 0.2, 0.25: 3 (0.55 + 0.1 + 0.125). Over k N assignments it would be half of that.
+    close(loss, 2.325)
+    loss.backward()
+    close(probabilities.grad, [[1.5, 0.75, 0.75]] * 2)  # type: ignore[arg-type]  # 3 f / N
 
 
-def test_language_model_loss_of_parts_adds_up() -> None:
-    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, -8.0]])
-    mask = torch.tensor([[False, True], [True, True]])
-    # 13 / 3 as a whole; rows averaged on their own, 2 and 5.5, would give 3.75.
-    parts = [losses.language_model_loss(logprobs[i], mask[i], 3) for i in range(2)]
-    close(parts[0] + parts[1], 13 / 3)
+def test_load_balancing_loss_at_its_ends() -> None:
+    even = torch.full((3, 3), 1 / 3)
+    close(losses.load_balancing_loss(even, torch.tensor([[0, 1], [1, 2], [2, 0]])), 2.0)
+    crowded = torch.tensor([[0.5, 0.5, 0.0]] * 4)
+    close(losses.load_balancing_loss(crowded, torch.tensor([[0, 1]] * 4)), 3.0)
 
 
 def test_entropy() -> None:
     # 1/4 log 4 + 3/4 log(4/3) = 0.34657 + 0.21576
-    close(losses.entropy(torch.stack((log(1, 3), log(1, 1)))), [0.562335, LN2])
+    logits = torch.stack((log(1, 3), log(1, 1)))
+    logprobs, entropies = losses.logprobs_and_entropy(logits, torch.tensor([0, 1]))
+    close(logprobs, [-2 * LN2, -LN2])
+    close(entropies, [0.562335, LN2])
+    # At temperature 1/2 the chances are squared: 1/10 and 9/10.
+    logprobs, entropies = losses.logprobs_and_entropy(logits[:1], torch.tensor([1]), temperature=0.5)
+    close(logprobs, [math.log(0.9)])
+    close(entropies, [-0.1 * math.log(0.1) - 0.9 * math.log(0.9)])
+
+
+def test_logprobs_beside_the_entropy_are_the_logprobs() -> None:
+    logits = torch.randn(7, 11, dtype=torch.bfloat16).requires_grad_()
+    targets = torch.randint(11, (7,))
+    grads = []
+    for work in (losses.token_logprobs, lambda *x: losses.logprobs_and_entropy(*x)[0]):
+        logprobs = work(logits, targets, 0.7)
+        grads.append((logprobs, *torch.autograd.grad(logprobs.sum(), logits)))
+    for one, other in zip(*grads, strict=True):
+        assert torch.equal(one, other)
 
 
 # Reward model
@@ -188,6 +207,60 @@ def test_token_rewards_of_a_row_without_actions_are_zero() -> None:
     close(losses.token_rewards(torch.tensor([5.0]), torch.ones(1, 2), torch.zeros(1, 2), mask, 1.0), [[0.0, 0.0]])
 
 
+def test_running_moments() -> None:
+    moments = losses.NO_MOMENTS.with_batch(torch.tensor([1.0, 3.0]))
+    assert (moments.count, moments.mean, moments.variance) == (2, 2, 1)
+    moments = moments.with_batch(torch.tensor([5.0, 7.0, 9.0]))  # of 1, 3, 5, 7, 9: mean 5, variance 8
+    assert (moments.count, moments.mean) == (5, 5) and moments.variance == pytest.approx(8)
+    close(moments.whiten(torch.tensor([5.0, 9.0])), [0.0, 4 / math.sqrt(8)])
+
+
+def test_running_moments_of_ranks() -> None:
+    # 1 and 3 here, 5 and 7 there: count, sum and squares as the ranks would add them up; mean 4, variance 5.
+    moments = losses.NO_MOMENTS.with_batch(torch.tensor([1.0, 3.0]), rank_by_rank(4.0, 16.0, 20.0))
+    assert (moments.count, moments.mean, moments.variance) == (4, 4, 5)
+
+
+def test_one_batch_of_running_moments_whitens_as_the_batch() -> None:
+    x = torch.randn(9) * 3 + 2
+    close(losses.NO_MOMENTS.with_batch(x).whiten(x), losses.whiten(x).tolist())
+
+
+def test_bounded() -> None:
+    close(losses.bounded(torch.tensor([-3.0, 0.5, 3.0]), 2.0), [-2.0, 0.5, 2.0])
+    close(losses.bounded(torch.tensor([-3.0, 0.5, 3.0]), 0.0), [-3.0, 0.5, 3.0])
+
+
+def test_sequence_kl() -> None:
+    logprobs, reference = torch.tensor([[-1.0, -1.0, -9.0]]), torch.tensor([[-2.0, -0.5, -1.0]])
+    mask = torch.tensor([[True, True, False]])
+    close(losses.sequence_kl(logprobs, reference, mask), [0.5])
+    close(losses.sequence_kl(reference, logprobs, mask), [-0.5])  # not clamped
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.1),  # on the target
+        (6.6, 0.1 * (1 + 0.1 * 256 / 10000)),  # a tenth above it
+        (60.0, 0.1 * (1 + 0.2 * 256 / 10000)),  # far above: a fifth at most
+        (-3.0, 0.1 * (1 - 0.2 * 256 / 10000)),  # below
+    ],
+)
+def test_adapted_beta(kl: float, expected: float) -> None:
+    assert losses.adapted_beta(0.1, kl, target=6.0, horizon=10000, n=256) == pytest.approx(expected, rel=1e-12)
+    assert losses.adapted_beta(0.1, kl, target=0.0, horizon=10000, n=256) == 0.1
+
+
+def test_clip_numbers() -> None:
+    logprobs = torch.tensor([math.log(1.5), math.log(0.9), math.log(0.5), 5.0])
+    mask = torch.tensor([True, True, True, False])
+    numbers = losses.clip_numbers(logprobs, torch.zeros(4), mask, clip=0.2)
+    assert float(numbers["clip_fraction"]) == 2  # 1.5 and 0.5
+    k3 = sum(ratio - 1 - math.log(ratio) for ratio in (1.5, 0.9, 0.5))
+    assert float(numbers["approximate_kl"]) == pytest.approx(k3)
+
+
 # PPO
 
 
@@ -251,3 +324,57 @@ def test_policy_loss(ratio: float, advantage: float, expected: float, slope: flo
 def test_value_loss(value: float, expected: float) -> None:
     loss = losses.value_loss(torch.tensor([value]), torch.tensor([0.5]), torch.tensor([0.0]), clip=0.2)
     close(loss, [expected])
+
+
+# Groups of answers to one prompt
+
+
+def test_leave_one_out() -> None:
+    # 1 against (2 + 6) / 2, 2 against (1 + 6) / 2, 6 against (1 + 2) / 2; less the mean of all three: -2, -1, 3.
+    close(losses.leave_one_out(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])), [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]])
+
+
+def test_group_normalised() -> None:
+    # Mean 4, deviation sqrt((9 + 0 + 9) / 2) = 3; over G it would be 2.449, over all six scores more. Another group's
+    # scores are another scale, and equal scores say nothing.
+    scores = torch.tensor([[1.0, 4.0, 7.0], [10.0, 40.0, 70.0], [5.0, 5.0, 5.0]])
+    close(losses.group_normalised(scores, eps=0.0)[:2], [[-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]])
+    close(losses.group_normalised(scores)[2], [0.0, 0.0, 0.0])
+
+
+def test_token_weights() -> None:
+    mask = torch.tensor([[False, True, False], [True, True, True]])
+    close(losses.token_weights(mask, "answer"), [[0, 1 / 2, 0], [1 / 6, 1 / 6, 1 / 6]])
+    close(losses.token_weights(mask, "token"), [[0, 1 / 4, 0], [1 / 4, 1 / 4, 1 / 4]])
+
+
+def test_kl_k3() -> None:
+    # log pi_0/pi is log 2, 0 and -log 2: 2 - log 2 - 1, 0, 1/2 + log 2 - 1. The other way round the ends change places.
+    logprobs, reference = torch.tensor([-2.0, -1.0, -1.0]), torch.tensor([LN2 - 2.0, -1.0, -LN2 - 1.0])
+    close(losses.kl_k3(logprobs, reference), [1 - LN2, 0.0, LN2 - 0.5])
+
+
+def test_kl_k3_estimates_the_kl() -> None:
+    p, p0 = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    close((p * losses.kl_k3(p.log(), p0.log())).sum(), (p * (p / p0).log()).sum())
+
+
+# Direct preference optimisation
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "expected"),
+    [(0.0, 0.313262), (0.1, 0.413262)],  # log(1 + e^-1); 0.9 of it and 0.1 of log(1 + e), which is 1 more
+)
+def test_dpo_loss(smoothing: float, expected: float) -> None:
+    # Log ratios 3 and -7, beta 0.1: a margin of 1. The wrong sign gives log(1 + e), beta outside 0.1 log(1 + e^-10).
+    loss = losses.dpo_loss(torch.tensor([3.0]), torch.tensor([-7.0]), beta=0.1, label_smoothing=smoothing)
+    close(loss, [expected])
+
+
+def test_dpo_loss_pulls_by_beta_and_how_wrong_it_is() -> None:
+    chosen, rejected = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    losses.dpo_loss(chosen, rejected, beta=0.1).sum().backward()
+    assert chosen.grad is not None and rejected.grad is not None
+    close(chosen.grad, [-0.05])  # beta (sigmoid(0) - 1)
+    close(rejected.grad, [0.05])

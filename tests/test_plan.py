@@ -234,6 +234,12 @@ def test_mistakes(fields: dict[str, Any], message: str) -> None:
         PlanConfig(**fields)
 
 
+def test_experts_are_not_planned(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("[pretrain.model.moe]\nexperts = 8\n")
+    with pytest.raises(ConfigError, match="a mixture of experts is not planned yet"):
+        plan.run(PlanConfig(tmp_path / "x.toml"))
+
+
 def test_fp32_has_no_rate(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text('[pretrain]\nprecision = "fp32"\n')
     with pytest.raises(ConfigError, match="only bf16 is planned"):

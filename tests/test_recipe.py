@@ -21,7 +21,7 @@ from puna.run_folder import read_metrics
 from puna.stages.sft import SFTConfig
 from tests import tiny_run
 
-TIMINGS = ("seconds", "seconds_collect", "seconds_update", "peak_memory_bytes", "tokens_per_second")
+TIMINGS = ("seconds", "seconds_generate", "seconds_score", "seconds_update", "peak_memory_bytes", "tokens_per_second")
 
 STEPS = """\
 valley pretrain pretrain/evaluation sft sft/evaluation

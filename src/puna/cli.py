@@ -44,10 +44,19 @@ class Command(NamedTuple):
 COMMANDS = {
     "run": Command("puna.recipe", "RecipeConfig", None, "the whole recipe: pretrain, SFT, V1 to V5, report"),
     "valley": Command("puna.valley.write", "ValleyConfig", "valley", "write the embedded world's data"),
+    "data prepare": Command(
+        "puna.corpus.prepare", "PrepareConfig", "prepare", "write text of many sources as token shards"
+    ),
     "pretrain": Command("puna.stages.pretrain", "PretrainConfig", "pretrain", "train a model on raw text"),
     "sft": Command("puna.stages.sft", "SFTConfig", "sft", "fine-tune a model on dialogs"),
     "collect": Command("puna.stages.collect", "CollectConfig", "collect", "collect preferences over answer pairs"),
     "reward": Command("puna.stages.reward", "RewardConfig", "reward", "train a reward model on preferences"),
+    "reward evaluate": Command(
+        "puna.evals.reward_models",
+        "RewardEvaluateConfig",
+        "reward_evaluate",
+        "measure reward models on held-out comparisons",
+    ),
     "rejection-sampling": Command(
         "puna.stages.rejection_sampling",
         "RejectionSamplingConfig",
@@ -55,6 +64,11 @@ COMMANDS = {
         "sample answers and write the best as dialogs",
     ),
     "ppo": Command("puna.stages.ppo", "PPOConfig", "ppo", "train a chat model against the reward models"),
+    "dpo": Command("puna.stages.dpo", "DPOConfig", "dpo", "train a chat model on preferences, without a reward model"),
+    "grpo": Command("puna.stages.grpo", "GRPOConfig", "grpo", "train a chat model on groups of answers (GRPO, RLOO)"),
+    "conformance": Command(
+        "puna.evals.conformance", "ConformanceConfig", "conformance", "check a PPO trainer's dump", "rollout"
+    ),
     "ghost-attention": Command(
         "puna.stages.ghost_attention",
         "GhostAttentionConfig",
@@ -67,10 +81,16 @@ COMMANDS = {
         "context_distillation",
         "write safe answers without their preprompt",
     ),
+    "data stats": Command("puna.data.stats", "StatsConfig", None, "count what comparisons hold", "files"),
     "sample": Command("puna.stages.sample", "SampleConfig", "sample", "write answers to prompts in bulk"),
+    "score": Command("puna.stages.score", "ScoreConfig", "score", "write reward models' scores of dialogs", "data"),
     "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
     "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
+    "compare": Command("puna.report.compare", "CompareConfig", "compare", "runs side by side: a table, a page", "runs"),
     "plan": Command("puna.plan", "PlanConfig", "plan", "what pretraining takes on a cluster", "recipe"),
+    "bench memory": Command(
+        "puna.report.memory", "MemoryBenchConfig", "bench_memory", "what heads and experts cost in memory and speed"
+    ),
     "import": Command(
         "puna.formats.convert", "ImportConfig", "import", "import a model (GGUF, Hugging Face, Meta)", "path"
     ),

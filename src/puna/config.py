@@ -1,9 +1,10 @@
 """Configs: a TOML recipe and command-line flags become one frozen dataclass.
 
-A config is a frozen dataclass with a docstring under each field; nested dataclasses are nested tables. The way of
-a value:
+A config is a frozen dataclass with a docstring under each field; nested dataclasses are nested tables, and a dict of
+dataclasses is a table of tables that a recipe names. The way of a value:
 
-1. the recipe's table is flattened into dotted keys, each checked against the dataclass;
+1. the recipe's table is flattened into dotted keys, each checked against the dataclass; a recipe may give only what
+   differs from another one (`extends = "laptop.toml"`, beside it);
 2. the flags (`--optim.lr 1e-5`) are parsed by tyro over what the recipe gave, so the later one wins;
 3. an unknown key or flag or a wrong type is a `ConfigError` that names the file, the key and the nearest valid one.
 
@@ -36,6 +37,10 @@ ALIASES = {
     "max_len": ("max_length",),
 }
 """What Hugging Face calls keys of ours that look like no key of ours: for the nearest valid key in messages."""
+
+
+NOT_RESULTS = ("out", "threads", "dry_run", "vllm", "workers", "cluster", "gpus", "parallel")
+"""Keys, or tables of them, that change nothing in what a run writes."""
 
 
 class ConfigError(Exception):
@@ -105,7 +110,7 @@ def save(config: Any, path: Path) -> None:
     write_atomically(path, json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def keep(config: Any, path: Path, ignore: Sequence[str] = ("out", "threads", "dry_run", "parallel")) -> None:
+def keep(config: Any, path: Path, ignore: Sequence[str] = NOT_RESULTS) -> None:
     """`save`, or a ConfigError where the config saved there is another one: a folder holds one config's results.
 
     What `ignore` names, a table or a key in one, may differ, and so may the way a path is written.
@@ -140,6 +145,10 @@ def _resolved(value: Any) -> Any:
     """A value with its paths made absolute, for comparison."""
     if isinstance(value, tuple):
         return tuple(map(_resolved, value))
+    if isinstance(value, dict):
+        return {key: _resolved(item) for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _resolved(dataclasses.asdict(value))
     return value.resolve() if isinstance(value, Path) else value
 
 
@@ -147,7 +156,7 @@ def _said(value: Any) -> str:
     """A value as a recipe writes it."""
     if isinstance(value, tuple):
         return f"[{', '.join(map(_said, value))}]"
-    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=lambda it: str(it) if isinstance(it, Path) else to_dict(it))
 
 
 def _read_table(file: Path, section: str | None, smoke: bool = False) -> tuple[dict[str, Any], str | None]:
@@ -155,7 +164,7 @@ def _read_table(file: Path, section: str | None, smoke: bool = False) -> tuple[d
 
     A recipe's [smoke] holds overrides of its other tables, taken with the flag `--smoke`.
     """
-    recipe = _read_recipe(file)
+    recipe = _extended(file)
     if isinstance(recipe.get("smoke"), dict):
         overrides = recipe.pop("smoke")
         recipe = _merged(recipe, overrides) if smoke else recipe
@@ -170,6 +179,16 @@ def _read_table(file: Path, section: str | None, smoke: bool = False) -> tuple[d
         return recipe, None
     tables = ", ".join(f"[{name}]" for name, value in recipe.items() if isinstance(value, dict)) or "none"
     raise ConfigError(f"{file}: no table [{section}]; tables there: {tables}")
+
+
+def _extended(file: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """A recipe over the one that its key `extends` names, beside it; ConfigError where these make a ring."""
+    recipe = _read_recipe(file)
+    if not isinstance(recipe.get("extends"), str):
+        return recipe
+    if file.resolve() in above:
+        raise ConfigError(f"{file}: extends itself, by way of {', '.join(path.name for path in above)}")
+    return _merged(_extended(file.parent / recipe.pop("extends"), [*above, file.resolve()]), recipe)
 
 
 def _merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,7 +237,8 @@ def _checked(table: Mapping[str, Any], leaves: Mapping[str, Any], place: _Place,
         key = prefix + name
         if key in leaves:
             try:
-                values[key] = _convert(leaves[key], value)
+                inner = _table_class(leaves[key])
+                values[key] = _tables(inner, value, place, key) if inner else _convert(leaves[key], value)
             except TypeError:
                 raise place.error("key", key, f" must be {_describe(leaves[key])}, not {value!r}") from None
         elif isinstance(value, dict) and any(leaf.startswith(f"{key}.") for leaf in leaves):
@@ -226,6 +246,24 @@ def _checked(table: Mapping[str, Any], leaves: Mapping[str, Any], place: _Place,
         else:
             raise place.error("unknown key", key, f"; did you mean {_nearest(key, leaves)!r}?")
     return values
+
+
+def _table_class(hint: Any) -> type[Any] | None:
+    """The dataclass of a dict of named tables."""
+    inner = get_args(hint)[1] if get_origin(hint) is dict else None
+    return inner if dataclasses.is_dataclass(inner) else None  # type: ignore[return-value]
+
+
+def _tables(inner: type[T], value: Any, place: _Place, key: str) -> dict[str, T]:
+    """Named tables as dataclasses; their errors name the table."""
+    if not isinstance(value, dict) or not all(isinstance(table, dict) for table in value.values()):
+        raise TypeError
+    section = f"{place.section}.{key}" if place.section else key
+    places = {name: _Place(place.file, f"{section}.{name}") for name in value}
+    return {
+        name: _construct(inner, _checked(table, _leaves(inner), places[name]), places[name])
+        for name, table in value.items()
+    }
 
 
 def _convert(hint: Any, value: Any) -> Any:
@@ -354,6 +392,8 @@ def _check_flags(flags: Sequence[str], leaves: Mapping[str, Any]) -> None:
     for flag in flags:
         key = flag.partition("=")[0].removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or key in ("help", *leaves):
+            continue
+        if any(_table_class(hint) and key.startswith(f"{leaf}.") for leaf, hint in leaves.items()):
             continue
         table, _, name = key.rpartition(".")
         on = f"{table}.{name.removeprefix('no_')}".removeprefix(".")

@@ -1,4 +1,4 @@
-"""The equations, as pure functions of tensors: language model, ranking, safety, KL, GAE, PPO, the combined reward.
+"""The equations, as pure functions of tensors: language model, ranking, safety, KL, GAE, PPO, groups, DPO, the reward.
 
 Shapes: N tokens, B sequences or pairs, T steps, V vocabulary. Every mask is True where an entry counts. Nothing here
 knows a config, a model or a device. What crosses processes is the caller's: pass `reduce` (a sum over ranks).
@@ -6,7 +6,10 @@ knows a config, a model or a device. What crosses processes is the caller's: pas
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,19 +44,27 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
     return -F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
 
 
-def language_model_loss(logprobs: Tensor, mask: Tensor, count: Tensor | float) -> Tensor:
-    """Negative log-likelihood of the counted tokens over a *global* count of them, a scalar.
+def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """`token_logprobs`, and the entropy in nats of the distributions they are of, which carries no gradient; (N,) each.
 
-    logprobs, mask (...). The count is of the whole step, over all micro-batches and ranks, so that how a batch is split
-    changes nothing.
+    logits (N, V), targets (N,). One softmax gives both.
     """
-    return -(logprobs * mask).sum() / count
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
+    logp = F.log_softmax(logits, dim=-1)  # (N, V)
+    with torch.no_grad():
+        entropies = -(logp.exp() * logp).sum(-1)
+    return logp.gather(-1, targets[:, None]).squeeze(-1), entropies
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax(logits), (..., V) -> (...)."""
-    logp = F.log_softmax(logits.float(), dim=-1)
-    return -(logp.exp() * logp).sum(-1)
+def load_balancing_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
+    """E sum over experts of f P, a scalar: k where all experts have as much to do, E where k of them do all.
+
+    probabilities (N, E), chosen (N, k). f is an expert's share of the tokens, which choose k each, P its mean
+    probability: Switch's equation 4 (arXiv 2101.03961), as Mixtral counts it. P alone carries the gradient.
+    """
+    n, experts = probabilities.shape
+    f = chosen.flatten().bincount(minlength=experts) / n  # (E,)
+    return experts * (f * probabilities.mean(0)).sum()
 
 
 # Reward model (3.2.2) ------------------------------------------------------------------------------------------------
@@ -105,6 +116,54 @@ def whiten(x: Tensor, mask: Tensor | None = None, reduce: Reduce = same, eps: fl
     return (x - mean) * torch.rsqrt(variance + eps) * mask
 
 
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean and variance of all numbers seen so far: what a running whitening knows."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    variance: float = 0.0
+
+    def with_batch(self, x: Tensor, reduce: Reduce = same) -> Moments:
+        """The moments with the numbers (B,) of all ranks added (Chan et al. 1979), in float64."""
+        x = x.double()
+        n = float(reduce(torch.tensor(float(len(x)), dtype=x.dtype, device=x.device)))
+        mean = float(reduce(x.sum())) / n
+        variance = float(reduce(((x - mean) ** 2).sum())) / n
+        total, apart = self.count + n, mean - self.mean
+        spread = (self.count * self.variance + n * variance) / total + apart**2 * self.count * n / total**2
+        return Moments(total, self.mean + apart * n / total, spread)
+
+    def whiten(self, x: Tensor, eps: float = 1e-8) -> Tensor:
+        """Shift and scale by these moments; the mean is *not* kept."""
+        return (x - self.mean) / math.sqrt(self.variance + eps)
+
+
+def bounded(x: Tensor, largest: float) -> Tensor:
+    """Clipped to plus or minus `largest`; as it is where that is 0."""
+    return x.clamp(-largest, largest) if largest else x
+
+
+NO_MOMENTS = Moments()
+"""Those of no number."""
+
+
+def sequence_kl(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
+    """The estimate of an answer's KL(pi || pi_0), (B,): log pi - log pi_0 summed over its tokens (k1), not clamped."""
+    return ((logprobs - reference) * mask).sum(dim=1)
+
+
+def adapted_beta(beta: float, kl: float, target: float, horizon: int, n: int) -> float:
+    """The KL weight after n answers of mean KL `kl` (Ziegler et al. 2019, 2.2).
+
+    It grows where KL is above the target, shrinks below, at most by a fifth in `horizon` answers. 0 is no target.
+    """
+    if not target:
+        return beta
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * n / horizon)
+
+
 def token_rewards(scores: Tensor, logprobs: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
     """Per-token rewards (B, T): -beta (log pi - log pi_0) everywhere, plus the score on each row's last action.
 
@@ -149,3 +208,57 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Ten
     """Half the larger of the squared errors of the value and of the value clipped around the old one, per token."""
     clipped = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+
+
+def clip_numbers(logprobs: Tensor, old: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
+    """Sums over counted tokens of what tells how far the policy has moved: ratios out of the clip, and ratio - 1 - log
+    ratio, the estimate k3 of KL(old || new); all (...) -> scalars.
+    """
+    ratio = (logprobs - old).exp()
+    return {
+        "clip_fraction": (((ratio - 1).abs() > clip) * mask).sum(),
+        "approximate_kl": ((ratio - 1 - ratio.log()) * mask).sum(),
+    }
+
+
+# Groups of answers to one prompt (Ahmadian et al. 2024; Shao et al. 2024) ---------------------------------------------
+
+
+def leave_one_out(scores: Tensor) -> Tensor:
+    """RLOO's advantages (P, G): each score less the mean of the other answers to its prompt; G at least 2."""
+    n = scores.shape[1]
+    return (scores - scores.mean(dim=1, keepdim=True)) * n / (n - 1)
+
+
+def group_normalised(scores: Tensor, eps: float = 1e-4) -> Tensor:
+    """GRPO's advantages (P, G): a score less its group's mean, over the group's deviation (of G - 1); G at least 2."""
+    return (scores - scores.mean(dim=1, keepdim=True)) / (scores.std(dim=1, keepdim=True) + eps)
+
+
+def token_weights(mask: Tensor, average: Literal["answer", "token"]) -> Tensor:
+    """What each counted token of B answers (B, T) weighs in a mean of them, (B, T) float32 that sum to 1.
+
+    "answer": all answers weigh the same, and the tokens within each. "token": all tokens do, so that long answers weigh
+    more. No answer is empty.
+    """
+    if average == "token":
+        return mask / mask.sum()
+    return mask / mask.sum(dim=1, keepdim=True) / len(mask)
+
+
+def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """GRPO's KL as a loss, per token (...): pi_0 / pi - log(pi_0 / pi) - 1, which is never negative."""
+    log_ratio = reference - logprobs
+    return log_ratio.exp() - log_ratio - 1
+
+
+# Direct preference optimisation (Rafailov et al. 2023) ----------------------------------------------------------------
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(beta (chosen - rejected)), each (B,) -> (B,), of whole answers' log pi - log pi_ref.
+
+    With `label_smoothing` each pair counts as the other way round in that share of cases (Mitchell 2023).
+    """
+    margin = beta * (chosen - rejected)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)

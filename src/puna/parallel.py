@@ -19,7 +19,7 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -34,6 +34,7 @@ from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
     PrepareModuleInput,
+    PrepareModuleInputOutput,
     PrepareModuleOutput,
     RowwiseParallel,
     SequenceParallel,
@@ -298,7 +299,7 @@ def _cut_matrices(model: nn.Module, mesh: DeviceMesh, n: int) -> None:
         if getattr(model.config, name) % n:
             raise ConfigError(f"parallel.tensor is {n}, which does not divide {name} {getattr(model.config, name)}")
     body: Any = getattr(model, "body", model)
-    whole = Replicate()
+    whole, n_experts = Replicate(), body.config.moe.experts
     block: dict[str, ParallelStyle] = {
         "attention_norm": SequenceParallel(),
         "attention": PrepareModuleInput(
@@ -308,10 +309,16 @@ def _cut_matrices(model: nn.Module, mesh: DeviceMesh, n: int) -> None:
         "feed_forward": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=whole),
     }
     block |= {f"attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
-    block |= {f"feed_forward.{name}": ColwiseParallel() for name in ("w1", "w3")}
-    block |= {name: RowwiseParallel(output_layouts=Shard(1)) for name in ("attention.wo", "feed_forward.w2")}
+    block |= {"attention.wo": RowwiseParallel(output_layouts=Shard(1))}
+    if n_experts:
+        block |= _experts(n_experts)
+    else:
+        block |= {f"feed_forward.{name}": ColwiseParallel() for name in ("w1", "w3")}
+        block |= {"feed_forward.w2": RowwiseParallel(output_layouts=Shard(1))}
     for layer in body.layers:
         parallelize_module(layer, mesh, block)
+        if n_experts:
+            _replicate(layer.feed_forward.gate, mesh)
     ends: dict[str, ParallelStyle] = {
         "tok_embeddings": RowwiseParallel(input_layouts=whole, output_layouts=Shard(1)),
         "norm": SequenceParallel(),
@@ -324,6 +331,25 @@ def _cut_matrices(model: nn.Module, mesh: DeviceMesh, n: int) -> None:
         _replicate(model.score, mesh)  # type: ignore[arg-type]
     _tie(model)
     body.hidden = _in_multiples(body.hidden, n)
+    body.head = lambda: body.output.weight.redistribute(mesh, [whole]).to_local()
+
+
+def _experts(n: int) -> dict[str, ParallelStyle]:
+    """A mixture of n experts: every rank routes all tokens alike and computes its part of each expert."""
+    whole = Replicate()
+    styles: dict[str, ParallelStyle] = {
+        "feed_forward": PrepareModuleInputOutput(
+            input_layouts=Shard(1),
+            desired_input_layouts=whole,
+            use_local_input=True,
+            output_layouts=whole,
+            desired_output_layouts=Shard(1),
+        )
+    }
+    for i in range(n):
+        styles |= {f"feed_forward.experts.{i}.{name}": ColwiseParallel() for name in ("w1", "w3")}
+        styles |= {f"feed_forward.experts.{i}.w2": RowwiseParallel()}
+    return styles
 
 
 def _replicate(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -395,22 +421,9 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-@contextlib.contextmanager
-def gathered(model: M, precision: str, device: torch.device) -> Iterator[M]:
-    """The model as one process has it, for as long as the `with` lasts: what samples many tokens one by one.
-
-    Gathered once, in `dtype(precision)`, and freed at the end (paper 3.2.3: sampling from a sharded model is slow). On
-    one process it shares its weights with the model. All ranks enter.
-    """
-    with torch.device("meta"):
-        whole: Any = type(model)(model.config)  # a sharded model's type makes a plain one
-    kind = dtype(precision, device)
-    for name, buffer in model.named_buffers():
-        setattr(whole, name, buffer)
-    tensors = {name: p.full_tensor().to(kind) if isinstance(p, DTensor) else p for name, p in model.named_parameters()}
-    whole.load_state_dict(tensors, strict=False, assign=True)
-    _tie(whole)
-    yield whole
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `place` has put another forward pass in the place of the blocks' own."""
+    return any("forward" in vars(block) for block in _blocks(model))
 
 
 def backward(loss: Tensor) -> None:

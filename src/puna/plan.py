@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from puna import config
 from puna.config import ConfigError, known, positive
-from puna.model.sizes import LLAMA_2, SIZES
+from puna.model.sizes import LLAMA_2, SIZES, cache_bytes
 from puna.model.transformer import ModelConfig
 from puna.stages.pretrain import PretrainConfig
 
@@ -215,6 +215,8 @@ def read(cfg: PlanConfig) -> Pretraining:
         )
     if training.precision != "bf16":
         raise ConfigError(f"precision is {training.precision!r}: only bf16 is planned, the rates of the GPUs are its")
+    if training.model.moe.experts:
+        raise ConfigError("a mixture of experts is not planned yet: take a model without experts")
     size = cfg.micro_batch_size or training.micro_batch_size
     return dataclasses.replace(training, micro_batch_size=size)
 
@@ -302,11 +304,6 @@ def options(cfg: PlanConfig, training: Pretraining, checkpointing: Checkpointing
         needed = memory(training.model, training.seq_len, windows, layout, checkpointing)
         found.append(Option(layout, needed, needed.total <= _room(cfg)))
     return found
-
-
-def cache_bytes(model: ModelConfig) -> int:
-    """Bytes of a token's keys and values in bfloat16."""
-    return 2 * 2 * model.n_layers * model.n_kv_heads * model.head_dim
 
 
 def _room(cfg: PlanConfig) -> float:

@@ -129,7 +129,7 @@ class Tokenizer(Protocol):
 
 
 class Engine(Protocol):
-    """Generates answers; today in-process, behind the same calls a server or vLLM can stand."""
+    """Generates answers: in this process (puna.generate.engine) or on a vLLM server (puna.generate.vllm)."""
 
     tokenizer: Tokenizer
 

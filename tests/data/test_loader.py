@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
-from puna.data.loader import steps_of_epochs, windows
+from puna.data.loader import Joined, Mixture, n_windows, smallest, steps_of_epochs, windows
 from puna.data.shards import Shard
 
 
@@ -80,3 +82,66 @@ def test_few_tokens_make_whole_windows(n_tokens: int) -> None:
     inputs, targets = windows(shard(n_tokens), 10, 6, 0, seed=0)
     assert inputs.shape == targets.shape == (6, 10)
     assert torch.equal(targets, inputs + 1)
+
+
+def test_the_windows_of_one_shard_are_those_that_models_were_trained_on() -> None:
+    """Written out: another order would be another model."""
+    data, seq_len, seed = shard(1003), 10, 7
+    for row in (0, 1, 98, 99, 250):
+        epoch, place = divmod(row, 99)
+        offset = int(np.random.default_rng((seed, epoch)).integers(10))
+        begin = offset + np.random.default_rng((seed, epoch, 1)).permutation(99)[place] * 10
+        assert windows(data, seq_len, 1, row, seed)[0][0].tolist() == list(range(begin, begin + 10))
+
+
+def mixture(weights: dict[str, float], n_tokens: int = 1001) -> Mixture:
+    """Sources whose tokens tell them apart: 0 ..., 10000 ..., 20000 ..."""
+    arrays = {name: (np.arange(n_tokens) + 10000 * i).astype(np.uint16) for i, name in enumerate(weights)}
+    return Mixture({name: Joined([array[:300], array[300:]]) for name, array in arrays.items()}, weights)
+
+
+def test_arrays_are_read_as_one() -> None:
+    tokens = np.arange(50, dtype=np.uint16)
+    joined = Joined([tokens[:20], tokens[20:21], tokens[21:]])
+    assert len(joined) == 50
+    for begin, end in ((0, 50), (5, 20), (19, 21), (20, 21), (18, 30), (21, 50)):
+        assert joined.read(begin, end).tolist() == list(range(begin, end))
+
+
+def test_sources_are_seen_by_their_weight() -> None:
+    """Sources of equal size: at any time each has had its share, to within two windows."""
+    weights = {"a": 1.0, "b": 2.5, "c": 0.5}
+    data = mixture(weights)
+    seen: Counter[int] = Counter()
+    for row in range(800):
+        seen[int(windows(data, 10, 1, row, seed=3)[0][0, 0]) // 10000] += 1
+        assert all(abs(seen[i] - (row + 1) * w / 4) <= 2 for i, w in enumerate(weights.values()))
+    assert seen == {0: 200, 1: 500, 2: 100}
+
+
+def test_a_weight_is_epochs_whatever_the_size() -> None:
+    small, large = np.zeros(1001, np.uint16), np.ones(8001, np.uint16)
+    data = Mixture({"small": Joined([small]), "large": Joined([large])}, {"small": 3.0, "large": 1.0})
+    rows = windows(data, 10, 1100, 0, seed=0)[0]
+    assert int((rows[:, 0] == 0).sum()) == pytest.approx(300, abs=1), "three times its hundred windows"
+    assert n_windows(data, 10) == 3 * 99 + 799
+    assert smallest(data) == (" of the source 'small'", 1001)
+
+
+def test_each_source_goes_through_its_own_windows() -> None:
+    data = mixture({"a": 1.0, "b": 1.0})
+    rows = windows(data, 10, 198, 0, seed=3)[0]
+    for number in (0, 1):
+        begins = sorted(rows[rows[:, 0] // 10000 == number][:, 0].tolist())
+        assert [b - begins[0] for b in begins] == list(range(0, 990, 10)), "all of an epoch, each once"
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_the_batch_of_one(processes: int) -> None:
+    data = mixture({"a": 1.0, "b": 2.5, "c": 0.5})
+    for step in (0, 3, 77):
+        whole, targets = windows(data, 10, 8, step, seed=1)
+        each = 8 // processes
+        parts = [windows(data, 10, 8, step, 1, slice(i * each, (i + 1) * each)) for i in range(processes)]
+        assert torch.equal(torch.cat([inputs for inputs, _ in parts]), whole)
+        assert torch.equal(torch.cat([out for _, out in parts]), targets)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from puna.data.map_shards import map_shards
+from puna.config import DataError
+from puna.data.map_shards import Workers, map_each, map_shards
+from tests import helpers, work
 
 
 def test_joined_in_order(tmp_path: Path) -> None:
@@ -49,3 +52,43 @@ def test_any_text_survives(tmp_path: Path) -> None:
 def test_a_shard_may_be_empty(tmp_path: Path) -> None:
     for _ in range(2):
         assert map_shards(lambda number, shard: [], range(4), 3, tmp_path) == []
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cluster", ["local", "ray"])
+def test_workers_write_what_one_process_writes(cluster: str, tmp_path: Path) -> None:
+    workers = Workers(*helpers.two_workers(cluster).values())
+    square, seen = partial(work.squares, tmp_path), []
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/00003.jsonl").write_text('{"x": "of an earlier run"}\n')
+    records = map_shards(square, range(20), 3, tmp_path / "parts", seen.append, workers)
+    squared = [{"x": x * x} for x in range(20)]
+    assert records == [*squared[:9], {"x": "of an earlier run"}, *squared[12:]]
+    assert sorted(seen) == [2, 3, 3, 3, 3, 3, 3]
+    made = [path.name.split("-")[1] for path in tmp_path.glob("made-*")]
+    assert len(set(made)) == len(made) <= 2, "each worker makes it once"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cluster", ["local", "ray"])
+def test_a_workers_error_is_raised_here(cluster: str, tmp_path: Path) -> None:
+    workers = Workers(*helpers.two_workers(cluster).values())
+    with pytest.raises(DataError, match=r"^shard 1 holds -1$"):
+        map_shards(partial(work.squares, tmp_path), (1, -1), 1, tmp_path / "bad", workers=workers)
+
+
+@pytest.mark.distributed
+def test_shards_are_made_as_they_are_needed(tmp_path: Path) -> None:
+    done = 0
+
+    def shards() -> Iterator[list[int]]:
+        for number in range(9):
+            assert number - done <= 4, "one for each worker, and two that wait"
+            yield [number]
+
+    def said(shard: list[int]) -> None:
+        nonlocal done
+        done += 1
+
+    records = map_each(partial(work.squares, tmp_path), shards(), tmp_path / "parts", said, Workers(2))
+    assert records == [{"x": x * x} for x in range(9)] and done == 9

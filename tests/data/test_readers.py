@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
 import logging
@@ -186,6 +187,34 @@ def test_text(tmp_path: Path) -> None:
         readers.read(path, "text")
 
 
+def test_paragraphs_are_read_as_they_come(tmp_path: Path) -> None:
+    path = tmp_path / "x.txt"
+    path.write_bytes(b"a\n\n" * 200 + b"b\n\xff\nc\r\n \t\r\n\nd")
+    result = readers.ReadResult()
+    texts = readers.stream([path], "paragraphs", result)
+    assert next(texts) == "a" and not result.bad
+    assert list(texts)[199:] == ["b\nc\r", "d"]
+    assert [(line.line, line.reason) for line in result.bad] == [(402, "not UTF-8 at byte 0")]
+    assert result.records == [], "a stream keeps nothing"
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".zst"])
+def test_compressed(suffix: str, tmp_path: Path) -> None:
+    data = b"".join(json.dumps({"text": f"{i}\u2028ö"}).encode() + b"\n" for i in range(3000))
+    if suffix == ".zst":
+        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+        packed = pyarrow.compress(data, "zstd", asbytes=True)
+    else:
+        packed = {".gz": gzip, ".bz2": bz2}[suffix].compress(data)
+    path = tmp_path / f"x.jsonl{suffix}"
+    path.write_bytes(packed)
+    assert readers.read(path, "jsonl_text").records == [f"{i}\u2028ö" for i in range(3000)]
+    for broken in (packed[:-30], packed[:40] + b"nonsense" * 9):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match=rf"x\.jsonl\{suffix}: broken (gzip|bzip2|zstd) file"):
+            readers.read(path, "jsonl_text")
+
+
 def test_trl(tmp_path: Path) -> None:
     whole = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("c")], "margin": 0.5}
     plain = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -287,10 +316,86 @@ def test_pku(tmp_path: Path) -> None:
     path = jsonl(tmp_path, row, {**row, "better_response_id": 2})
     result = readers.read(path, "pku")
     assert result.records == [Preference([user("a")], "c", "b", chosen_is_safe=False, rejected_is_safe=True)]
-    assert [line.reason for line in result.bad] == ["'better_response_id' is 2, neither 0 nor 1"]
+    assert [line.reason for line in result.bad] == ["'better_response_id' is 2, not one of 0, 1"]
     (safer, _) = readers.read(path, "pku_safety").records
     assert safer == Preference([user("a")], "b", "c", chosen_is_safe=True, rejected_is_safe=False, domain="safety")
     assert safer.safety_label == "chosen_safe_rejected_unsafe"
+
+
+def read_one(tmp_path: Path, format: str, row: dict[str, Any]) -> Preference | str:
+    """What becomes of a row: the comparison, or why it was skipped or set aside."""
+    filler = {"pandalm": PANDALM, "llmbar": LLMBAR, "autoj": AUTOJ, "shp": SHP, "webgpt": WEBGPT, "alpaca_eval": ALPACA}
+    result = readers.read(jsonl(tmp_path, filler[format], row), format)
+    if len(result.records) == 2:
+        return result.records[1]
+    return next(iter(result.skipped), None) or result.bad[0].reason
+
+
+PANDALM = {"instruction": "a", "input": "b", "response1": "c", "response2": "d"}
+PANDALM |= {"annotator1": 2, "annotator2": 1, "annotator3": 2}
+LLMBAR = {"input": "a", "output_1": "c", "output_2": "d", "label": 2, "subset": "Natural"}
+AUTOJ = {"prompt": "a", "response 1": "c", "response 2": "d", "label": 1, "scenario": "advice"}
+SHP = {"history": "a", "human_ref_A": "c", "human_ref_B": "d", "labels": 0, "domain": "askculinary_train"}
+WEBGPT = {"question": {"full_text": "a"}, "answer_0": "c", "answer_1": "d", "score_0": -0.5, "score_1": 0.5}
+ALPACA = {"instruction": "a", "output_1": "c", "output_2": "d", "preference": 2.0, "annotator": "gpt4"}
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "change", "question", "provenance"),
+    [
+        ("pandalm", PANDALM, {"annotator3": 1}, "a\n\nb", {"votes": [2, 1, 1]}),
+        ("llmbar", LLMBAR, {"label": 1}, "a", {"subset": "Natural"}),
+        ("autoj", AUTOJ, {"label": 0}, "a", {"scenario": "advice"}),
+        ("shp", SHP, {"labels": 1}, "a", {"subset": "askculinary_train"}),
+        ("webgpt", WEBGPT, {"score_0": 1.0}, "a", {}),
+        ("alpaca_eval", ALPACA, {"preference": 1.2}, "a", {"annotator": "gpt4"}),
+    ],
+)
+def test_judged_pairs(
+    tmp_path: Path,
+    format: str,
+    row: dict[str, Any],
+    change: dict[str, Any],
+    question: str,
+    provenance: dict[str, Any],
+) -> None:
+    """As the row stands the second answer, "d", is better; with the change the first."""
+    second, first = read_one(tmp_path, format, row), read_one(tmp_path, format, {**row, **change})
+    assert isinstance(second, Preference) and (second.prompt, second.chosen) == ([user(question)], "d")
+    assert first == Preference([user(question)], "c", "d", provenance=provenance)
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "change", "reason"),
+    [
+        ("pandalm", PANDALM, {"annotator1": 0, "annotator2": 0}, "a tie"),
+        ("pandalm", PANDALM, {"annotator1": 0}, "no majority"),
+        ("pandalm", PANDALM, {"annotator1": 3}, "'annotator1' is 3, not one of 0, 1, 2"),
+        ("pandalm", PANDALM, {"annotator2": None}, "'annotator2' is None, not one of 0, 1, 2"),
+        ("pandalm", PANDALM, {"response1": " "}, "an empty answer"),
+        ("pandalm", PANDALM, {"response1": True}, "'response1' is a bool, not text"),
+        ("pandalm", PANDALM, {"response1": "d"}, "identical answers"),
+        ("llmbar", LLMBAR, {"label": 0}, "'label' is 0, not one of 1, 2"),
+        ("llmbar", LLMBAR, {"label": True}, "'label' is True, not one of 1, 2"),
+        ("autoj", AUTOJ, {"label": 2}, "a tie"),
+        ("shp", SHP, {"labels": "1"}, "'labels' is '1', not one of 0, 1"),
+        ("webgpt", WEBGPT, {"score_0": 0.0, "score_1": 0.0}, "a tie"),
+        ("webgpt", WEBGPT, {"question": "a"}, "'score_0', 'score_1' or the object 'question' is missing"),
+        ("alpaca_eval", ALPACA, {"preference": 0}, "a tie"),
+        ("alpaca_eval", ALPACA, {"preference": 1.5}, "a tie"),
+        ("alpaca_eval", ALPACA, {"preference": None}, "no verdict"),
+        ("alpaca_eval", ALPACA, {"preference": 2.5}, "'preference' is 2.5, neither 0 nor from 1 to 2"),
+    ],
+)
+def test_judged_pairs_that_say_nothing(
+    tmp_path: Path, format: str, row: dict[str, Any], change: dict[str, Any], reason: str
+) -> None:
+    assert read_one(tmp_path, format, {**row, **change}) == reason
+
+
+def test_an_input_of_spaces_is_no_input(tmp_path: Path) -> None:
+    read = read_one(tmp_path, "pandalm", {**PANDALM, "input": " "})
+    assert isinstance(read, Preference) and read.prompt == [user("a")]
 
 
 @pytest.mark.formats
@@ -345,7 +450,12 @@ def test_what_a_check_refuses_is_set_aside(tmp_path: Path) -> None:
     ("row", "format", "kind", "fitting"),
     [
         (PAIR, "preferences", "dialogs", "dialogs, alpaca, oasst, trl"),
-        (GOOD, "dialogs", "comparisons", "preferences, hh, trl, oasst_preferences, pku, pku_safety"),
+        (
+            GOOD,
+            "dialogs",
+            "comparisons",
+            "preferences, hh, trl, oasst_preferences, pku, .*, alpaca_eval",
+        ),
         (GOOD, "records", "texts", "jsonl_text, text, paragraphs"),
         ({"turns": []}, "records", "dialogs", "dialogs, alpaca, oasst, trl"),
     ],
@@ -375,6 +485,11 @@ def test_every_format_is_of_some_kind() -> None:
         ("alpaca", "instruct/alpaca_5000.jsonl.gz", 4279, 1, 0),
         ("oasst", "preferences/oasst2_en_trees_sample.jsonl.gz", 39, 0, 0),
         ("oasst_preferences", "preferences/oasst2_en_trees_sample.jsonl.gz", 228, 0, 0),
+        ("pandalm", "preferences/pandalm_human_test.jsonl.gz", 776, 6, 146),
+        ("llmbar", "preferences/llmbar.jsonl.gz", 350, 0, 0),
+        ("llmbar", "preferences/llmbar_processed_human.jsonl.gz", 336, 0, 0),
+        ("autoj", "preferences/autoj_pairwise_human.jsonl.gz", 869, 0, 324),
+        ("alpaca_eval", "preferences/alpaca_eval_gpt4_judged.jsonl.gz", 4969, 0, 36),
         ("jsonl_text", "pretrain/tinystories_sample.jsonl.gz", 1960, 0, 0),
     ],
 )

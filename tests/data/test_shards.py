@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from puna.config import ConfigError, DataError
-from puna.data.shards import read_shard, write_shard
+from puna.data.shards import Entry, is_prepared, read_prepared, read_shard, write_index, write_shard
 from puna.text import tokenizer as tokenizers
 from tests import helpers
 
@@ -61,3 +61,40 @@ def test_description(tmp_path: Path) -> None:
     described = json.loads((tmp_path / "train.json").read_text())
     assert described["documents"] == 3 and described["tokens"] == len(shard.tokens)
     assert described["tokenizer"] == helpers.tokenizer().sha256
+
+
+def prepared(folder: Path) -> Path:
+    """Three shards of two sources, one of them without validation."""
+    for name in ("train/00000", "train/00001", "validation/00000"):
+        write_shard(folder / name, helpers.sentences(30), helpers.tokenizer())
+    assert not is_prepared(folder)
+    sources = {"a": Entry(1.0, ["train/00000"], ["validation/00000"]), "b": Entry(2.5, ["train/00001"], [])}
+    write_index(folder, sources)
+    return folder
+
+
+def test_a_prepared_folder(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    assert is_prepared(folder)
+    train = read_prepared(folder, "train", helpers.tokenizer())
+    assert {name: (weight, len(each)) for name, (weight, each) in train.items()} == {"a": (1.0, 1), "b": (2.5, 1)}
+    assert list(read_prepared(folder, "validation", helpers.tokenizer())) == ["a"]
+    write_index(folder, {"b": Entry(2.5, ["train/00001"], [])})
+    with pytest.raises(DataError, match="no source has a document for the validation part"):
+        read_prepared(folder, "validation", helpers.tokenizer())
+
+
+def test_one_flipped_bit_is_refused(tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    file = folder / "train/00001.tokens"
+    data = bytearray(file.read_bytes())
+    data[17] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"train/00001\.tokens: damaged"):
+        read_prepared(folder, "train", helpers.tokenizer())
+    file.write_bytes(data[:-2])
+    with pytest.raises(DataError, match=r"train/00001\.tokens: \d+ bytes, expected"):
+        read_prepared(folder, "train", helpers.tokenizer())
+    file.with_suffix(".json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train/00001\.json"):
+        read_prepared(folder, "train", helpers.tokenizer())

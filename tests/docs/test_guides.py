@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import io
+import json
 import re
 import shlex
 import signal
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from puna import cli
+from puna.data import readers, shards
+from puna.text import tokenizer as tokenizers
 from tests import helpers, tiny_run
 
 SMALL = {
@@ -82,3 +86,64 @@ def test_the_readmes_python(
     monkeypatch.chdir(tmp_path)
     source = block(root / "README.md", "From Python", "python")
     exec(compile(source, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_comparisons_and_reward_models(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_files(tmp_path)
+    helpers.talker_folder(tmp_path / "runs/chat/model")
+    safety = {"domain": "safety", "chosen_is_safe": True, "rejected_is_safe": False}
+    helpers.write_lines(tmp_path / "helpful_test.jsonl", helpers.preferences(12, seed=2))
+    helpers.write_lines(tmp_path / "harmless_test.jsonl", helpers.preferences(12, seed=3, **safety))
+    judged = {"output_1": "yes", "output_2": "no", "label": 1}
+    helpers.write_lines(tmp_path / "llmbar.jsonl", ({"input": text, **judged} for text in helpers.sentences(12)))
+    monkeypatch.chdir(tmp_path)
+    text = (root / "docs/guides/preferences.md").read_text(encoding="utf-8")
+    (layout,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    helpers.write_lines(tmp_path / "layout.jsonl", [json.loads(layout)])
+    (read,) = readers.read(tmp_path / "layout.jsonl", "preferences").records
+    assert (read.chosen, read.grade, read.batch, read.safety_label) == ("Shepherds do.", "better", 1, "both_safe")
+    script = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).replace("\\\n", " ")
+    commands = [shlex.split(line)[1:] for line in script.splitlines() if line]
+    assert len(commands) == 10
+    for words in commands:
+        small = ["--batch-size", "8"] if words[0] == "reward" and words[1] != "evaluate" else []
+        assert cli.main([*words, *small]) == 0, f"{words}\n{capsys.readouterr().err}"
+    found = json.loads((tmp_path / "runs/compared/evaluation.json").read_text())
+    assert found["models"].keys() == {"runs/helpfulness", "runs/safety"} and found["rules"].keys() == {
+        "length",
+        "words",
+    }
+    assert len(helpers.read_lines(tmp_path / "runs/scored/dialogs.jsonl")) == 60
+
+
+def prepare_lines(root: Path, heading: str) -> list[list[str]]:
+    """The commands of a section of the guide to text, as words without `puna`."""
+    return [shlex.split(line)[1:] for line in block(root / "docs/guides/data.md", heading, "sh").splitlines()]
+
+
+def test_text_for_pretraining(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/guides/data.md from the tokenizer to a model, and the mixture that its recipe describes."""
+    pytest.importorskip("datasketch", reason="datasketch is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(root / "recipes")
+    documents = [{"text": " ".join(helpers.sentences(30, seed))} for seed in range(40)]
+    helpers.write_lines(tmp_path / "books.jsonl", documents)
+    readers.write_jsonl(tmp_path / "encyclopedia.jsonl.gz", documents[:20])
+    for name, part in (("book-one.txt", documents[20:30]), ("book-two.txt", documents[30:])):
+        (tmp_path / name).write_text("\n\n".join(document["text"] for document in part))
+    for i in range(2):
+        lines = "".join(
+            json.dumps({"text": " ".join(helpers.sentences(30, 100 + 40 * i + j))}) + "\n" for j in range(9)
+        )
+        (tmp_path / f"web-{i:02d}.jsonl.bz2").write_bytes(bz2.compress(lines.encode()))
+    exec(compile(block(root / "docs/guides/data.md", "Prepare", "python"), "data.md", "exec"), {})
+    for words in [*prepare_lines(root, "Prepare"), *prepare_lines(root, "Mixtures")]:
+        small = SMALL["pretrain"].split() if words[0] == "pretrain" else ["--repeated-tokens", "0"]
+        assert cli.main([*words, *small]) == 0, f"{words}\n{capsys.readouterr().err}"
+    assert (tmp_path / "runs/pretrain/model/model.safetensors").exists()
+    mixture = shards.read_prepared(tmp_path / "runs/more-books", "train", tokenizers.load(tmp_path / "tokenizer.model"))
+    assert {name: weight for name, (weight, _) in mixture.items()} == {"encyclopedia": 2.5, "books": 4.0, "web": 0.5}

@@ -68,3 +68,17 @@ def test_win_rate_halves_ties() -> None:
     found = intervals.win_rate([0.9, 0.1, 0.5, 0.51], [0.1, 0.9, 0.5, 0.50], "abcc", tie=0.02)
     assert (found["mean"], found["n"], found["clusters"]) == (0.5, 4, 3)
     assert intervals.win_rate([1.0, 1.0], [0.0, 1.0], "ab")["mean"] == 0.75
+
+
+def test_a_difference_is_of_the_pairs() -> None:
+    # Mine is right wherever theirs is, and on every fourth thing more: two rates apart would know less.
+    theirs = [float(i % 2) for i in range(400)]
+    mine = [max(a, float(i % 4 == 0)) for i, a in enumerate(theirs)]
+    found = intervals.difference(mine, theirs, range(400))
+    assert (found["mean"], found["n"], found["clusters"]) == (pytest.approx(0.25), 400, 400)
+    half = 1.959964 * (0.25 * 0.75 / 400) ** 0.5
+    assert (found["low"], found["high"]) == (
+        pytest.approx(0.25 - half, abs=0.005),
+        pytest.approx(0.25 + half, abs=0.005),
+    )
+    assert intervals.difference([0.0] * 9, [1.0] * 9, range(9))["mean"] == -1

@@ -20,6 +20,7 @@ from puna.formats import convert, export, find, gguf, huggingface, inspect, meta
 from puna.formats.convert import ImportConfig
 from puna.formats.export import ExportConfig
 from puna.formats.inspect import InspectConfig
+from puna.model.moe import MoEConfig
 from puna.run_folder import RunFolder
 from puna.text import tokenizer as tokenizers
 from tests import helpers
@@ -108,6 +109,29 @@ def test_a_reward_model_and_its_card(tmp_path: Path) -> None:
         export.run(ExportConfig(run / "v1/reward", tmp_path / "reward.gguf", "gguf"))
     with pytest.raises(ConfigError, match="a reward model: every stage takes it as it is"):
         convert.run(ImportConfig(folder, tmp_path / "imported"))
+
+
+def test_experts_are_a_hugging_face_folder_alone(tmp_path: Path) -> None:
+    model = helpers.model(moe=MoEConfig(experts=3, top_k=2))
+    huggingface.save_model(model, helpers.tokenizer(), tmp_path / "experts")
+    export.run(ExportConfig(tmp_path / "experts", tmp_path / "out", "hf", "bf16"))
+    assert "3 experts, 2 a token, vocabulary 384" in (tmp_path / "out/README.md").read_text()
+    rows = looked_at(tmp_path / "out")
+    assert rows["holds"] == "a Hugging Face folder, MixtralForCausalLM" and rows["experts"] == "3, 2 a token"
+    assert rows["parameters"] == f"{model.config.n_params():,}"
+    assert find.load(tmp_path / "out").model.config == model.config
+    for form, name in (("gguf", "out.gguf"), ("meta", "meta")):
+        with pytest.raises(ConfigError, match="a Hugging Face folder alone: use --format hf"):
+            export.run(ExportConfig(tmp_path / "experts", tmp_path / name, form))  # type: ignore[arg-type]
+    file = tmp_path / "out/config.json"
+    for changes, said in (
+        ({"num_experts_per_tok": 4}, "4 of 3 experts a token"),
+        ({"num_local_experts": "3"}, "2 of '3' experts a token"),
+        ({"sliding_window": 64}, "sliding_window 64 is not supported"),
+    ):
+        file.write_text(json.dumps(json.loads((tmp_path / "experts/config.json").read_text()) | changes))
+        with pytest.raises(ConfigError, match=said):
+            find.load(tmp_path / "out")
 
 
 def test_the_licence_of_the_base_is_found(source: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,6 +221,17 @@ def test_new_weights_are_used_at_once() -> None:
         != tokens(after)
         == tokens(engine(model=other).generate_ids(PROMPTS, max_new_tokens=5, temperature=0))
     )
+
+
+def _sharded(expected: list[list[list[int]]]) -> None:
+    made = engine(model=helpers.model(seed=1))
+    made.update_weights(helpers.placed(helpers.model()))
+    assert tokens(made.generate_ids(PROMPTS, max_new_tokens=20, temperature=0)) == expected
+
+
+@pytest.mark.distributed
+def test_a_sharded_model_generates_as_the_whole_one(tmp_path: Path) -> None:
+    helpers.in_processes(_sharded, tmp_path, tokens(engine().generate_ids(PROMPTS, max_new_tokens=20, temperature=0)))
 
 
 def test_a_bfloat16_model_generates_in_bfloat16() -> None:

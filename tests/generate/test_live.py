@@ -110,6 +110,24 @@ def test_a_prompt_without_room_is_refused(engine: LiveEngine) -> None:
         engine.submit([1] * 256, Sampling(), print)
 
 
+def test_new_weights_come_between_two_steps(engine: LiveEngine) -> None:
+    new, greedy = helpers.talker(seed=1), Sampling(temperature=0, max_new_tokens=30)
+    local = LocalEngine(new, helpers.tokenizer())
+    endless, events = Sampling(max_new_tokens=200, logit_bias={2: -100.0}), queue.Queue[Event]()
+    engine.submit(PROMPTS[0], endless, events.put, n=6)  # four run, two wait
+    events.get(timeout=30)
+    engine.update_weights(new)
+    [[expected]] = local.generate_ids([PROMPTS[1]], temperature=0, max_new_tokens=30)
+    [after] = ask(engine, PROMPTS[1], greedy)
+    assert drawn(after) == expected.tokens
+    finishes = []
+    while len(finishes) < 6:
+        event = events.get(timeout=30)
+        finishes += [event.finish] if event.finish else []
+    assert finishes == ["length"] * 6
+    assert engine._scheduler.model is new
+
+
 def test_a_callback_that_raises_ends_its_own_request_alone(engine: LiveEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[object] = []
     monkeypatch.setattr(threading, "excepthook", shown.append)

@@ -9,10 +9,21 @@ import torch
 from torch import Tensor
 
 from puna.config import ConfigError
+from puna.generate import kernel
 from puna.generate import sampling as samplings
 from puna.generate.sampling import Sampling, Settings, adjust, uniforms
 
 WHOLE = Sampling()
+
+
+@pytest.fixture(autouse=True, params=["compiled", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to draw; this machine may have torch's alone."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    elif kernel.library() is None:
+        pytest.skip("no g++, or no AVX2")
+    return str(request.param)
 
 
 def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
@@ -125,6 +136,44 @@ def test_a_nucleus_of_any_width_is_that_of_the_whole_sort(spread: float) -> None
     place = (cumulative <= uniform[:, None] * mass).sum(-1, keepdim=True)
     assert (tokens == ids.gather(1, place).squeeze(1)).float().mean() >= 0.98  # rounding may move a draw on an edge
     assert ((tokens[:, None] == ids).float().argmax(-1) <= (cumulative < 0.9).sum(-1)).all()
+
+
+CUTS = [WHOLE, Sampling(top_p=0.9), Sampling(top_k=40), Sampling(min_p=0.02), Sampling(top_p=0.7, top_k=300),
+        Sampling(top_p=0.9, top_k=16, min_p=0.05), Sampling(temperature=0), Sampling(temperature=0.3, top_p=0.99),
+        Sampling(temperature=30.0, top_p=0.5), Sampling(top_k=5000)]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [1, 3, 301, 5003])
+def test_both_paths_draw_the_same(path: str, vocab: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 has many equal logits, whose order must be the same too."""
+    if path == "torch":
+        pytest.skip("compared with the compiled one")
+    for spread in (0.3, 2.0, 10.0):
+        logits, uniform = (torch.randn(40, vocab) * spread).to(dtype), torch.rand(40)
+        logits[:, 1::7] = -torch.inf
+        settings = Settings.of(CUTS * 4, logits.device)
+        tokens, logprobs = samplings.sample(logits, uniform, settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel, "library", lambda: None)
+            expected, _ = samplings.sample(logits, uniform, settings)
+        assert (tokens == expected).sum() >= 39  # rounding may move a draw on an edge
+        heat = torch.where(settings.greedy, 1.0, settings.temperature).double()
+        true = (logits.double() / heat[:, None]).log_softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        torch.testing.assert_close(logprobs.double(), true, atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf])
+@pytest.mark.parametrize("place", [0, 5, 100])
+def test_a_row_that_is_not_finite_has_no_logprob(place: int, broken: float) -> None:
+    logits = torch.randn(3, 101)
+    logits[1, place] = broken
+    for sampling in (WHOLE, Sampling(top_p=0.9), Sampling(temperature=0)):
+        tokens, logprobs = sample(logits, torch.full((3,), sampling.temperature), torch.rand(3), sampling)
+        assert logprobs.isfinite().tolist() == [True, False, True]
+        assert ((tokens >= 0) & (tokens < 101)).all()
+    _, [logprob] = sample(torch.full((1, 101), -torch.inf), torch.ones(1), torch.rand(1), WHOLE)
+    assert not logprob.isfinite()
 
 
 def test_rows_do_not_see_each_other() -> None:

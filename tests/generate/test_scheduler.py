@@ -177,6 +177,36 @@ def test_a_served_answer_is_kept_for_the_dialogs_next_turn(monkeypatch: pytest.M
 
 
 @torch.inference_mode()
+def test_new_weights_go_on_from_what_the_old_ones_drew() -> None:
+    old, new = helpers.model(), helpers.model(seed=1)
+    scheduler, greedy = made(old, size=4), Sampling(temperature=0, max_new_tokens=40)
+    answers = [scheduler.submit(Request(i, prompt, greedy))[0] for i, prompt in enumerate(PROMPTS)]
+    for _ in range(9):
+        scheduler.step()
+    scheduler.update_weights(new)
+    before = [list(answer.tokens) for answer in answers]
+    assert sorted(map(len, before)) == [0] * 4 + [9] * 4
+    assert scheduler.cache.in_use == 0
+    while scheduler.busy:
+        scheduler.step()
+    for prompt, drawn, answer in zip(PROMPTS, before, answers, strict=True):
+        rest = Sampling(temperature=0, max_new_tokens=40 - len(drawn))
+        alone = made(new)
+        [expected] = alone.submit(Request(0, prompt + drawn, rest))
+        while alone.busy:
+            alone.step()
+        assert answer.tokens == drawn + expected.tokens
+
+
+def test_without_sharing_every_prompt_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = helpers.model()
+    expected = tokens(run(made(model)))
+    seen = count_passes(monkeypatch)
+    assert tokens(run(made(model, share_prompts=False))) == expected
+    assert sum(seen) == sum(map(len, PROMPTS))
+
+
+@torch.inference_mode()
 def test_a_row_that_is_not_finite_ends_alone() -> None:
     class Sick(Transformer):
         def forward(self, tokens: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

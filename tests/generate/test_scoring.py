@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
-from puna.generate.scoring import Scorer, combined_reward, sequence_logprobs
+from puna.config import ConfigError
+from puna.generate.scoring import Scale, Scorer, combined_reward, open_scorer, scale_of, sequence_logprobs
 from puna.text import chat
 from tests import helpers
 
@@ -24,6 +28,24 @@ def test_scores_are_sigmoids_in_the_order_given() -> None:
 def test_no_rows_no_scores() -> None:
     assert Scorer(helpers.reward_model(), helpers.tokenizer())([]).shape == (0,)
     assert sequence_logprobs(helpers.model(), []) == []
+
+
+def test_scale_by_hand() -> None:
+    assert scale_of(torch.tensor([1.0, 3.0, 5.0, 7.0])) == Scale(4.0, pytest.approx(5**0.5), 4)
+    assert scale_of(torch.tensor([2.0, 2.0])) is None and scale_of(torch.zeros(0)) is None
+    model, tokenizer = helpers.reward_model(), helpers.tokenizer()
+    raw = Scorer(model, tokenizer).raw(ROWS)
+    scaled = Scorer(model, tokenizer, scale=Scale(2.0, 4.0, 9)).raw(ROWS)
+    torch.testing.assert_close(scaled, (raw - 2) / 4)
+
+
+def test_a_model_without_a_scale_cannot_be_normalised(tmp_path: Path) -> None:
+    folder = helpers.reward_folder(tmp_path / "model")
+    assert open_scorer(folder, torch.device("cpu")).scale is None
+    with pytest.raises(ConfigError, match=r"model: its puna\.json has no scale"):
+        open_scorer(folder, torch.device("cpu"), normalise=True)
+    with pytest.raises(ConfigError, match="expected LlamaForSequenceClassification"):
+        open_scorer(helpers.talker_folder(tmp_path / "chat"), torch.device("cpu"))
 
 
 def test_sequence_logprobs() -> None:

@@ -20,7 +20,7 @@ from puna.generate.weights import Kind, PackedTransformer, Pages
 from puna.model.transformer import ModelConfig, Transformer
 from tests import helpers
 
-STUB = 'extern "C" void puna_step() {}'
+STUB = 'extern "C" void puna_step() {} extern "C" void puna_sample() {}'
 ODD: dict[str, int] = {"dim": 84, "n_heads": 3, "n_kv_heads": 1, "vocab_size": 101, "ffn_hidden": 77}
 """No number of it fills the processor's registers."""
 WIDE: dict[str, int] = {"dim": 192, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 301, "ffn_hidden": 512}
@@ -58,7 +58,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A source that compiles at once, and an empty cache folder, returned."""
     source, cache = tmp_path / "stub.cpp", tmp_path / "cache"
     source.write_text(STUB)
-    monkeypatch.setattr(kernel, "SOURCE", source)
+    monkeypatch.setattr(kernel, "SOURCES", (source,))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     kernel.library.cache_clear()
     yield cache / "puna"
@@ -262,7 +262,7 @@ def test_without_a_folder_there_is_no_step(stub: Path) -> None:
 
 
 def test_a_source_that_does_not_compile_is_no_step(stub: Path) -> None:
-    kernel.SOURCE.write_text("no C++")
+    kernel.SOURCES[0].write_text("no C++")
     assert kernel.library() is None
     assert list(stub.iterdir()) == []
 
@@ -289,9 +289,9 @@ def test_processes_may_compile_at_once(stub: Path) -> None:
     file.unlink()
     program = (
         "import pathlib, sys\nfrom puna.generate import kernel\n"
-        "kernel.SOURCE = pathlib.Path(sys.argv[1])\nassert kernel.library() is not None"
+        "kernel.SOURCES = (pathlib.Path(sys.argv[1]),)\nassert kernel.library() is not None"
     )
-    command = [sys.executable, "-c", program, str(kernel.SOURCE)]
+    command = [sys.executable, "-c", program, str(kernel.SOURCES[0])]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
     for process in processes:
         assert process.communicate()[1] == b""

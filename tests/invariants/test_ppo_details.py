@@ -86,7 +86,7 @@ def test_a_logprobs_are_at_the_sampling_temperature(cfg: PPOConfig, models: Mode
     mask = rollout.action_mask
     close(rollout.logprobs[mask], scaled.gather(-1, emitted).squeeze(-1)[mask])
     close(rollout.reference_logprobs[mask], of_reference.gather(-1, emitted).squeeze(-1)[mask])
-    _, completions, _ = ppo.sample(cfg, models, helpers.prompts(8, seed=3), cfg.seed + 1)
+    _, completions, *_ = ppo.sample(cfg, models, helpers.prompts(8, seed=3), cfg.seed + 1)
     drawn_at = torch.tensor([logprob for completion in completions for logprob in completion.logprobs])
     close(drawn_at, rollout.logprobs[mask], 1e-4)
 
@@ -276,7 +276,7 @@ def test_q_the_sampler_draws_from_what_is_scored(
 
 
 def test_r_rewards_sum_to_the_score_less_kl(cfg: PPOConfig, models: Models) -> None:
-    rollout, numbers = ppo.collect(cfg, models, helpers.prompts(8, seed=3), iteration=0)
+    rollout, numbers, _ = ppo.collect(cfg, models, helpers.prompts(8, seed=3), iteration=0)
     rewards = losses.token_rewards(
         rollout.scores, rollout.logprobs, rollout.reference_logprobs, rollout.action_mask, beta=0.3
     )

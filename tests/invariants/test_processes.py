@@ -70,7 +70,9 @@ def run(cfgs: dict[str, Any], bulk: dict[str, Any] | None = None) -> None:
         sample.run(bulk["sample"])
         rejection_sampling.run(bulk["rejection"])
         first = bulk["rejection"].out
-        pooled = replace(bulk["rejection"], out=first.parents[1] / "v2/rejection", earlier=(first / "best.jsonl",), seed=1)
+        pooled = replace(
+            bulk["rejection"], out=first.parents[1] / "v2/rejection", earlier=(first / "best.jsonl",), seed=1
+        )
         rejection_sampling.run(pooled)
 
 

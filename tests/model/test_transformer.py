@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,8 @@ from torch import Tensor
 
 from puna.config import ConfigError
 from puna.data import packing
-from puna.model.sizes import LLAMA_2, SIZES, ffn_hidden
-from puna.model.transformer import RMSNorm, Transformer, attend, attend_short, rotary_table, rotate
+from puna.model.sizes import LLAMA_2, SIZES, cache_bytes, ffn_hidden, with_kv_heads
+from puna.model.transformer import ModelConfig, RMSNorm, Transformer, attend, attend_short, rotary_table, rotate
 from tests import helpers
 
 TOKENS = torch.tensor([[1, 300, 301, 302, 303, 304, 305]])
@@ -37,6 +39,24 @@ def test_sizes_of_llama_2(size: str, n_params: int, hidden: int) -> None:
     assert config.ffn_hidden == hidden
     assert config.max_seq_len == 4096 and config.norm_eps == 1e-5 and config.rope_theta == 10000.0
     assert config.n_kv_heads == (config.n_heads if size in ("7b", "13b") else 8)
+
+
+@pytest.mark.parametrize(("n_kv_heads", "factor", "papers", "more"), [(4, 1.229, 1.3, 0.047), (1, 1.243, 1.33, 0.058)])
+def test_fewer_key_heads_leave_width_to_the_feed_forward(
+    n_kv_heads: int, factor: float, papers: float, more: float
+) -> None:
+    """A.2.1's 30B, in Llama 1's shape: the same number of parameters, with a little less than the paper's factors."""
+    base = ModelConfig(6656, 60, 52, 52, 32000, 17920)
+    config = with_kv_heads(base, n_kv_heads)
+    assert config.n_kv_heads == n_kv_heads
+    assert config.n_params() == base.n_params()
+    assert config.ffn_hidden / base.ffn_hidden == pytest.approx(factor, abs=5e-4)
+    assert cache_bytes(config) == cache_bytes(base) * n_kv_heads / 52 == 4 * 60 * 128 * n_kv_heads
+    wide = replace(base, n_kv_heads=n_kv_heads, ffn_hidden=round(papers * base.ffn_hidden))
+    assert wide.n_params() / base.n_params() - 1 == pytest.approx(more, abs=5e-4)
+    assert with_kv_heads(config, 52) == base
+    with pytest.raises(ConfigError, match="n_heads 52 is not a multiple of n_kv_heads 5"):
+        with_kv_heads(base, 5)
 
 
 def test_a_tied_output_counts_once() -> None:

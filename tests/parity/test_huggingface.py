@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from puna import losses
 from puna.formats import huggingface
+from puna.model.moe import MoEConfig
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text import tokenizer as tokenizers
@@ -83,6 +87,39 @@ def test_reward_scores_with_padding(name: str, tokenizer: Tokenizer, tmp_path: P
     theirs.save_pretrained(tmp_path / "theirs")
     again = huggingface.load_reward_model(tmp_path / "theirs")
     assert torch.equal(again(tokens, lengths), model(tokens, lengths))
+
+
+@torch.inference_mode()
+def test_a_mixture_of_experts_is_mixtral(tokenizer: Tokenizer, cached_logits: CachedLogits, tmp_path: Path) -> None:
+    model = random_model(replace(SHAPES["grouped"], moe=MoEConfig(experts=5, top_k=2)))
+    huggingface.save_model(model, tokenizer, tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager")
+    assert type(theirs).__name__ == "MixtralForCausalLM"
+    assert sum(p.numel() for p in theirs.parameters()) == model.config.n_params()
+    tokens = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(1))
+    expected = theirs(tokens, output_router_logits=True)
+    torch.testing.assert_close(model(tokens), expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cached_logits(model, tokens, 7), expected.logits, rtol=1e-4, atol=1e-5)
+    again = huggingface.load_model(tmp_path / "model")
+    assert again.config == model.config and torch.equal(again(tokens), model(tokens))
+
+    # One layer's load-balancing loss; theirs counts all layers' tokens together.
+    modeling = importlib.import_module("transformers.models.mixtral.modeling_mixtral")
+    probabilities = expected.router_logits[0].softmax(-1)
+    ours = losses.load_balancing_loss(probabilities, probabilities.topk(2).indices)
+    torch.testing.assert_close(ours, modeling.load_balancing_loss_func(expected.router_logits[:1], 5, 2))
+
+
+@torch.inference_mode()
+def test_a_reward_model_of_experts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = RewardModel(random_model(replace(SHAPES["tied"], moe=MoEConfig(experts=3, top_k=2))))
+    huggingface.save_reward_model(model, tokenizer, tmp_path / "model")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert type(theirs).__name__ == "MixtralForSequenceClassification"
+    tokens = torch.randint(4, 300, (2, 12), generator=torch.Generator().manual_seed(1))
+    expected = theirs(tokens).logits[:, 0]
+    torch.testing.assert_close(model(tokens, torch.tensor([12, 12])), expected, rtol=1e-4, atol=1e-5)
+    assert huggingface.load_reward_model(tmp_path / "model").config == model.config
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from puna.config import ConfigError
 from puna.report import figures, summary
 from puna.report.html import ReportConfig, headline, lanes, run
 
-SECTIONS = ["recipe", "versions", "losses", "reward", "sampling", "ppo", "ghost", "changes", "samples", "time"]
+SECTIONS = "recipe versions losses reward sampling distillation ppo ghost changes samples time ledger".split()
 
 
 class Page(html.parser.HTMLParser):
@@ -155,7 +155,7 @@ def test_a_run_without_some_of_its_parts(finished: Path, removed: tuple[str, ...
 def test_a_run_on_files_has_no_judges_sections(on_files: Path) -> None:
     path = run(ReportConfig(on_files))
     page = Page(path)
-    assert [name for name in page.ids if name in SECTIONS] == ["recipe", "losses", "reward", "sampling", "ppo", "time"]
+    assert [name for name in page.ids if name in SECTIONS] == "recipe losses reward sampling ppo time ledger".split()
     assert page.tags.count("svg") == 3 + 3 + 1 + 3 + 1
 
 
@@ -195,3 +195,11 @@ def test_the_report_needs_no_torch_and_draws_when_asked(root: Path) -> None:
     program = "import sys, puna.report.html; print({'torch', 'matplotlib', 'jinja2', 'puna.stages'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "set()", done.stderr
+
+
+def test_what_ppos_numbers_warn_of_is_said(finished: Path) -> None:
+    assert "answers grow" not in section(run(ReportConfig(finished)).read_text(encoding="utf-8"), "ppo")
+    lines = [{"stage": "ppo", "step": i, "reward": 0.5, "kl": 0.1, "length": 20.0 + 2 * i} for i in range(30)]
+    (finished / "v5/ppo/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = section(run(ReportConfig(finished)).read_text(encoding="utf-8"), "ppo")
+    assert "V5: answers grow from 24 to 74 tokens: the reward may like length, not what is said." in text

@@ -16,6 +16,7 @@ from puna.generate.live import Event, Stats, Token
 from puna.generate.sampling import Sampling
 from puna.serve.answers import Served
 from puna.serve.app import State, make_app
+from puna.serve.connections import Connection
 from puna.serve.guard import Rules
 from tests import helpers
 
@@ -109,7 +110,7 @@ def state_of(*engines: StandIn, limit: int = 320, **settings: object) -> State:
 @contextmanager
 def serving(state: State, rules: Rules | None = None) -> Iterator[str]:
     """The server's address, while it runs in a thread."""
-    server = uvicorn.Server(uvicorn.Config(make_app(state, rules or Rules()), port=0, log_config=None))
+    server = uvicorn.Server(uvicorn.Config(make_app(state, rules or Rules()), http=Connection, port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -399,7 +399,7 @@ def test_a_dead_engine_is_503_and_an_answer_under_way_ends() -> None:
         assert refusal(found[0]) == (503, "engine_dead")
         assert refusal(post(url)) == (503, "engine_dead")
         assert refusal(httpx.get(f"{url}/ready")) == (503, "engine_dead")
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert refusal(httpx.get(f"{url}/health")) == (503, "engine_dead")
 
 
 def test_many_streams_are_not_mixed() -> None:

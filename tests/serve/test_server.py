@@ -42,6 +42,29 @@ server.open_models = lambda cfg: state_of(StandIn(lambda *_: script)).models
 server.run(ServeConfig(Path("llama"), port=int(sys.argv[1]), drain_seconds=float(sys.argv[2])))
 """
 
+DYING = """
+import sys
+from pathlib import Path
+from puna.generate.live import LiveEngine
+from puna.model.transformer import Transformer
+from puna.serve import server
+from puna.serve.answers import Served
+from puna.serve.server import ServeConfig
+from tests import helpers
+
+class Dying(Transformer):
+    def hidden(self, *arguments, **named):
+        self.left -= 1
+        if not self.left:
+            raise RuntimeError("out of luck")
+        return super().hidden(*arguments, **named)
+
+model = helpers.talker(end=1e-6)
+model.__class__, model.left = Dying, 30
+server.open_models = lambda cfg: {"llama": Served("llama", LiveEngine(model, helpers.tokenizer()), 8)}
+server.run(ServeConfig(Path("llama"), port=int(sys.argv[1]), drain_seconds=float(sys.argv[2])))
+"""
+
 
 # The config ----------------------------------------------------------------------------------------------------------
 
@@ -209,10 +232,12 @@ def _page(url: str) -> Iterator[str]:
 
 
 @contextmanager
-def process(root: Path, drain_seconds: float = 30.0, port: int = 0) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def process(
+    root: Path, drain_seconds: float = 30.0, port: int = 0, program: str = PROGRAM
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The server in a process of its own, and its address."""
     port = port or _free_port()
-    command = [sys.executable, "-c", PROGRAM, str(port), str(drain_seconds)]
+    command = [sys.executable, "-c", program, str(port), str(drain_seconds)]
     running = subprocess.Popen(command, cwd=root, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
     try:
@@ -263,6 +288,24 @@ def test_draining_ends_in_time_with_an_error_that_clients_can_read(root: Path) -
             assert _events(response)[-1]["error"]["code"] == "shutting_down"
         assert running.wait(10) == 0
         assert time.monotonic() - began < 3
+
+
+def test_an_engine_that_dies_tells_its_clients_and_ends_the_process(root: Path) -> None:
+    with process(root, program=DYING) as (running, url):
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=ASK | {"stream": True}) as response:
+            events = _events(response)
+        assert len(events) > 10
+        assert events[-1]["error"]["code"] == "engine_error"
+        assert running.wait(10) == 1
+        assert running.stderr
+        lines = running.stderr.read().splitlines()
+    logged = [json.loads(line) for line in lines if line.startswith("{")]
+    died = {line["event"]: line for line in logged if line["level"] == "error"}
+    assert "RuntimeError: out of luck" in died["thread died"]["error"]
+    assert died["engine dead"]["models"] == ["llama"]
+    assert lines[-1] == "RuntimeError: the engine of 'llama' has died: its error is in the log"
+    with process(root, port=int(url.rpartition(":")[2])) as (_, again):
+        assert again == url
 
 
 def test_after_sigkill_the_client_hears_of_it_and_the_next_server_starts(root: Path) -> None:

@@ -17,6 +17,7 @@ from puna import losses
 from puna.config import ConfigError, DataError
 from puna.data import loader
 from puna.formats import huggingface
+from puna.generate import actor_critic
 from puna.generate.scoring import Scorer
 from puna.run_folder import read_metrics
 from puna.stages import ppo
@@ -31,11 +32,11 @@ def scripted(monkeypatch: pytest.MonkeyPatch, seed: int, rewards: Sequence[float
     real = ppo.sample
 
     def sample(cfg: PPOConfig, models: Models, prompts: Any, at: int) -> Any:
-        ids, completions, scores = real(cfg, models, prompts, at)
+        sampled = real(cfg, models, prompts, at)
         if at == seed:
-            scores["reward"] = torch.full((len(prompts),), rewards[len(seen)])
+            sampled.scores["reward"] = torch.full((len(prompts),), rewards[len(seen)])
             seen.append(models.policy.output.weight.detach().clone())
-        return ids, completions, scores
+        return sampled
 
     monkeypatch.setattr(ppo, "sample", sample)
     return seen
@@ -57,7 +58,7 @@ def test_a_chat_model_becomes_a_policy(tmp_path: Path) -> None:
         "value_loss",
         "clip_fraction",
     ]
-    for name in [*names, "approximate_kl", "entropy", "grad_norm", "explained_variance", "seconds_collect"]:
+    for name in [*names, "approximate_kl", "entropy", "grad_norm", "explained_variance", "repetition", "seconds_score"]:
         assert all(isinstance(line[name], float) for line in lines), name
     assert all(0 < line[name] < 1 for line in lines for name in ("reward", "helpfulness", "safety"))
     assert lines[0]["kl"] == pytest.approx(0, abs=1e-5) and lines[-1]["kl"] != 0
@@ -164,12 +165,13 @@ def test_epochs_are_as_many_as_the_iterations_need(tmp_path: Path, monkeypatch: 
     assert [line["step"] for line in read_metrics(tmp_path / "ppo/metrics.jsonl")] == [0, 1, 2, 3]
 
 
-def test_logits_are_made_for_actions_alone(tmp_path: Path) -> None:
-    cfg, policy = helpers.ppo_config(tmp_path, temperature=0.8), helpers.model()
+def test_logits_are_made_for_actions_alone() -> None:
+    policy = helpers.model()
     tokens = torch.randint(3, 300, (3, 7))
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
-    logprobs, logits = ppo.policy_logprobs(cfg, policy, tokens, mask)
+    logits = actor_critic.action_logits(policy, tokens, mask)
     assert logits.shape == (6, helpers.VOCAB), "six actions"
+    logprobs = actor_critic.spread(losses.token_logprobs(logits, tokens[:, 1:][mask], 0.8), mask)
     expected = (policy(tokens)[:, :-1] / 0.8).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(logprobs, expected * mask, rtol=0, atol=1e-5)
     assert not logprobs[~mask].any()
@@ -181,7 +183,7 @@ def test_the_reference_and_the_reward_models_stay(tmp_path: Path) -> None:
     frozen = [models.reference, models.helpfulness.model, models.safety.model]
     before = [[p.clone() for p in model.parameters()] for model in frozen]
     optimizer = ppo.optim.adamw(cfg.optim, *(ppo.optim.groups(m, cfg.optim) for m in (models.policy, models.value)))
-    rollout, _ = ppo.collect(cfg, models, helpers.prompts(8), 0)
+    rollout, _, _ = ppo.collect(cfg, models, helpers.prompts(8), 0)
     ppo.update(cfg, models, optimizer, rollout, 0, 5)
     for model, weights in zip(frozen, before, strict=True):
         assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
@@ -193,8 +195,8 @@ def test_the_reference_and_the_reward_models_stay(tmp_path: Path) -> None:
 def test_rollouts_are_what_was_sampled(tmp_path: Path) -> None:
     cfg, prompts = helpers.ppo_config(tmp_path, temperature=0.9, threshold=0.5), helpers.prompts(10)
     models = ppo.load(cfg, torch.device("cpu"))
-    rollout, numbers = ppo.collect(cfg, models, prompts, iteration=4)
-    _, completions, scores = ppo.sample(cfg, models, prompts, cfg.seed + 5)
+    rollout, numbers, _ = ppo.collect(cfg, models, prompts, iteration=4)
+    _, completions, scores, _ = ppo.sample(cfg, models, prompts, cfg.seed + 5)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         ids = chat.encode_prompt(prompt["messages"], models.tokenizer)
         whole = ids + completion.tokens

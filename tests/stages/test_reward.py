@@ -13,9 +13,10 @@ import torch
 
 from puna import losses
 from puna.config import ConfigError, DataError
-from puna.data import readers
-from puna.formats import huggingface
-from puna.generate.scoring import Scorer
+from puna.data import comparisons, readers
+from puna.formats import export, huggingface
+from puna.formats.export import ExportConfig
+from puna.generate.scoring import Scorer, open_scorer
 from puna.model.reward import RewardModel
 from puna.run_folder import read_metrics
 from puna.stages import reward
@@ -39,12 +40,38 @@ def test_comparisons_become_a_reward_model(tmp_path: Path) -> None:
     assert evaluation["mean_score_chosen"] > evaluation["mean_score_rejected"]
     done = json.loads((tmp_path / "reward/done/reward.json").read_text())
     assert done == {"pairs": 54, "left_out": 0, "set_aside": 0, "other_share": 0.0, "accuracy": evaluation["accuracy"]}
-    assert json.loads((model_path / "puna.json").read_text()) == {"stage": "reward", "parent": str(cfg.init)}
+    provenance = json.loads((model_path / "puna.json").read_text())
+    assert provenance == {"stage": "reward", "parent": str(cfg.init), "scale": provenance["scale"]}
     scorer = Scorer(huggingface.load_reward_model(model_path), helpers.tokenizer())
     rows = readers.read(cfg.data, "preferences").records
     chosen = scorer([[*row.prompt, helpers.assistant(row.chosen)] for row in rows])
     rejected = scorer([[*row.prompt, helpers.assistant(row.rejected)] for row in rows])
     assert float((chosen > rejected).float().mean()) == pytest.approx(evaluation["accuracy"])
+
+
+def test_the_scale_is_that_of_the_held_out_answers_and_survives_an_export(tmp_path: Path) -> None:
+    cfg = helpers.reward_config(tmp_path, test=(tmp_path / "pairs.jsonl",))
+    reward.run(cfg)
+    export.run(ExportConfig(cfg.out / "model", tmp_path / "exported"))
+    rows = [comparisons.tokens(p, helpers.tokenizer()) for p in readers.read(cfg.data, "preferences").records]
+    answers = [answer for pair in rows for answer in pair]
+    for folder in (cfg.out, tmp_path / "exported"):
+        plain, normalised = (open_scorer(folder, torch.device("cpu"), normalise=flag) for flag in (False, True))
+        raw, standard = plain.raw(answers), normalised.raw(answers)
+        assert float(raw.std()) < 0.9, "the scale must have something to do"
+        assert (len(standard), float(standard.mean())) == (108, pytest.approx(0, abs=1e-5))
+        assert float(standard.std(correction=0)) == pytest.approx(1, abs=1e-5)
+        torch.testing.assert_close(normalised.score_tokens(answers), standard.sigmoid())
+        assert torch.equal(plain.score_tokens(answers), raw.sigmoid())
+
+
+def test_reference_dialogs_give_the_scale(tmp_path: Path) -> None:
+    dialogs = [*helpers.dialogs(5), [helpers.user("a " * 200), helpers.assistant("b " * 200)]]  # the last is too long
+    data = helpers.write_lines(tmp_path / "dialogs.jsonl", ({"messages": dialog} for dialog in dialogs))
+    folder = reward.run(helpers.reward_config(tmp_path, reference=(data,)))
+    raw = open_scorer(folder, torch.device("cpu"), normalise=True)(dialogs[:5]).logit()
+    assert float(raw.mean()) == pytest.approx(0, abs=1e-4)
+    assert json.loads((folder / "puna.json").read_text())["scale"]["n"] == 5
 
 
 def test_a_tenth_is_held_out_without_test_files(tmp_path: Path) -> None:
@@ -163,17 +190,16 @@ def test_long_pairs_are_left_out(tmp_path: Path) -> None:
         reward.prepare(replace(cfg, max_len=4), helpers.tokenizer())
 
 
-def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_evaluation() -> None:
     # Chosen and rejected answers' scores of 4 comparisons.
-    answers = iter([torch.tensor([0.9, 0.6, 0.8, 0.3]), torch.tensor([0.1, 0.7, 0.7, 0.2])])
-    monkeypatch.setattr(Scorer, "score_tokens", lambda self, rows: next(answers))
+    chosen, rejected = torch.tensor([0.9, 0.6, 0.8, 0.3]).logit(), torch.tensor([0.1, 0.7, 0.7, 0.2]).logit()
     rows = [
         preference(0, grade="better", chosen_is_safe=True, rejected_is_safe=False),
         preference(1, grade="better", chosen_is_safe=False, rejected_is_safe=False),
         preference(2, grade="slightly_better", chosen_is_safe=True, rejected_is_safe=True),
         preference(3, rejected_is_safe=False),
     ]
-    evaluation = reward.evaluate(helpers.reward_model(), helpers.tokenizer(), rows)
+    evaluation = reward.evaluate(rows, chosen, rejected)
     assert evaluation["accuracy"] == 0.75
     assert evaluation["accuracy_by_grade"] == {"better": 0.5, "slightly_better": 1.0, "ungraded": 1.0}
     assert evaluation["accuracy_by_safety_label"] == {
@@ -182,6 +208,7 @@ def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
         "both_safe": 1.0,
     }
     assert evaluation["unsafe_recall"] == 0.5  # unsafe are 0.6, 0.1, 0.7 and 0.2; two of them below 0.5
+    assert evaluation["mean_score_chosen"] == pytest.approx(0.65)
 
 
 def test_a_comparison_that_the_chat_format_refuses_is_set_aside(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,11 @@ def test_a_lost_shard_alone_is_sampled_again(tmp_path: Path, model: Path) -> Non
     sample.run(config(tmp_path, model, "out"))
     assert (first / "dialogs.jsonl").read_text() == whole
     assert (first / "parts" / "00000.jsonl").stat().st_mtime_ns == kept
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cluster", ["local", "ray"])
+def test_two_workers_write_what_one_process_writes(cluster: str, tmp_path: Path, model: Path) -> None:
+    alone = sample.run(replace(config(tmp_path, model, "alone"), threads=1))
+    shared = sample.run(replace(config(tmp_path, model, "shared"), threads=1, **helpers.two_workers(cluster)))
+    assert (shared / "dialogs.jsonl").read_text() == (alone / "dialogs.jsonl").read_text()

@@ -5,12 +5,19 @@ The order does not depend on how many processes share it, and where all batches 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from puna.data.shards import Shard
+from puna.data import shards
+from puna.data.shards import Shard, Tokens
+from puna.text.tokenizer import Tokenizer
 
 
 def steps_of_epochs(n: int, batch_size: int, epochs: int, seed: int, multiple: int = 1) -> list[npt.NDArray[np.int64]]:
@@ -29,30 +36,119 @@ def steps_of_epochs(n: int, batch_size: int, epochs: int, seed: int, multiple: i
     return steps
 
 
-def windows(shard: Shard, seq_len: int, batch_size: int, step: int, seed: int) -> tuple[Tensor, Tensor]:
+class Joined:
+    """Arrays of tokens, one after the other, read as if they were one."""
+
+    def __init__(self, arrays: Sequence[Tokens]) -> None:
+        self._arrays = arrays
+        self._begins = np.cumsum([0, *map(len, arrays)])
+
+    def __len__(self) -> int:
+        return int(self._begins[-1])
+
+    def read(self, begin: int, end: int) -> npt.NDArray[np.int64]:
+        """The tokens from `begin` up to `end`."""
+        first, last = np.searchsorted(self._begins, (begin, end - 1), side="right") - 1
+        parts = [
+            self._arrays[i][max(0, begin - self._begins[i]) : end - self._begins[i]] for i in range(first, last + 1)
+        ]
+        return np.concatenate(parts).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources of tokens by name, and how many epochs of each are seen while a source of weight 1 is seen once."""
+
+    sources: dict[str, Joined]
+    weights: dict[str, float]
+
+    @functools.cached_property
+    def _shares(self) -> list[tuple[int, int]]:
+        """Of each source its weighted tokens, and the same with those of all sources after it."""
+        tokens = [max(1, round(self.weights[name] * len(source))) for name, source in self.sources.items()]
+        return [(tokens[i], sum(tokens[i:])) for i in range(len(tokens))]
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The source (its number) that a row of a run's batches comes from, and how many of its windows came before.
+
+        The first source takes its share of the rows, the next its share of the rows that are left, and so on. After any
+        number of rows each source has had what it is due but for a row or two, and nothing needs to be remembered.
+        """
+        for number, (mine, rest) in enumerate(self._shares):
+            before, after = row * mine // rest, (row + 1) * mine // rest
+            if after > before:
+                return number, before
+            row -= before
+        raise AssertionError(f"the last source takes what is left: {self._shares}")
+
+
+Data = Shard | Mixture
+"""What is trained on: a shard is a mixture of one source."""
+
+
+def open_mixtures(folder: Path, tokenizer: Tokenizer) -> tuple[Mixture, Mixture]:
+    """What `puna data prepare` left for training and for validation; errors as `shards.read_prepared`."""
+    train, validation = (_open(shards.read_prepared(folder, part, tokenizer)) for part in ("train", "validation"))
+    return train, validation
+
+
+def _open(sources: dict[str, tuple[float, list[Shard]]]) -> Mixture:
+    tokens = {name: Joined([shard.tokens for shard in each]) for name, (_, each) in sources.items()}
+    return Mixture(tokens, {name: weight for name, (weight, _) in sources.items()})
+
+
+def _mixture(data: Data) -> Mixture:
+    return Mixture({"text": Joined([data.tokens])}, {"text": 1.0}) if isinstance(data, Shard) else data
+
+
+def smallest(data: Data) -> tuple[str, int]:
+    """The source that has the fewest tokens, in words for a message, and how many it has."""
+    if isinstance(data, Shard):
+        return "", len(data.tokens)
+    n_tokens, name = min((len(source), name) for name, source in data.sources.items())
+    return f" of the source {name!r}", n_tokens
+
+
+def n_windows(data: Data, seq_len: int) -> int:
+    """Windows that are seen while a source of weight 1 is seen once, at least one a source."""
+    sources, weights = _mixture(data).sources, _mixture(data).weights
+    return sum(max(1, int(weights[name] * _per_epoch(source, seq_len))) for name, source in sources.items())
+
+
+def windows(
+    data: Data, seq_len: int, batch_size: int, step: int, seed: int, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, seq_len) int64 of a pretraining step: windows of the concatenated documents.
 
-    The windows of an epoch are disjoint and shuffled; each epoch starts at another offset, so that cuts fall elsewhere.
+    The windows of a source's epoch are disjoint and shuffled; each epoch starts at another offset, so that cuts fall
+    elsewhere. `rows` picks this process's part of the batch.
     """
-    assert len(shard.tokens) > seq_len, f"{len(shard.tokens)} tokens make no window of {seq_len}"
-    per_epoch = max(1, (len(shard.tokens) - 1) // seq_len - 1)
-    rows = []
-    for i in range(step * batch_size, (step + 1) * batch_size):
-        epoch, index = divmod(i, per_epoch)
-        rng = np.random.default_rng((seed, epoch))
-        offset = int(rng.integers(min(seq_len, len(shard.tokens) - seq_len)))
-        begin = offset + _permuted(index, per_epoch, seed, epoch) * seq_len
-        rows.append(shard.tokens[begin : begin + seq_len + 1].astype(np.int64))
-    batch = torch.from_numpy(np.stack(rows))
+    mixture = _mixture(data)
+    sources, read = list(mixture.sources.values()), []
+    for row in range(step * batch_size, (step + 1) * batch_size)[rows]:
+        number, index = mixture.place(row)
+        read.append(_window(sources[number], seq_len, index, seed + number))
+    batch = torch.from_numpy(np.stack(read))
     return batch[:, :-1], batch[:, 1:]
 
 
-_permutations: dict[tuple[int, int, int], npt.NDArray[np.int64]] = {}
+def _window(source: Joined, seq_len: int, index: int, seed: int) -> npt.NDArray[np.int64]:
+    """The `index`-th window (seq_len + 1,) that is seen of a source."""
+    assert len(source) > seq_len, f"{len(source)} tokens make no window of {seq_len}"
+    per_epoch = _per_epoch(source, seq_len)
+    epoch, place = divmod(index, per_epoch)
+    rng = np.random.default_rng((seed, epoch))
+    offset = int(rng.integers(min(seq_len, len(source) - seq_len)))
+    begin = offset + int(_permutation(per_epoch, seed, epoch)[place]) * seq_len
+    return source.read(begin, begin + seq_len + 1)
 
 
-def _permuted(index: int, n: int, seed: int, epoch: int) -> int:
-    key = (n, seed, epoch)
-    if key not in _permutations:
-        _permutations.clear()
-        _permutations[key] = np.random.default_rng((seed, epoch, 1)).permutation(n)
-    return int(_permutations[key][index])
+def _per_epoch(source: Joined, seq_len: int) -> int:
+    """Windows of a source's epoch: one fewer than fit, for an epoch may start anywhere in the first."""
+    return max(1, (len(source) - 1) // seq_len - 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """The order of an epoch's windows: eight bytes a window."""
+    return np.random.default_rng((seed, epoch, 1)).permutation(n)

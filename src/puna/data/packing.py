@@ -137,6 +137,32 @@ def tree_mask(documents: Tensor, branches: Tensor) -> Tensor:
     return document_mask(documents) & seen[:, None]
 
 
+class AnswerSteps(NamedTuple):
+    """The N tokens in which the answers of P packed comparisons differ, and where each is predicted."""
+
+    rows: Tensor  # (N,) int64
+    before: Tensor  # (N,) int64: the column of the token before it, in a row that holds this answer alone
+    columns: Tensor  # (N,) int64: its own column
+    answers: Tensor  # (N,) int64: i of the chosen answer of comparison i, P + i of its rejected one
+
+
+def answer_steps(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], packed: PackedPairs) -> AnswerSteps:
+    """What a policy's log-probability of an answer is summed over, for `packed` as `pack_pairs(pairs)` gave it.
+
+    Both answers' first tokens follow the last one they have in common, of which there must be one. What they begin with
+    together is as likely in both and left out: it cancels wherever two answers are compared.
+    """
+    columns: list[tuple[int, int, int, int]] = []
+    for i, (chosen, rejected) in enumerate(pairs):
+        shared = common(chosen, rejected)
+        assert shared, f"comparison {i}: its answers have no token in common to follow"
+        (row, chosen_end), (_, rejected_end) = packed.ends[:, i].tolist()
+        fork = chosen_end - (len(chosen) - shared)  # the last token in common
+        for answer, first, end in ((i, fork + 1, chosen_end), (len(pairs) + i, chosen_end + 1, rejected_end)):
+            columns += [(row, fork if c == first else c - 1, c, answer) for c in range(first, end + 1)]
+    return AnswerSteps(*torch.tensor(columns).T)
+
+
 def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
     """Rows of ids -> tokens (B, T) int64 padded on the right, and lengths (B,) int64.
 
@@ -147,6 +173,24 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tens
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = row
     return torch.from_numpy(tokens), torch.from_numpy(lengths)
+
+
+def pad_answers(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prompts and their answers -> tokens (B, T) and lengths (B,) as `pad_right`, and action_mask (B, T - 1) bool.
+
+    Action t is the emission of token t + 1: True where that is an answer's, its EOS included.
+    """
+    tokens, lengths = pad_right([[*p, *a] for p, a in zip(prompts, answers, strict=True)], pad)
+    step = torch.arange(1, tokens.shape[1])
+    begins = torch.tensor([len(prompt) for prompt in prompts])
+    return tokens, lengths, (step >= begins[:, None]) & (step < lengths[:, None])
+
+
+def acted_lengths(mask: Tensor) -> list[int]:
+    """Tokens of each row up to its last action; mask (B, T - 1), True somewhere in each row."""
+    return [int(row.nonzero()[-1]) + 2 for row in mask]
 
 
 def by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

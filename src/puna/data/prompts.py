@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from puna.config import DataError
+import numpy as np
+
+from puna.config import ConfigError, DataError
 from puna.data import readers
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
@@ -43,6 +45,17 @@ def fitting(prompts: Sequence[Prompt], tokenizer: Tokenizer, context: int, max_t
     if not fit:
         raise DataError(f"of {len(prompts)} prompts none fits {longest} tokens (the model's context, or what is asked)")
     return fit
+
+
+def apart(prompts: Sequence[Prompt], n: int, seed: int) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts without n of them, and these, drawn at random so that both kinds are among them; all shuffled.
+
+    Raises ConfigError where either would be empty.
+    """
+    if not 0 < n < len(prompts):
+        raise ConfigError(f"held_out_prompts is {n} of {len(prompts)} prompts: keep some of both")
+    order = np.random.default_rng(seed).permutation(len(prompts))
+    return [prompts[i] for i in order[n:]], [prompts[i] for i in order[:n]]
 
 
 def _prompt(record: Any) -> Prompt:

@@ -9,7 +9,8 @@ and `preferences`, a JSON object a line:
      "chosen_is_safe": bool|null, "rejected_is_safe": bool|null, "domain": "helpfulness|safety", "batch": n, ...}
 
 A line that cannot be used is reported with its file, number and reason, set aside and counted; a file with more than
-1 % of such lines stops the run. A comparison of two identical answers says nothing: it is skipped and counted.
+1 % of such lines stops the run. A comparison that says nothing (two identical answers, a tie, three annotators who all
+differ, an empty answer in a set of models' outputs) is skipped and counted by its reason.
 Lines end at U+000A alone, since text may hold U+2028.
 
 A new format is a function of one row (puna.data.rows) or of one path, and its line in READERS.
@@ -17,11 +18,12 @@ A new format is a function of one row (puna.data.rows) or of one path, and its l
 
 from __future__ import annotations
 
+import bz2
 import functools
 import gzip
+import io
 import json
 import logging
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -37,6 +39,7 @@ from puna.types import Dialog, Preference, Reader
 
 LARGEST_BAD_SHARE = 0.01
 LINES_NAMED = 5  # of a file's bad lines, in the log; the quarantine holds all
+COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +80,23 @@ def read(
     Raises ConfigError on an unknown format or one of another kind, on no file or a missing one, DataError where more
     than 1 % of a file's lines (and more than one), or all of them, are bad.
     """
-    if format not in READERS:
-        raise ConfigError(f"unknown data format {format!r}; there are {', '.join(READERS)}")
+    result, files = ReadResult(), [paths] if isinstance(paths, Path) else paths
+    result.records.extend(stream(files, format, result, kind=kind, check=check))
+    if quarantine is not None and result.bad:
+        keep_bad_lines(result.bad, quarantine)
+    return result
+
+
+def stream(
+    files: Sequence[Path],
+    format: str,
+    result: ReadResult,
+    *,
+    kind: str | None = None,
+    check: Callable[[Any], object] | None = None,
+) -> Iterator[Any]:
+    """`read`, a record at a time: `result` gets what is set aside or skipped, and no records. Errors come as found."""
+    check_files(files, format)
 
     def sound(record: Any) -> None:
         if kind is not None and not KINDS[kind].holds(record):
@@ -87,20 +105,23 @@ def read(
         if check is not None:
             check(record)
 
-    result, files = ReadResult(), [paths] if isinstance(paths, Path) else paths
+    for path in files:
+        yield from _read_file(path, READERS[format], result, sound)
+
+
+def check_files(files: Sequence[Path], format: str) -> None:
+    """ConfigError on an unknown format, and where there is no file or one is missing."""
+    if format not in READERS:
+        raise ConfigError(f"unknown data format {format!r}; there are {', '.join(READERS)}")
     if not files:
         raise ConfigError(f"no data file of the format {format!r} is given")
     for path in files:
         if not path.is_file():
             raise ConfigError(f"no such data file: {path}")
-        _read_file(path, READERS[format], result, sound)
-    if quarantine is not None and result.bad:
-        _keep(result.bad, quarantine)
-    return result
 
 
-def _read_file(path: Path, reader: Reader, result: ReadResult, check: Callable[[Any], object]) -> None:
-    """Sorts what a reader yields into `result`."""
+def _read_file(path: Path, reader: Reader, result: ReadResult, check: Callable[[Any], object]) -> Iterator[Any]:
+    """A file's records; the rest of what a reader yields is sorted into `result`."""
     bad, n_good = [], 0
     try:
         for item in reader(path):
@@ -112,12 +133,16 @@ def _read_file(path: Path, reader: Reader, result: ReadResult, check: Callable[[
                     result.skipped[item.reason] += 1
                 else:
                     check(item)
-                    result.records.append(item)
-                n_good += 1
             except DataError as reason:
                 bad.append(BadLine(path, n_good + len(bad) + 1, str(reason), json.dumps(to_record(item))))
-    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-        raise DataError(f"{path}: broken gzip file: {error}") from None
+                continue
+            n_good += 1
+            if not isinstance(item, Skipped):
+                yield item
+    except (zlib.error, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the decompressor's
+            raise
+        raise DataError(f"{path}: broken {COMPRESSED.get(path.suffix, 'compressed')} file: {error}") from None
     for line in bad[:LINES_NAMED]:
         _warn_once(f"{line}; set aside")
     if len(bad) > LINES_NAMED:
@@ -133,7 +158,7 @@ def _warn_once(message: str) -> None:
     log.warning(message)
 
 
-def _keep(bad: Sequence[BadLine], quarantine: Path) -> None:
+def keep_bad_lines(bad: Sequence[BadLine], quarantine: Path) -> None:
     """Adds lines to the quarantine, each once, however often a run is resumed."""
     kept = quarantine.read_text(encoding="utf-8").split("\n")[:-1] if quarantine.exists() else []
     new = [json.dumps({**vars(line), "file": str(line.file)}) for line in bad]
@@ -144,7 +169,7 @@ def _keep(bad: Sequence[BadLine], quarantine: Path) -> None:
 
 
 def _by_row(parse: Callable[[Row], Iterable[Any]]) -> Reader:
-    """A reader of .jsonl, .jsonl.gz, .json (a list) and .parquet, of a function from a row to its records."""
+    """A reader of .jsonl (also compressed), .json (a list) and .parquet, of a function from a row to its records."""
 
     def reader(path: Path) -> Iterator[Any]:
         for number, source in _sources(path):
@@ -177,16 +202,33 @@ def _sources(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _open(path: Path) -> Any:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+    """A file's bytes, decompressed as its name asks."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".bz2":
+        return bz2.open(path, "rb")
+    if path.suffix == ".zst":
+        return io.BufferedReader(_pyarrow(path, "zstd").input_stream(str(path), compression="zstd"))
+    return path.open("rb")
+
+
+def _pyarrow(path: Path, what: str) -> Any:
+    try:
+        import pyarrow
+    except ModuleNotFoundError:
+        raise ConfigError(f"{path}: {what} needs pyarrow: pip install 'puna[data]'") from None
+    return pyarrow
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
+    pyarrow = _pyarrow(path, "Parquet")
+    from pyarrow import parquet
+
     try:
-        from pyarrow import parquet
-    except ModuleNotFoundError:
-        raise ConfigError(f"{path}: Parquet needs pyarrow: pip install 'puna[data]'") from None
-    for batch in parquet.ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
+        for batch in parquet.ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a sound Parquet file: {error}") from None
 
 
 def _row(source: Any) -> Row:
@@ -210,7 +252,7 @@ def _row(source: Any) -> Row:
 
 
 def _whole_text(path: Path) -> Iterator[str | BadLine]:
-    """A .txt or .md (or .gz) file as one text."""
+    """A .txt or .md file (also compressed) as one text."""
     with _open(path) as file:
         data: bytes = file.read()
     try:
@@ -223,12 +265,30 @@ def _whole_text(path: Path) -> Iterator[str | BadLine]:
 
 
 def _paragraphs(path: Path) -> Iterator[str | BadLine]:
-    """The same, a text a paragraph: what blank lines part."""
-    for text in _whole_text(path):
-        if isinstance(text, BadLine):
-            yield text
-        else:
-            yield from (paragraph.strip("\n") for paragraph in re.split(r"\n[ \t\r]*\n", text) if paragraph.strip())
+    """The same, a text a paragraph: what blank lines part. No more than a paragraph is held."""
+    held: list[str] = []
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                yield BadLine(
+                    path, number, f"not UTF-8 at byte {error.start}", line.decode("utf-8", "backslashreplace")
+                )
+                continue
+            if text.strip(" \t\r\n"):
+                held.append(text)
+            elif held:
+                yield from _paragraph(held)
+    yield from _paragraph(held)
+
+
+def _paragraph(lines: list[str]) -> Iterator[str]:
+    """What lines say together, if it is anything; they are taken out of the list."""
+    text = "".join(lines).strip("\n")
+    lines.clear()
+    if text.strip():
+        yield text
 
 
 READERS: dict[str, Reader] = {
@@ -246,6 +306,12 @@ READERS: dict[str, Reader] = {
     "oasst_preferences": _by_row(rows.oasst_preferences),
     "pku": _by_row(rows.pku("better_response_id", "helpfulness")),
     "pku_safety": _by_row(rows.pku("safer_response_id", "safety")),
+    "pandalm": _by_row(rows.pandalm),
+    "llmbar": _by_row(rows.llmbar),
+    "autoj": _by_row(rows.autoj),
+    "shp": _by_row(rows.shp),
+    "webgpt": _by_row(rows.webgpt),
+    "alpaca_eval": _by_row(rows.alpaca_eval),
 }
 
 
@@ -261,7 +327,8 @@ def _holds_messages(record: Any) -> bool:
 
 
 _DIALOGS = ("dialogs", "alpaca", "oasst", "trl")
-_COMPARISONS = ("preferences", "hh", "trl", "oasst_preferences", "pku", "pku_safety")
+_JUDGED = ("pandalm", "llmbar", "autoj", "shp", "webgpt", "alpaca_eval")
+_COMPARISONS = ("preferences", "hh", "trl", "oasst_preferences", "pku", "pku_safety", *_JUDGED)
 KINDS: dict[str, Kind] = {
     "dialogs": Kind(_holds_messages, _DIALOGS),
     "comparisons": Kind(lambda record: isinstance(record, Preference), _COMPARISONS),

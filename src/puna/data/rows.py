@@ -63,6 +63,14 @@ def _of_type(row: Mapping[str, Any], key: str, *kinds: type) -> Any:
     return value
 
 
+def _verdict(row: Row, key: str, *choices: int) -> int:
+    """A row's number out of `choices`."""
+    value = row.get(key)
+    if type(value) is not int or value not in choices:
+        raise BadRow(f"{key!r} is {value!r}, not one of {', '.join(map(str, choices))}")
+    return value
+
+
 def _messages(row: Mapping[str, Any], key: str) -> Dialog:
     """A row's list of messages: perhaps a system message, then user and assistant by turns."""
     messages = row.get(key)
@@ -241,9 +249,7 @@ def pku(id_key: str, domain: Domain) -> Callable[[Row], Iterator[Preference | Sk
     """PKU-SafeRLHF: two answers, which is better, which is safer, and whether each is safe."""
 
     def parse(row: Row) -> Iterator[Preference | Skipped]:
-        chosen = _of_type(row, id_key, int)
-        if chosen not in (0, 1):
-            raise BadRow(f"{id_key!r} is {chosen!r}, neither 0 nor 1")
+        chosen = _verdict(row, id_key, 0, 1)
         rejected = 1 - chosen
         yield _compared(
             Preference(
@@ -257,3 +263,79 @@ def pku(id_key: str, domain: Domain) -> Callable[[Row], Iterator[Preference | Sk
         )
 
     return parse
+
+
+# Pairs that people or a model judged
+
+
+def _judged(
+    row: Row, question: str, keys: tuple[str, str], chosen: int, **provenance: Any
+) -> Iterator[Preference | Skipped]:
+    """Two answers to a question, under `keys`, of which number `chosen` (0 or 1) is preferred."""
+    if any(isinstance(row.get(key), str) and not row[key].strip() for key in keys):
+        yield Skipped("an empty answer")
+    else:
+        better, worse = _text(row, keys[chosen]), _text(row, keys[1 - chosen])
+        yield _compared(Preference([{"role": "user", "content": question}], better, worse, provenance=provenance))
+
+
+def pandalm(row: Row) -> Iterator[Preference | Skipped]:
+    """PandaLM's test set: the answer that more than half of three annotators prefer (0 tie, 1, 2)."""
+    votes = [_verdict(row, f"annotator{i}", 0, 1, 2) for i in (1, 2, 3)]
+    verdict = next((vote for vote in (0, 1, 2) if votes.count(vote) >= 2), None)
+    instruction = _text(row, "instruction")
+    question = f"{instruction}\n\n{_text(row, 'input')}" if str(row.get("input") or "").strip() else instruction
+    if not verdict:
+        yield Skipped("no majority" if verdict is None else "a tie")
+    else:
+        yield from _judged(row, question, ("response1", "response2"), verdict - 1, votes=votes)
+
+
+def llmbar(row: Row) -> Iterator[Preference | Skipped]:
+    """LLMBar: `label` 1 or 2 says which output follows the instruction."""
+    label = _verdict(row, "label", 1, 2)
+    yield from _judged(row, _text(row, "input"), ("output_1", "output_2"), label - 1, subset=row.get("subset"))
+
+
+def autoj(row: Row) -> Iterator[Preference | Skipped]:
+    """Auto-J's pairwise test set: `label` 0 prefers response 1, 1 response 2, 2 is a tie."""
+    label = _verdict(row, "label", 0, 1, 2)
+    if label == 2:
+        yield Skipped("a tie")
+    else:
+        keys = ("response 1", "response 2")
+        yield from _judged(row, _text(row, "prompt"), keys, label, scenario=row.get("scenario"))
+
+
+def shp(row: Row) -> Iterator[Preference | Skipped]:
+    """Stanford Human Preferences: `labels` 1 where the forum's readers prefer comment A, 0 where B."""
+    label = _verdict(row, "labels", 0, 1)
+    keys = ("human_ref_A", "human_ref_B")
+    yield from _judged(row, _text(row, "history"), keys, 1 - label, subset=row.get("domain"))
+
+
+def webgpt(row: Row) -> Iterator[Preference | Skipped]:
+    """OpenAI's WebGPT comparisons: the answer with the higher score; two equal scores are a tie."""
+    scores = [_of_type(row, key, float, int) for key in ("score_0", "score_1")]
+    question = row.get("question")
+    if None in scores or not isinstance(question, dict):
+        raise BadRow("'score_0', 'score_1' or the object 'question' is missing")
+    if scores[0] == scores[1]:
+        yield Skipped("a tie")
+    else:
+        keys = ("answer_0", "answer_1")
+        yield from _judged(row, _text(question, "full_text"), keys, int(scores[1] > scores[0]))
+
+
+def alpaca_eval(row: Row) -> Iterator[Preference | Skipped]:
+    """AlpacaEval's annotations: `preference` from 1, output_1 is better, to 2; 0 and 1.5 are ties."""
+    preference = _of_type(row, "preference", float, int)
+    if preference is None:
+        yield Skipped("no verdict")
+    elif preference in (0, 1.5):
+        yield Skipped("a tie")
+    elif not 1 <= preference <= 2:
+        raise BadRow(f"'preference' is {preference}, neither 0 nor from 1 to 2")
+    else:
+        keys, annotator = ("output_1", "output_2"), row.get("annotator")
+        yield from _judged(row, _text(row, "instruction"), keys, int(preference > 1.5), annotator=annotator)

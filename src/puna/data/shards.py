@@ -2,15 +2,21 @@
 
 A shard `name` is three files: `name.tokens` (uint16 or uint32, little-endian), `name.offsets` (int64, one more than the
 documents) and `name.json` (type, counts, sha256 of the tokens, the tokenizer's sha256).
+
+A prepared folder holds many shards and `index.json`, which has of each source its weight and the names of its shards,
+for training and for validation. Their tokenizer is in `tokenizer/`.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +27,8 @@ from puna.text.tokenizer import Tokenizer
 
 Tokens = npt.NDArray[np.unsignedinteger]
 
+INDEX = "index.json"
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -29,38 +37,55 @@ class Shard:
     tokens: Tokens
     offsets: npt.NDArray[np.int64]
 
+    def documents(self) -> Iterator[Tokens]:
+        """Each document's ids, in order."""
+        for begin, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
+            yield self.tokens[begin:end]
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
+    """The smallest type that holds every id."""
+    return np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
+
 
 def write_shard(path: Path, texts: Iterable[str], tokenizer: Tokenizer, *, batch: int = 1000) -> Shard:
-    """Encode texts as BOS text EOS into the shard at `path`; the description is written last, so that it vouches."""
-    dtype = np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
-    offsets = [0]
-    parts: list[Tokens] = []
+    """Encode texts as BOS text EOS into the shard at `path`."""
+    write_documents(path, _encoded(texts, tokenizer, batch), tokenizer)
+    return read_shard(path, tokenizer)
+
+
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer, batch: int) -> Iterator[Tokens]:
+    dtype = dtype_of(tokenizer)
     held: list[str] = []
 
-    def flush() -> None:
+    def flush() -> Iterator[Tokens]:
         for ids in tokenizer.encode_batch(held):
-            parts.append(np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=dtype))
-            offsets.append(offsets[-1] + len(parts[-1]))
+            yield np.array([tokenizer.bos_id, *ids, tokenizer.eos_id], dtype=dtype)
         held.clear()
 
     for text in texts:
         held.append(text)
         if len(held) == batch:
-            flush()
-    flush()
-    tokens = np.concatenate(parts) if parts else np.zeros(0, dtype)
-    path.parent.mkdir(parents=True, exist_ok=True)
+            yield from flush()
+    yield from flush()
+
+
+def write_documents(path: Path, documents: Iterable[Tokens], tokenizer: Tokenizer) -> None:
+    """Write encoded documents into the shard at `path`; the description is written last, so that it vouches."""
+    dtype = dtype_of(tokenizer)
+    parts = list(documents)
+    tokens = np.concatenate([np.zeros(0, dtype), *parts])
+    offsets = np.cumsum([0, *map(len, parts)], dtype="<i8")
     write_atomically(path.with_suffix(".tokens"), tokens.tobytes())
-    write_atomically(path.with_suffix(".offsets"), np.array(offsets, "<i8").tobytes())
+    write_atomically(path.with_suffix(".offsets"), offsets.tobytes())
     description = {
         "dtype": dtype.str,
-        "documents": len(offsets) - 1,
+        "documents": len(parts),
         "tokens": len(tokens),
         "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
         "tokenizer": tokenizer.sha256,
     }
     write_atomically(path.with_suffix(".json"), json.dumps(description, indent=1))
-    return read_shard(path, tokenizer)
 
 
 def read_shard(path: Path, tokenizer: Tokenizer) -> Shard:
@@ -78,3 +103,56 @@ def read_shard(path: Path, tokenizer: Tokenizer) -> Shard:
         )
     tokens = np.memmap(file, dtype=dtype, mode="r")
     return Shard(tokens, np.fromfile(path.with_suffix(".offsets"), dtype="<i8"))
+
+
+# Prepared folders
+
+
+class Entry(NamedTuple):
+    """A source in the index: how often it is seen, and the paths of its shards in the folder."""
+
+    weight: float
+    train: list[str]
+    validation: list[str]
+
+
+def write_index(folder: Path, sources: dict[str, Entry]) -> None:
+    """What makes a folder of shards a prepared one; it is written last."""
+    index = {"sources": {name: entry._asdict() for name, entry in sources.items()}}
+    write_atomically(folder / INDEX, json.dumps(index, indent=1) + "\n")
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether `puna data prepare` finished this folder."""
+    return (folder / INDEX).is_file()
+
+
+def read_prepared(folder: Path, part: str, tokenizer: Tokenizer) -> dict[str, tuple[float, list[Shard]]]:
+    """Of each source that has any shard for this part ("train" or "validation") its weight and its shards.
+
+    Raises what `read_shard` does, and DataError where tokens are not those of their hash, naming the file, or no source
+    has any. To know that, all tokens are read once a process: a gigabyte or two a second and core.
+    """
+    index = json.loads((folder / INDEX).read_text())
+    with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
+        sources = {
+            name: (entry["weight"], list(threads.map(lambda path: _sound(folder / path, tokenizer), entry[part])))
+            for name, entry in index["sources"].items()
+            if entry[part]
+        }
+    if not sources:
+        raise DataError(f"{folder}: no source has a document for the {part} part")
+    return sources
+
+
+def _sound(path: Path, tokenizer: Tokenizer) -> Shard:
+    shard, file, description = read_shard(path, tokenizer), path.with_suffix(".tokens"), path.with_suffix(".json")
+    if _sha256(file, file.stat().st_mtime_ns) != json.loads(description.read_text())["sha256"]:
+        raise DataError(f"{file}: damaged, its sha256 is not the one in {description}: prepare the data again")
+    return shard
+
+
+@functools.cache
+def _sha256(file: Path, modified: int) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()

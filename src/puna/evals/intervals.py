@@ -70,3 +70,10 @@ def win_rate(
     """Share of prompts where mine is better, ties (differences up to `tie`) halved; the interval is over clusters."""
     outcomes = [0.5 if abs(a - b) <= tie else float(a > b) for a, b in zip(mine, theirs, strict=True)]
     return clustered(outcomes, clusters)
+
+
+def difference(mine: Sequence[float], theirs: Sequence[float], clusters: Sequence[Hashable]) -> Interval:
+    """The mean of mine - theirs, both in [0, 1] and of the same things, with `clustered`'s interval of the pairs."""
+    halves = clustered([(1 + a - b) / 2 for a, b in zip(mine, theirs, strict=True)], clusters)
+    low, high = 2 * halves["low"] - 1, 2 * halves["high"] - 1
+    return Interval(mean=2 * halves["mean"] - 1, low=low, high=high, n=halves["n"], clusters=halves["clusters"])

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from puna.config import ConfigError, DataError
+from puna.model.moe import MoEConfig
 from puna.model.transformer import ModelConfig, Transformer
 from puna.types import Tokenizer
 
@@ -17,7 +18,9 @@ LARGEST = {"n_layers": 1024, "max_seq_len": 1 << 24}
 RATES = ("norm_eps", "rope_theta")
 
 
-def shape_of(source: Path, *, tie_embeddings: bool = False, **numbers: Any) -> ModelConfig:
+def shape_of(
+    source: Path, *, tie_embeddings: bool = False, moe: MoEConfig | None = None, **numbers: Any
+) -> ModelConfig:
     """The ModelConfig that a file describes. ConfigError, naming it, where a number is no size of a Llama."""
     for key, value in numbers.items():
         kinds = (int, float) if key in RATES else (int,)
@@ -25,9 +28,15 @@ def shape_of(source: Path, *, tie_embeddings: bool = False, **numbers: Any) -> M
         if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value <= most:
             raise ConfigError(f"{source}: {key} is {value!r}: a Llama has a number above 0 and up to {most}")
     try:
-        return ModelConfig(**numbers, tie_embeddings=tie_embeddings)
+        return ModelConfig(**numbers, tie_embeddings=tie_embeddings, moe=moe or MoEConfig())
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def check_dense(config: ModelConfig, target: Path) -> None:
+    """ConfigError where a model has experts, for which the format to write has no place."""
+    if config.moe.experts:
+        raise ConfigError(f"{target}: a mixture of experts is written as a Hugging Face folder alone: use --format hf")
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, source: Path) -> None:

@@ -58,11 +58,13 @@ def n_params(model: Transformer | RewardModel) -> int:
 
 def _what(model: Transformer | RewardModel) -> str:
     config = model.config
+    moe = config.moe
+    experts = f"{moe.experts} experts, {moe.top_k} a token, " if moe.experts else ""
     kind = "reward model: one score for a dialog, read at its last token" if isinstance(model, RewardModel) else "model"
     return (
         f"A Llama {kind}, of {n_params(model):,} parameters: {config.n_layers} layers of width {config.dim}, "
-        f"{config.n_heads} heads ({config.n_kv_heads} of keys and values), vocabulary {config.vocab_size}, context "
-        f"{config.max_seq_len}. Written by Puna {puna.__version__}."
+        f"{config.n_heads} heads ({config.n_kv_heads} of keys and values), {experts}vocabulary {config.vocab_size}, "
+        f"context {config.max_seq_len}. Written by Puna {puna.__version__}."
     )
 
 

@@ -44,7 +44,10 @@ def run(cfg: ExportConfig) -> Path:
     is_file = find.is_gguf(opened.source)
     base = gguf.read_header(opened.source).license if is_file else license_of(opened.source)
     license = cfg.license or base
-    provenance = {"stage": "export", "parent": str(opened.source)} | ({"license": license} if license else {})
+    provenance: dict[str, Any] = {"stage": "export", "parent": str(opened.source)}
+    provenance |= {"license": license} if license else {}
+    if scale := find.read_object(opened.source / huggingface.PROVENANCE).get("scale"):
+        provenance |= {"scale": scale}  # a reward model's, see generate.scoring
     if cfg.format == "hf":
         _save_hugging_face(cfg, opened, license, provenance)
     elif isinstance(opened.model, RewardModel):

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from puna.config import ConfigError, DataError
-from puna.formats import build, shape_of
-from puna.formats.pieces import CONTROL, NORMAL, UNKNOWN, UNUSED, read_pieces, sentencepiece_model
+from puna.formats import build, check_dense, shape_of
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text import chat
+from puna.text.pieces import CONTROL, NORMAL, UNKNOWN, UNUSED, read_pieces, sentencepiece_model
 from puna.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 TOP_NAMES = {
@@ -113,6 +113,7 @@ def save(
     except ImportError as error:
         raise ConfigError("writing GGUF needs the gguf package: pip install 'puna[hf]'") from error
     kind, config = gguf.GGMLQuantizationType[KINDS[dtype]], model.config
+    check_dense(config, file)
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     for key, size in (("dim", config.dim), ("ffn_hidden", config.ffn_hidden)):
         if size % block:

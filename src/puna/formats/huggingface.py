@@ -1,6 +1,7 @@
 """Hugging Face folders: what a published model is, readable by transformers, vLLM and llama.cpp's converter.
 
-    config.json             LlamaForCausalLM, or LlamaForSequenceClassification with one label for a reward model
+    config.json             LlamaForCausalLM, or LlamaForSequenceClassification with one label for a reward model;
+                            with experts, Mixtral's of the same ending
     model.safetensors       read from several files too, where model.safetensors.index.json names them
     generation_config.json  a chat model's BOS, EOS and padding
     tokenizer.model | tokenizer.json + tokenizer_config.json
@@ -14,6 +15,7 @@ head's numbers, Hugging Face the first half with the second, so that rows are re
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -29,8 +31,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from puna import parallel
 from puna.config import ConfigError, DataError
-from puna.formats import build, check_shapes, shape_of
+from puna.formats import LARGEST, build, check_shapes, shape_of
 from puna.formats.folders import replacing, standing
+from puna.model.moe import MoEConfig
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text.tokenizer import Tokenizer
@@ -63,6 +66,7 @@ LAYER_NAMES = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+EXPERTS = ("num_local_experts", "num_experts_per_tok")
 
 
 def save_model(
@@ -135,6 +139,13 @@ def open_reward_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple
     return RewardModel.without_weights(config), ((name if name == SCORE else f"body.{name}", w) for name, w in weights)
 
 
+def open_body(folder: Path, head: Tensor) -> tuple[RewardModel, Weights]:
+    """A reward model of a chat model's body and a new head (1, D), as `open_model`."""
+    body, weights = open_model(folder)
+    of_body = ((f"body.{name}", weight) for name, weight in weights if name != "output.weight")
+    return RewardModel.without_weights(body.config), itertools.chain(of_body, [(SCORE, head)])
+
+
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
     """Read a Llama in a Hugging Face folder, whole. Errors as `open_model`."""
     model, weights = open_model(folder, dtype)
@@ -159,9 +170,11 @@ def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(config, dict):
         raise DataError(f"{path}: not a JSON object")
-    if architecture not in (config.get("architectures") or []):
+    named = config.get("architectures") or []
+    has_experts = any(str(name).startswith("Mixtral") for name in named)
+    if architecture not in named and of_mixtral(architecture) not in named:
         raise ConfigError(f"{path}: architectures is {config.get('architectures')}, expected {architecture}")
-    if missing := [key for key in REQUIRED if key not in config]:
+    if missing := [key for key in REQUIRED + (EXPERTS if has_experts else ()) if key not in config]:
         raise ConfigError(f"{path}: {', '.join(missing)} is missing")
     rope = config.get("rope_parameters")
     rope = rope if isinstance(rope, dict) else {}
@@ -177,6 +190,7 @@ def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
         norm_eps=config["rms_norm_eps"],
         rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        moe=_read_experts(path, config) if has_experts else None,
     )
     unsupported = {
         "rope_scaling": config.get("rope_scaling") or rope.get("rope_type", "default") != "default",
@@ -184,12 +198,32 @@ def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
         "mlp_bias": config.get("mlp_bias"),
         "quantization_config": config.get("quantization_config"),
         "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "sliding_window": has_experts and config.get("sliding_window"),
         "head_dim": config.get("head_dim", 0) not in (None, 0, shape.head_dim),
     }
     for key, present in unsupported.items():
         if present:
             raise ConfigError(f"{path}: {key} {config.get(key, rope)} is not supported: Llama 2 has none like it")
     return shape
+
+
+def is_classifier(architecture: str) -> bool:
+    """Whether it is a reward model's."""
+    return architecture.replace("Mixtral", "Llama") == CLASSIFIER
+
+
+def of_mixtral(architecture: str) -> str:
+    """Mixtral's name for what is Llama's with experts."""
+    return architecture.replace("Llama", "Mixtral")
+
+
+def _read_experts(path: Path, config: dict[str, Any]) -> MoEConfig:
+    """The experts that config.json describes; `shape_of` looks at the numbers of a Llama alone."""
+    experts, top_k = (config[key] for key in EXPERTS)
+    if type(experts) is not int or type(top_k) is not int or not 0 < top_k <= experts <= LARGEST["n_layers"]:
+        raise ConfigError(f"{path}: {top_k!r} of {experts!r} experts a token is no mixture of experts")
+    balance = config.get("router_aux_loss_coef", MoEConfig.balance)
+    return MoEConfig(experts, top_k, balance=float(balance) if isinstance(balance, int | float) else MoEConfig.balance)
 
 
 def to_half_split(weight: Tensor, n_heads: int) -> Tensor:
@@ -209,11 +243,16 @@ def _names(config: ModelConfig) -> dict[str, str]:
         "norm.weight": "model.norm.weight",
         "output.weight": "lm_head.weight",
     }
+    inner = LAYER_NAMES | _expert_names(config.moe.experts) if config.moe.experts else LAYER_NAMES
     for i in range(config.n_layers):
-        names |= {
-            f"layers.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight" for ours, theirs in LAYER_NAMES.items()
-        }
+        names |= {f"layers.{i}.{ours}.weight": f"model.layers.{i}.{theirs}.weight" for ours, theirs in inner.items()}
     return names
+
+
+def _expert_names(experts: int) -> dict[str, str]:
+    """What stands in the feed-forward's place, whose names no tensor has then."""
+    matrices = (f"experts.{i}.w{n}" for i in range(experts) for n in (1, 2, 3))
+    return {f"feed_forward.{name}": f"block_sparse_moe.{name}" for name in ("gate", *matrices)}
 
 
 def _rotated_heads(name: str, config: ModelConfig) -> int:
@@ -308,9 +347,13 @@ def _describe(config: ModelConfig, tokenizer: Tokenizer, architecture: str) -> d
     """config.json, with the keys that every version of transformers since 4.31 reads."""
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+    moe = config.moe
+    family: dict[str, Any] = {"architectures": [architecture], "model_type": "llama"}
+    if moe.experts:
+        family = {"architectures": [of_mixtral(architecture)], "model_type": "mixtral", "sliding_window": None}
+        family |= dict(zip(EXPERTS, (moe.experts, moe.top_k), strict=True)) | {"router_aux_loss_coef": moe.balance}
     return {
-        "architectures": [architecture],
-        "model_type": "llama",
+        **family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.dim,
         "intermediate_size": config.ffn_hidden,

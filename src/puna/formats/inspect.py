@@ -90,8 +90,11 @@ def _checkpoint(path: Path) -> list[tuple[str, str]]:
 def _shape(shape: ModelConfig, n_params: int) -> list[tuple[str, str]]:
     heads = f"{shape.n_heads} heads ({shape.n_kv_heads} of keys and values), feed-forward {shape.ffn_hidden}"
     tied = "tied" if shape.tie_embeddings else "not tied"
+    moe = shape.moe
+    experts = [("experts", f"{moe.experts}, {moe.top_k} a token")] if moe.experts else []
     return [
         ("shape", f"{shape.n_layers} layers, width {shape.dim}, {heads}"),
+        *experts,
         ("vocabulary", f"{shape.vocab_size}, embeddings {tied}"),
         ("context", f"{shape.max_seq_len}, rope_theta {shape.rope_theta:g}, norm_eps {shape.norm_eps:g}"),
         ("parameters", f"{n_params:,}"),
@@ -100,7 +103,7 @@ def _shape(shape: ModelConfig, n_params: int) -> list[tuple[str, str]]:
 
 def _count_parameters(shape: ModelConfig, architecture: str) -> int:
     """A reward model has a row in place of the output."""
-    if architecture != huggingface.CLASSIFIER:
+    if not huggingface.is_classifier(architecture):
         return shape.n_params()
     output = 0 if shape.tie_embeddings else shape.vocab_size * shape.dim
     return shape.n_params() - output + shape.dim
@@ -126,7 +129,7 @@ def _files(files: Iterable[Path], digests: dict[str, str]) -> list[tuple[str, st
 def _line(folder: Path) -> str:
     """A model of a run in a line."""
     architecture, provenance = find.architectures(folder)[0], find.read_object(folder / "puna.json")
-    kind = "reward model" if architecture == huggingface.CLASSIFIER else "model"
+    kind = "reward model" if huggingface.is_classifier(architecture) else "model"
     count = _count_parameters(huggingface.read_config(folder, architecture), architecture)
     origin = ", ".join(f"{key} {provenance[key]}" for key in ("stage", "parent") if key in provenance)
     return f"{kind} of {count:,} parameters" + (f": {origin}" if origin else "")

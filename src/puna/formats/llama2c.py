@@ -16,8 +16,8 @@ from torch import Tensor
 
 from puna.config import ConfigError, DataError
 from puna.formats import build
-from puna.formats.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece_model
 from puna.model.transformer import ModelConfig, Transformer
+from puna.text.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, sentencepiece_model
 from puna.text.tokenizer import SentencePieceTokenizer
 
 HEADER = struct.Struct("<7i")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from puna.config import ConfigError, DataError
-from puna.formats import build, check_vocabulary, shape_of
+from puna.formats import build, check_dense, check_vocabulary, shape_of
 from puna.formats.folders import replacing, standing
 from puna.model.sizes import ffn_hidden
 from puna.model.transformer import ModelConfig, Transformer
@@ -105,6 +105,7 @@ def save(
     ids that Meta's code takes the vocabulary from.
     """
     config = model.config
+    check_dense(config, folder)
     if not isinstance(tokenizer, tokenizers.SentencePieceTokenizer):
         raise ConfigError(f"{folder}: Meta's layout takes a SentencePiece tokenizer.model, this model has another kind")
     if tokenizer.vocab_size != config.vocab_size:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from puna.formats.pieces import CONTROL, NORMAL, UNKNOWN, Pieces, read_pieces
 from puna.text import chat
+from puna.text.pieces import CONTROL, NORMAL, UNKNOWN, Pieces, read_pieces
 from puna.text.tokenizer import SentencePieceTokenizer
 
 SPACE = "\u2581"

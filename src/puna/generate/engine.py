@@ -9,23 +9,31 @@ import torch
 from torch import nn
 
 from puna import parallel
-from puna.config import ConfigError
 from puna.formats import huggingface
-from puna.generate.sampling import Sampling
-from puna.generate.scheduler import Scheduler
-from puna.generate.sequence import Answer, Request, TextStream
+from puna.generate.sampling import Sampling, one_each
+from puna.generate.scheduler import Scheduler, Watch
+from puna.generate.sequence import Answer, Request
+from puna.generate.vllm import VLLMEngine
+from puna.generate.weights import whole
 from puna.model.transformer import Transformer
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
-from puna.types import Completion, Dialog
+from puna.types import Completion, Dialog, Engine
 
 BULK_BATCH_SIZE = 128
 """Measured on two cores with a 3-million-parameter model: 64 is a fifth slower, 256 no faster."""
 
 
-def open_engine(folder: Path, device: torch.device) -> LocalEngine:
-    """An engine on a model folder for bulk sampling: bfloat16 where the machine computes in it, a wide batch."""
+def open_engine(folder: Path, device: torch.device, server: str = "") -> Engine:
+    """An engine on a model folder for bulk sampling: bfloat16 where the machine computes in it, a wide batch.
+
+    With the address of a vLLM `server` it is that one, which is told to load the folder (puna.generate.vllm).
+    """
+    if server:
+        engine = VLLMEngine(server, tokenizers.load(folder))
+        engine.load(folder)
+        return engine
     model = huggingface.load_model(folder, dtype=parallel.dtype("bf16", device)).to(device)
     return LocalEngine(model, tokenizers.load(folder), max_batch_size=BULK_BATCH_SIZE)
 
@@ -35,12 +43,16 @@ class LocalEngine:
 
     A sequence's draws depend on (seed, its request's place in the list, its sample number) alone; with equal logits
     that makes its tokens independent of the batch. (Matrix products of another size may round logits differently.)
+    `share_prompts` is as Scheduler has it.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, max_batch_size: int = 64) -> None:
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, *, max_batch_size: int = 64, share_prompts: bool = True
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
+        self.share_prompts = share_prompts
 
     @property
     def context(self) -> int:
@@ -48,9 +60,12 @@ class LocalEngine:
         return self.model.config.max_seq_len
 
     def update_weights(self, model: nn.Module) -> None:
-        """From now on generate with this model, which is used as it is: later changes to it are seen at once."""
+        """From now on generate with this model, which is used as it is: later changes to it are seen at once.
+
+        Of a model that is sharded (FSDP2) a whole copy is made; all ranks call this.
+        """
         assert isinstance(model, Transformer), f"not a Transformer: {type(model).__name__}"
-        self.model = model
+        self.model = whole(model)
 
     def generate(
         self,
@@ -91,11 +106,8 @@ class LocalEngine:
         `first` is the place of the first prompt, where the list is part of a longer one.
         Raises ConfigError where a prompt leaves no room in the model's context, or a setting is out of range.
         """
-        heat = [temperature] * len(prompts) if isinstance(temperature, int | float) else list(temperature)
-        if len(heat) != len(prompts):
-            raise ConfigError(f"{len(heat)} temperatures for {len(prompts)} prompts: give one, or one for each")
         settings = {"top_p": top_p, "top_k": top_k, "seed": seed, "max_new_tokens": max_new_tokens}
-        samplings = [Sampling(temperature=float(t), stop_ids=tuple(stop_ids), **settings) for t in heat]  # type: ignore[arg-type]
+        samplings = one_each(temperature, len(prompts), stop_ids=tuple(stop_ids), **settings)
         return self.complete(prompts, samplings, n=n, first=first)
 
     @torch.inference_mode()
@@ -131,22 +143,30 @@ class LocalEngine:
         """
         prompt = chat.encode_prompt(dialog, self.tokenizer)
         sampling = Sampling(temperature, top_p, top_k, seed=seed, max_new_tokens=max_new_tokens)
-        scheduler = self._scheduler()
+        heard: list[str] = []
+        scheduler = self._scheduler(lambda answer, token, piece: heard.append(piece))
         [answer] = scheduler.submit(Request(0, prompt, sampling))
-        text, said, held = TextStream(self.tokenizer.decode), False, ""
+        said, held = False, ""
         while scheduler.busy:
             scheduler.step()
             assert answer.finish != "error", "the model's logits are not finite"
-            drawn = answer.tokens[-1:] if answer.finish != "stop" else []
-            held += text.push(drawn, last=answer.finish is not None)
+            held += "".join(heard)
+            heard.clear()
             piece = held.rstrip() if said else held.strip()
             if piece:
                 yield piece
                 said, held = True, held[len(held.rstrip()) :]
 
-    def _scheduler(self) -> Scheduler:
+    def _scheduler(self, watch: Watch | None = None) -> Scheduler:
         """A new one each time: what an old one has cached may be of weights that have changed since."""
-        return Scheduler(self.model, self.tokenizer.decode, self.tokenizer.eos_id, max_batch_size=self.max_batch_size)
+        return Scheduler(
+            self.model,
+            self.tokenizer.decode,
+            self.tokenizer.eos_id,
+            max_batch_size=self.max_batch_size,
+            watch=watch,
+            share_prompts=self.share_prompts,
+        )
 
     def _completion(self, answer: Answer) -> Completion:
         assert answer.finish != "error", f"prompt {answer.request.number}: the model's logits are not finite"

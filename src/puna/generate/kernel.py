@@ -1,4 +1,4 @@
-"""step.cpp as a Python call: compiled with the machine's own g++ at first use and kept in the user's cache folder.
+"""step.cpp and sample.cpp as Python calls: compiled with the machine's own g++ at first use, kept in the user's cache.
 
 Where that cannot be (no compiler, no folder to write to, no AVX2, another system than Linux) `library` is None, and
 what asked for it takes torch's kernels: slower, the same numbers. Nothing of torch is compiled in; pointers are passed.
@@ -13,12 +13,13 @@ import hashlib
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("step.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("step.cpp", "sample.cpp", "shared.h"))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu++20", "-shared", "-fPIC", "-pthread")
 SECONDS = 120  # that a compiler may take
 DIGEST = 32  # bytes of SHA-256, behind the library's own in its file
@@ -72,9 +73,15 @@ class Cache(ctypes.Structure):
     ]
 
 
+class Settings(ctypes.Structure):
+    """How rows are drawn, a number each, as sampling.Settings has them."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("temperature", "top_p", "min_p", "top_k", "cuts", "greedy")]
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled step; compiling takes some seconds once a machine."""
+    """The compiled calls; compiling takes some seconds once a machine."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
     with contextlib.suppress(OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home folder
@@ -88,6 +95,16 @@ def library() -> ctypes.CDLL | None:
             ctypes.POINTER(Cache),
             ctypes.c_int,
             *[ctypes.c_void_p] * 4,
+            ctypes.c_int,
+        ]
+        loaded.puna_sample.restype = None
+        loaded.puna_sample.argtypes = [
+            ctypes.c_void_p,
+            ctypes.c_bool,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.POINTER(Settings),
+            *[ctypes.c_void_p] * 3,
             ctypes.c_int,
         ]
         return loaded
@@ -109,6 +126,24 @@ def step(model: Model, cache: Cache, positions: Tensor, rotary: Tensor, states: 
     loaded.puna_step(model, cache, len(positions), *pointers, torch.get_num_threads())
 
 
+def sample(logits: Tensor, uniform: Tensor, settings: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Draw a token for each row: (R,) int64, and its log-probability, (R,) float32.
+
+    logits (R, V) float32 or bfloat16, uniform (R,) float32 in [0, 1); the columns of sampling.Settings by name.
+    """
+    loaded = library()
+    assert loaded is not None, "there is no compiled sampler"
+    assert logits.dtype in (torch.float32, torch.bfloat16), f"logits are {logits.dtype}"
+    logits, uniform = logits.contiguous(), uniform.contiguous()
+    columns = {name: column.contiguous() for name, column in settings.items()}
+    tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
+    held = Settings(**{name: column.data_ptr() for name, column in columns.items()})
+    where = uniform.data_ptr(), tokens.data_ptr(), logprobs.data_ptr()
+    is_bf16 = logits.dtype == torch.bfloat16
+    loaded.puna_sample(logits.data_ptr(), is_bf16, *logits.shape, held, *where, torch.get_num_threads())
+    return tokens, logprobs
+
+
 def block() -> int:
     """Rows of a 4-bit weight that lie together."""
     loaded = library()
@@ -117,9 +152,11 @@ def block() -> int:
 
 
 def _path() -> Path:
-    """Where the library for this source, these flags and this processor belongs."""
+    """Where the library for these sources, these flags and this processor belongs."""
     cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))]
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *map(str.encode, (*FLAGS, *cpu[:2]))])).hexdigest()
+    key = hashlib.sha256(
+        b"\0".join([*(path.read_bytes() for path in SOURCES), *map(str.encode, (*FLAGS, *cpu[:2]))])
+    ).hexdigest()
     caches = os.environ.get("XDG_CACHE_HOME")
     return (Path(caches) if caches else Path.home() / ".cache") / "puna" / f"step-{key[:16]}.so"
 
@@ -140,7 +177,7 @@ def _compile(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(temporary)]
+        command = [compiler, *FLAGS, *(str(path) for path in SOURCES if path.suffix == ".cpp"), "-o", str(temporary)]
         subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
         with temporary.open("r+b") as file:
             content = file.read()

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from puna.generate.kv_cache import BLOCK
 from puna.generate.sampling import Sampling
 from puna.generate.scheduler import Scheduler
 from puna.generate.sequence import Answer, Finish, Request, Token
+from puna.generate.weights import whole
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
 
@@ -75,6 +77,7 @@ class LiveEngine:
         self._clients: dict[int, _Client] = {}
         self._inbox: list[_Client] = []
         self._cancelled: list[int] = []
+        self._new_weights: Transformer | None = None
         self._changed = threading.Condition()
         self._number = self._generated = 0
         self._stats = (0, 0, 0)  # waiting, running, blocks in use, as the last step left them
@@ -109,6 +112,19 @@ class LiveEngine:
         """End what is left of a request and free its memory; no request of this number is no error."""
         with self._changed:
             self._cancelled.append(request)
+            self._changed.notify()
+
+    def update_weights(self, model: nn.Module) -> None:
+        """Draw with this model from the next step on; it is used as it is, as `LocalEngine.update_weights` says.
+
+        No request is dropped: an answer under way goes on from what was drawn of it, and what the old weights had
+        cached is computed again. What is submitted after this call is the new weights' alone. A model that is trained
+        further must not be changed while the engine draws with it.
+        """
+        assert isinstance(model, Transformer), f"not a Transformer: {type(model).__name__}"
+        made = whole(model)
+        with self._changed:
+            self._new_weights = made
             self._changed.notify()
 
     def stats(self) -> Stats:
@@ -147,10 +163,13 @@ class LiveEngine:
         """Pass on what was submitted and cancelled, waiting for it where nothing runs; False when closing."""
         with self._changed:
             self._look()
-            while not (self._scheduler.busy or self._inbox or self._cancelled or self._closing):
+            while not (self._scheduler.busy or self._asked or self._closing):
                 self._changed.wait()
             if self._closing:
                 return False
+            if self._new_weights is not None:
+                self._scheduler.update_weights(self._new_weights)
+                self._new_weights = None
             new, self._inbox = self._inbox, []
             cancelled, self._cancelled = self._cancelled, []
             for client in new:
@@ -160,6 +179,11 @@ class LiveEngine:
         for number in dict.fromkeys(cancelled):
             self._drop(number)
         return True
+
+    @property
+    def _asked(self) -> bool:
+        """Whether anything was asked of the engine since it last took it in."""
+        return bool(self._inbox or self._cancelled) or self._new_weights is not None
 
     def _look(self) -> None:
         """Note how full the engine is."""

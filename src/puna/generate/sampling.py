@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from puna.config import ConfigError
+from puna.generate import kernel
 
 COLDEST, HOTTEST, STRONGEST = 1e-3, 1e3, 1e3
 """Within these no logit overflows; a bias of -1000 rules a token out."""
@@ -84,6 +85,17 @@ class Sampling:
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
 
+def one_each(temperature: float | Sequence[float], count: int, **settings: Any) -> list[Sampling]:
+    """The settings of `count` prompts, alike but for a temperature of each where a list is given.
+
+    Raises ConfigError where the list has another length, or as Sampling.
+    """
+    heat = [temperature] * count if isinstance(temperature, int | float) else list(temperature)
+    if len(heat) != count:
+        raise ConfigError(f"{len(heat)} temperatures for {count} prompts: give one, or one for each")
+    return [Sampling(temperature=float(t), **settings) for t in heat]
+
+
 class Settings(NamedTuple):
     """What `sample` needs to know of B rows."""
 
@@ -145,6 +157,8 @@ def sample(logits: Tensor, uniform: Tensor, settings: Settings) -> tuple[Tensor,
     The log-probability is under softmax(logits / temperature), also where the draw was cut: it is what a trainer scores
     the token with. A greedy token's is at temperature 1.
     """
+    if logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.bfloat16) and kernel.library() is not None:
+        return kernel.sample(logits, uniform, settings._asdict())
     temperature, greedy, cuts = settings.temperature, settings.greedy, settings.cuts
     probs = (logits.float() / temperature.masked_fill(greedy, 1.0)[:, None]).softmax(-1)  # (B, V)
     if bool(cuts.all()):
@@ -168,17 +182,18 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _cut(probs: Tensor, uniform: Tensor, settings: Settings) -> Tensor:
-    """Draw from what the cuts leave of each row, (B,).
+    """Draw from what the cuts leave of each row, (B,). Tokens come in order of probability, equal ones by their index.
 
-    That is first sought among few candidates; rows it outgrows go on to more, so that a peaked distribution never sorts
-    the vocabulary. A row's path depends on that row alone.
+    What is left is first sought among few candidates; rows it outgrows go on to more, so that a peaked distribution
+    never sorts the vocabulary. A row's path depends on that row alone.
     """
     vocab = probs.shape[-1]
     tokens = torch.empty(len(probs), dtype=torch.int64, device=probs.device)
     rows = torch.arange(len(probs), device=probs.device)
     top_k = torch.where(settings.top_k > 0, settings.top_k.clamp(max=vocab), vocab)  # (B,)
     for width in (*(w for w in FIRST_WIDTHS if w < vocab), vocab):
-        values, ids = (probs if len(rows) == len(probs) else probs[rows]).topk(width)  # (B, W), descending
+        values, ids = _likeliest(probs if len(rows) == len(probs) else probs[rows], width)  # (B, W)
+        last = values[:, -1]
         k, top_p, min_p = top_k[rows], settings.top_p[rows], settings.min_p[rows]
         rank = torch.arange(width, device=probs.device)
         values = values.masked_fill(rank >= k[:, None], 0.0)
@@ -188,9 +203,19 @@ def _cut(probs: Tensor, uniform: Tensor, settings: Settings) -> Tensor:
         beyond = (mass - values >= (top_p * whole)[:, None]) & (top_p < 1)[:, None] & (rank > 0)
         values = values.masked_fill(beyond | (values < min_p[:, None] * values[:, :1]), 0.0)
         tokens[rows] = ids.gather(1, _draw(values, uniform[rows])[:, None]).squeeze(1)
-        # What is left may go on past the last candidate; top-k is known whole once there are k of them.
-        unsure = (values[:, -1] > 0) | ((k < vocab) & (k > width))
-        rows = rows[unsure & (k != width)]
+        # What is left may go on past the last candidate, or may end among its equals, of which not all are here.
+        unsure = (values.masked_fill(values == 0, torch.inf).amin(-1) == last) | ((k < vocab) & (k > width))
+        rows = rows[unsure]
         if not len(rows):
             break
     return tokens
+
+
+def _likeliest(probs: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The largest probabilities of each row and their tokens, (B, W), descending, equal ones by token."""
+    if width == probs.shape[-1]:
+        values, ids = probs.sort(dim=-1, descending=True, stable=True)
+        return values, ids
+    ids = probs.topk(width).indices.sort(-1).values
+    values, order = probs.gather(1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(1, order)

@@ -25,7 +25,7 @@ from torch import Tensor
 from puna.config import ConfigError
 from puna.generate.kv_cache import BLOCK, BlockCache, DecodePass, Full, PromptPass, blocks_of
 from puna.generate.sampling import Sampling, Settings, adjust, sample, uniforms
-from puna.generate.sequence import Answer, Request, TextStream, Token
+from puna.generate.sequence import Answer, Request, TextStream, Token, room
 from puna.model.transformer import Transformer
 
 PREFILL_TOKENS = 2048
@@ -33,6 +33,9 @@ PREFILL_TOKENS = 2048
 
 PAST_TOKENS = 16384
 """Tokens, padding included, that a prefill pass of several prompts may have behind it: they are copied for it."""
+
+Watch = Callable[[Answer, Token, str], None]
+"""Told of a drawn token: its answer, the token, and the text that it makes certain."""
 
 
 @dataclass(eq=False)
@@ -58,10 +61,11 @@ class _Running:
 
 
 class Scheduler:
-    """Runs requests on one model. `watch` is told every token drawn and the text that it makes certain.
+    """Runs requests on one model. `watch` is told of every token drawn.
 
     `serving` is for requests that keep coming: no more than one prefill pass comes between two tokens of a running
-    sequence, and answers are kept like prompts, for dialogs that go on.
+    sequence, and answers are kept like prompts, for dialogs that go on. Without `share_prompts` nothing is kept for
+    another request, which then runs its whole prompt: to measure what sharing gives.
     Raises ConfigError where the cache cannot hold one sequence as long as the model's context.
     """
 
@@ -73,14 +77,13 @@ class Scheduler:
         *,
         max_batch_size: int,
         cache_tokens: int | None = None,
-        watch: Callable[[Answer, Token, str], None] | None = None,
+        watch: Watch | None = None,
         serving: bool = False,
+        share_prompts: bool = True,
     ) -> None:
-        weight = model.tok_embeddings.weight
-        self.model = model
         self.max_batch_size = max_batch_size
-        self._decode, self._eos_id, self._watch, self._serving = decode, eos_id, watch, serving
-        self._device = weight.device
+        self._decode, self._eos_id, self._watch = decode, eos_id, watch
+        self._serving, self._shares = serving, share_prompts
         context = blocks_of(model.config.max_seq_len)
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size is {max_batch_size}: it must be at least 1")
@@ -91,9 +94,16 @@ class Scheduler:
                 f"a cache of {cache_tokens} tokens is too small for the model's context of "
                 f"{model.config.max_seq_len}: give it at least {BLOCK * least}"
             )
-        self.cache = BlockCache(model.config, capacity, weight.dtype, weight.device)
         self._waiting: deque[_Waiting] = deque()
         self._running: list[_Running] = []
+        self._use(model, capacity)
+
+    def _use(self, model: Transformer, capacity: int) -> None:
+        """This model from now on, with a cache that knows nothing and nobody in a slot."""
+        weight = model.tok_embeddings.weight
+        self.model = model
+        self._device = weight.device
+        self.cache = BlockCache(model.config, capacity, weight.dtype, weight.device)
         self._logits = torch.empty(0, model.config.vocab_size, dtype=weight.dtype, device=weight.device)  # (B, V)
         self._settings = Settings.of([], weight.device)
         self._tokens = torch.empty(0, dtype=torch.int64, device=weight.device)  # (B,) the last drawn
@@ -115,18 +125,13 @@ class Scheduler:
 
     def check(self, request: Request, name: str) -> int:
         """How many tokens an answer can have. Raises ConfigError where the request, called `name`, cannot be served."""
-        context, vocab = self.model.config.max_seq_len, self.model.config.vocab_size
-        if not 0 < len(request.prompt) < context:
-            raise ConfigError(
-                f"{name} has {len(request.prompt)} tokens and the model's context {context}: "
-                "a prompt needs at least one token and must leave room for an answer"
-            )
+        left, vocab = room(request.prompt, self.model.config.max_seq_len, name), self.model.config.vocab_size
         if request.n < 1:
             raise ConfigError(f"n is {request.n}: it must be at least 1")
         for ids, where in ((request.prompt, name), (request.sampling.logit_bias, "logit_bias")):
             if not (min(ids, default=0) >= 0 and max(ids, default=0) < vocab):
                 raise ConfigError(f"{where} has a token that is not among the model's {vocab}")
-        return min(context - len(request.prompt), request.sampling.max_new_tokens)
+        return min(left, request.sampling.max_new_tokens)
 
     def submit(self, request: Request) -> list[Answer]:
         """Queue a request; its answers fill as steps are made. Raises ConfigError as `check`."""
@@ -152,6 +157,18 @@ class Scheduler:
         for answer in answers:
             answer.finish = "cancelled"
         return list(zip(answers, pieces, strict=True))
+
+    def update_weights(self, model: Transformer) -> None:
+        """Go on with this model, of the same shape: no answer is dropped, but keys and values are the old weights'.
+
+        What was drawn of an answer stays; it is run again, with its prompt, before the next token is drawn.
+        """
+        assert model.config == self.model.config, f"{model.config} is not {self.model.config}"
+        for group in self._waiting:
+            self._give_back(group)
+        while self._running:
+            self._preempt(self._running[-1])
+        self._use(model, self.cache.capacity)
 
     def step(self) -> list[Answer]:
         """Admit, draw one token for every sequence that has a slot, and run it; the answers that ended with it."""
@@ -215,7 +232,8 @@ class Scheduler:
                     continue
                 break
             self._extend(group.blocks, group.cached + n)
-            begun.add(head)
+            if self._shares:
+                begun.add(head)
             chunk.append((group, n))
             longest, past, wanted = max(longest, n), max(past, group.cached), wanted + len(group.answers)
         if chunk:
@@ -253,7 +271,8 @@ class Scheduler:
             group.cached += n
             if group.cached == len(group.tokens):
                 group.logits = logits[row]
-                self.cache.remember(group.tokens, group.blocks)
+                if self._shares:
+                    self.cache.remember(group.tokens, group.blocks)
 
     def _begin(self, ready: Iterable[_Waiting]) -> None:
         """Put samples of computed prompts into free slots. Raises Full where a block for one cannot be had.
@@ -304,7 +323,7 @@ class Scheduler:
             if self._watch:
                 self._watch(row.answer, Token(token, logprob, self._top(logits[i], row.answer.request.sampling)), piece)
         ended = [row for row in self._running if row.answer.finish]
-        if self._serving:
+        if self._serving and self._shares:
             for row in ended:
                 self.cache.remember((row.answer.request.prompt + row.answer.tokens)[: row.length], row.blocks)
         self._remove(ended)

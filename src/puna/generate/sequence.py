@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from puna.config import ConfigError
 from puna.generate.sampling import Sampling
 
 REPLACEMENT = "\ufffd"
@@ -62,6 +63,16 @@ class Answer:
         if self.stream.stopped:
             self.finish = "stop"
         return piece
+
+
+def room(prompt: Sequence[int], context: int, name: str) -> int:
+    """Tokens that an answer to a prompt can have. Raises ConfigError where the prompt, called `name`, leaves none."""
+    if not 0 < len(prompt) < context:
+        raise ConfigError(
+            f"{name} has {len(prompt)} tokens and the model's context {context}: "
+            "a prompt needs at least one token and must leave room for an answer"
+        )
+    return context - len(prompt)
 
 
 class TextStream:

@@ -5,18 +5,7 @@
 //
 // R rows, D model width, H query heads, K key/value heads, E head width, V vocabulary.
 
-#include <algorithm>
-#include <atomic>
-#include <climits>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <immintrin.h>
-#include <mutex>
-#include <thread>
-#include <vector>
-
-struct Bf16 { uint16_t bits; };
+#include "shared.h"
 
 struct Matrix { const void *data, *scales; int32_t kind, rows, columns, group; };  // kind 0 fp32, 1 bf16, 2 int8, 3 int4
 struct Layer { const float *attention_norm, *ffn_norm; Matrix wq, wk, wv, wo, w1, w2, w3; };
@@ -28,59 +17,6 @@ struct Cache {  // strides in numbers; a row's position s is at place s % page o
     int32_t is_bf16;
 };
 
-#ifdef __AVX512F__
-typedef __m512 Floats;
-static Floats load(const float *p) { return _mm512_loadu_ps(p); }
-static Floats load(const Bf16 *p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
-}
-static Floats load(const int8_t *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-}
-static Floats all(float x) { return _mm512_set1_ps(x); }
-static void store(float *p, Floats v) { _mm512_storeu_ps(p, v); }
-static Floats nibbles(const uint8_t *p, int shift) {  // less 8
-    const Floats value = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-    __m512i bytes = _mm512_srli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)), shift);
-    return _mm512_permutexvar_ps(bytes, value);  // by the lowest four bits
-}
-static Floats bf16_of_pairs(const Bf16 *p, bool second) {  // of 2 LANES numbers, every second one
-    auto pairs = _mm512_loadu_si512((const __m512i *)p);
-    return _mm512_castsi512_ps(second ? _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(pairs, 16));
-}
-static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-static float sum(Floats v) { return _mm512_reduce_add_ps(v); }
-#else
-typedef __m256 Floats;
-static Floats load(const float *p) { return _mm256_loadu_ps(p); }
-static Floats load(const Bf16 *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
-}
-static Floats load(const int8_t *p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-}
-static Floats all(float x) { return _mm256_set1_ps(x); }
-static void store(float *p, Floats v) { _mm256_storeu_ps(p, v); }
-static Floats nibbles(const uint8_t *p, int shift) {
-    __m256i bytes = _mm256_srli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)), shift);
-    return _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(bytes, _mm256_set1_epi32(15)), _mm256_set1_epi32(8)));
-}
-static Floats bf16_of_pairs(const Bf16 *p, bool second) {  // of 2 LANES numbers, every second one
-    auto pairs = _mm256_loadu_si256((const __m256i *)p);
-    return _mm256_castsi256_ps(second ? _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000)) : _mm256_slli_epi32(pairs, 16));
-}
-static Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-static float sum(Floats v) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    four = _mm_hadd_ps(four, four);
-    return _mm_cvtss_f32(_mm_hadd_ps(four, four));
-}
-#endif
-constexpr int LANES = sizeof(Floats) / sizeof(float), BLOCK = 4 * LANES;  // rows that lie together in int4
-
-static float one(float x) { return x; }
-static float one(int8_t x) { return x; }
-static float one(Bf16 x) { uint32_t bits = (uint32_t)x.bits << 16; float y; memcpy(&y, &bits, 4); return y; }
 static void put(float *p, float x) { *p = x; }
 static void put(Bf16 *p, float x) {  // to the nearest, ties to even, as torch rounds
     uint32_t bits;
@@ -171,69 +107,6 @@ static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int
     for (; r + 2 <= rows; r += 2) product<2>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
     for (; r < rows; r++) product<1>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
 }
-
-// Threads that share a step's work. They spin while a step lasts and sleep between steps. Work is taken chunk by chunk,
-// and only chunks that a thread took are waited for. Where other programs displace threads in the middle of one, half
-// of the threads sit the next steps out: a step on all of them would wait for the scheduler again and again.
-class Threads {
-    static constexpr int LONG = 1024, STEPS = 32;  // pauses, several chunks' time; steps between two attempts at more
-    std::atomic<uint64_t> ticket{0};               // chunks << 32 | the next one
-    std::atomic<uint32_t> done{0}, stepping{0};    // chunks; threads that share the step
-    void (*work)(const void *, int) = nullptr;
-    const void *context = nullptr;
-    int started = 1, sharing = INT_MAX, late = 0, calm = 0;
-
-    static void pause(int &spins) {
-        if (++spins % LONG == 0) std::this_thread::yield();
-        else __builtin_ia32_pause();
-    }
-    void take() {
-        for (;;) {
-            uint64_t now = ticket.load(std::memory_order_acquire);
-            if ((uint32_t)now >= now >> 32) return;
-            now = ticket.fetch_add(1, std::memory_order_acq_rel);
-            if ((uint32_t)now >= now >> 32) return;
-            work(context, (uint32_t)now);
-            done.fetch_add(1, std::memory_order_release);
-        }
-    }
-
-  public:
-    std::mutex mutex;
-
-    void begin(int count) {
-        if (late > 1) sharing = std::max(1, std::min(sharing, count) / 2), calm = 0;
-        else if (++calm % STEPS == 0) sharing = std::min(count, 2 * std::min(sharing, count));
-        late = 0;
-        for (; started < count; started++)
-            std::thread([this, number = (uint32_t)started] {
-                for (int spins = 0;;) {
-                    for (uint32_t now; (now = stepping.load()) <= number;) stepping.wait(now);
-                    take();
-                    pause(spins);
-                }
-            }).detach();
-        stepping.store(std::min(sharing, count)), stepping.notify_all();
-    }
-    void end() { stepping.store(0); }
-
-    template <class F> void run(int chunks, const F &f) {
-        work = [](const void *f, int chunk) { (*(const F *)f)(chunk); };
-        context = &f;
-        done.store(0, std::memory_order_relaxed);
-        ticket.store((uint64_t)chunks << 32, std::memory_order_release);
-        take();
-        int spins = 0;
-        while (done.load(std::memory_order_acquire) != (uint32_t)chunks) pause(spins);
-        late += spins >= LONG;
-    }
-    // f(begin, end) over `count` rows of so many numbers, in chunks of about 32 thousand and of whole int4 blocks.
-    template <class F> void rows(int count, int columns, const F &f) {
-        int each = std::max(1, 32768 / columns / BLOCK) * BLOCK;
-        run((count + each - 1) / each, [&](int chunk) { f(chunk * each, std::min(count, (chunk + 1) * each)); });
-    }
-};
-static Threads &threads = *new Threads;  // never destroyed: its threads may outlive main
 
 static void normalise(const std::vector<float> &x, const float *weight, int rows, int dim, float eps, std::vector<float> &out) {
     for (int r = 0; r < rows; r++) {

@@ -19,7 +19,9 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkab
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from puna import parallel
 from puna.config import ConfigError
 from puna.generate import kernel
 from puna.model.transformer import Cache, Transformer
@@ -139,10 +141,11 @@ class PackedTransformer(Transformer):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         only: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
-        logits = self._step(tokens, positions, cache, head=True) if only is None else None
+        logits = self._step(tokens, positions, cache, head=True) if only is None and targets is None else None
         if logits is None:
-            return super().forward(tokens, positions=positions, mask=mask, cache=cache, only=only)
+            return super().forward(tokens, positions=positions, mask=mask, cache=cache, only=only, targets=targets)
         return logits
 
     def _step(self, tokens: Tensor, positions: Tensor | None, cache: object, head: bool) -> Tensor | None:
@@ -169,7 +172,9 @@ class PackedTransformer(Transformer):
 
     @functools.cached_property
     def _pointers(self) -> kernel.Model | None:
-        """Where the weights are; None where there is no compiled step or it does not read some layer's type."""
+        """Where the weights are; None where there is no compiled step, or it cannot read some layer or experts."""
+        if self.config.moe.experts:
+            return None
         if kernel.library() is None or self.norm.weight.is_cuda or self.norm.weight.dtype != torch.float32:
             return None
         layers = []
@@ -190,6 +195,27 @@ class PackedTransformer(Transformer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_pointers"}  # a copy's are others
+
+
+def whole(model: Transformer, dtype: torch.dtype | None = None) -> Transformer:
+    """The model itself, or, where it is sharded over processes or compiled, a plain copy with all its weights.
+
+    They are gathered a parameter at a time, on every rank at once, in their own type or `dtype`. Later changes to the
+    model are not seen by the copy.
+    """
+    if not parallel.is_sharded(model) and not parallel.is_compiled(model):
+        return model
+    with torch.device("meta"):
+        made = Transformer(model.config)
+    made.rotary = model.rotary
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        full = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
+        full = full if dtype is None else full.to(dtype)
+        made.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(full, requires_grad=False)
+    if model.config.tie_embeddings:
+        made.output.weight = made.tok_embeddings.weight
+    return made.eval()
 
 
 def pack(model: Transformer, kind: Kind, *, group: int = 32) -> PackedTransformer:

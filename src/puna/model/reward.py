@@ -12,9 +12,17 @@ from puna.model.transformer import ModelConfig, Transformer
 class ScalarHead(nn.Linear):
     """Scores (...) of states (..., D), in float32 always: they differ by less than bfloat16 can tell."""
 
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 1, bias=False)
+
     def forward(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
+
+
+def initial_head(dim: int, generator: torch.Generator | None = None) -> Tensor:
+    """A new head (1, D): deviation 1/sqrt(D + 1), so that scores start near unit size (Stiennon et al. 2020)."""
+    return torch.empty(1, dim).normal_(std=(dim + 1) ** -0.5, generator=generator)
 
 
 class RewardModel(nn.Module):
@@ -29,7 +37,7 @@ class RewardModel(nn.Module):
         self.body = body
         # The language-model head is dropped: a parameter without a gradient has no place in the optimizer.
         self.body.output = nn.Identity()  # type: ignore[assignment]
-        self.score = ScalarHead(body.config.dim, 1, bias=False)
+        self.score = ScalarHead(body.config.dim)
         self.init_head()
 
     @classmethod
@@ -47,14 +55,10 @@ class RewardModel(nn.Module):
     def config(self) -> ModelConfig:
         return self.body.config
 
-    def initial_head(self, generator: torch.Generator | None = None) -> Tensor:
-        """A new head (1, D): deviation 1/sqrt(D + 1), so that scores start near unit size (Stiennon et al. 2020)."""
-        return torch.empty(1, self.config.dim).normal_(std=(self.config.dim + 1) ** -0.5, generator=generator)
-
     def init_head(self, generator: torch.Generator | None = None) -> None:
         """Set `initial_head` on one process."""
         with torch.no_grad():
-            self.score.weight.copy_(self.initial_head(generator))
+            self.score.weight.copy_(initial_head(self.config.dim, generator))
 
     def values(self, tokens: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """A score after every token, (B, T) float32; `positions` and `mask` as in `Transformer.forward`."""
@@ -63,3 +67,15 @@ class RewardModel(nn.Module):
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         last = self.body.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)
         return self.score(last)  # type: ignore[no-any-return]
+
+
+class ValueHead(nn.Module):
+    """The critic that shares the policy's body: `forward(hidden (..., D)) -> values (...)`. It begins at 0."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.score = ScalarHead(dim)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.score(hidden)  # type: ignore[no-any-return]

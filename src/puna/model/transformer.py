@@ -10,7 +10,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna.config import ConfigError, positive
+from puna.model.head import LARGE, chunked_loss
+from puna.model.moe import MixtureOfExperts, MoEConfig
 
 SHORT = 256  # tokens of a row whose attention scores are written out, where that is faster
 
@@ -38,6 +40,8 @@ class ModelConfig:
     rope_theta: float = 10000.0
     tie_embeddings: bool = False
     """Llama 2 unties them; small published Llamas tie."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """experts in place of the feed-forward; Llama 2 has none."""
 
     def __post_init__(self) -> None:
         positive(self, "dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "ffn_hidden", "max_seq_len")
@@ -52,8 +56,19 @@ class ModelConfig:
 
     def n_params(self) -> int:
         """Number of parameters; a tied output is counted once."""
+        return self._count(self.moe.experts)
+
+    def n_active_params(self) -> int:
+        """Number of parameters that one token's pass reads: of the experts, the chosen ones alone."""
+        return self._count(self.moe.top_k)
+
+    def _count(self, experts: int) -> int:
+        """Number of parameters with so many experts, where there are any."""
         attention = 2 * self.dim * self.dim + 2 * self.dim * self.n_kv_heads * self.head_dim
-        layer = attention + 3 * self.dim * self.ffn_hidden + 2 * self.dim
+        feed_forward = 3 * self.dim * self.ffn_hidden
+        if self.moe.experts:
+            feed_forward = experts * feed_forward + self.moe.experts * self.dim
+        layer = attention + feed_forward + 2 * self.dim
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return embeddings + self.n_layers * layer + self.dim
 
@@ -157,7 +172,12 @@ class TransformerBlock(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attention = Attention(config)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward: nn.Module
+        if config.moe.experts:
+            experts = (FeedForward(config) for _ in range(config.moe.experts))
+            self.feed_forward = MixtureOfExperts(config.moe, config.dim, experts)
+        else:
+            self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
@@ -171,7 +191,8 @@ class Transformer(nn.Module):
 
     `forward(tokens (B, T)) -> logits (B, T, V)`. Without `mask` attention is causal; a mask (B, 1, T, S) is True where
     a query may look, which is somewhere. `positions` (B, T) defaults to 0..T-1; a cache needs them and no mask.
-    With `only` (B, T) bool the head runs at those N tokens alone, and the logits are (N, V).
+    With `only` (B, T) bool the head runs at those N tokens alone, and the logits are (N, V). With `targets`, (B, T) or
+    (N,), the sum of -log p(target) comes in place of logits, a float32 scalar; large logits never exist as a whole.
     """
 
     rotary: Tensor
@@ -235,6 +256,10 @@ class Transformer(nn.Module):
             x = layer(x, table, mask, cache, i)
         return self.norm(x)  # type: ignore[no-any-return]
 
+    def head(self) -> Tensor:
+        """The output's weight (V, D), for a product that is not the output's own."""
+        return self.output.weight
+
     def forward(
         self,
         tokens: Tensor,
@@ -243,6 +268,13 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         cache: Cache | None = None,
         only: Tensor | None = None,
+        targets: Tensor | None = None,
     ) -> Tensor:
         hidden = self.hidden(tokens, positions=positions, mask=mask, cache=cache)
-        return self.output(hidden if only is None else hidden[only])  # type: ignore[no-any-return]
+        hidden = hidden if only is None else hidden[only]
+        if targets is not None and targets.numel() * self.config.vocab_size > LARGE:
+            return chunked_loss(hidden.flatten(0, -2), self.head(), targets.flatten())
+        logits: Tensor = self.output(hidden)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), reduction="none").sum()

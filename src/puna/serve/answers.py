@@ -7,10 +7,10 @@ ends in one of four ways: its samples are done, its client has gone, the server 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import secrets
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -38,18 +38,37 @@ class Served:
     def __post_init__(self) -> None:
         self._anchor = self.engine.tokenizer.encode("a")
         self._anchor_text = self.engine.tokenizer.decode(self._anchor)
+        self._came: deque[tuple[Callable[[Event], None], Event]] = deque()
+        self._wakes = False
 
     def admit(self, samples: int) -> None:
         """Count samples in, or raise 503 where the engine is dead, 429 where the queue is full."""
         if samples > self.limit:
             raise errors.invalid(f"{samples} answers in one request: at most {self.limit} are served at once", "n")
         if not self.engine.alive:
-            raise _dead(self.name)
+            raise errors.engine_dead(self.name)
         if self.samples + samples > self.limit:
             raise APIError(
                 429, "the queue is full: try again later", code="rate_limit_exceeded", headers={"Retry-After": "1"}
             )
         self.samples += samples
+
+    def pass_on(self, loop: asyncio.AbstractEventLoop, take: Callable[[Event], None], event: Event) -> None:
+        """From the engine's thread: have the loop call take(event). It is woken once for all that comes meanwhile."""
+        self._came.append((take, event))
+        if not self._wakes:
+            self._wakes = True
+            try:
+                loop.call_soon_threadsafe(self._take_all)
+            except RuntimeError:  # the loop is closed: nobody waits any more
+                self._came.clear()
+                self._wakes = False
+
+    def _take_all(self) -> None:
+        self._wakes = False  # first: what comes from here on wakes the loop again
+        while self._came:
+            take, event = self._came.popleft()
+            take(event)
 
     def token_text(self, token: int) -> str:
         """A token's text as it stands inside a text, with its leading space."""
@@ -87,7 +106,7 @@ class Answers:
             raise errors.invalid(str(error)) from None
         except RuntimeError:  # it died since `admit` looked
             self.close()
-            raise _dead(model.name) from None
+            raise errors.engine_dead(model.name) from None
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self._all()
@@ -110,8 +129,7 @@ class Answers:
         """What the engine's thread calls: hands an event, with its choice as `sample`, to the event loop."""
 
         def on_event(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                self._loop.call_soon_threadsafe(self._events.put_nowait, event._replace(sample=first + event.sample))
+            self.model.pass_on(self._loop, self._events.put_nowait, event._replace(sample=first + event.sample))
 
         return on_event
 
@@ -137,7 +155,7 @@ class Answers:
                     waiting = [await self._events.get()]
             except TimeoutError:
                 if not self.model.engine.alive:
-                    raise _dead(self.model.name) from None
+                    raise errors.engine_dead(self.model.name) from None
                 continue
             while not self._events.empty():
                 waiting.append(self._events.get_nowait())
@@ -195,7 +213,3 @@ def _joined(events: Sequence[Event]) -> list[Event]:
             event = event._replace(text=before.text + event.text, tokens=before.tokens + event.tokens)
         found[event.sample] = event
     return list(found.values())
-
-
-def _dead(name: str) -> APIError:
-    return errors.unavailable(f"the engine of {name!r} has stopped: the server must be started again", "engine_dead")

@@ -55,6 +55,16 @@ class State:
         """Samples under way."""
         return sum(model.samples for model in self.models.values())
 
+    @property
+    def dead(self) -> list[str]:
+        """The models whose engines have ended."""
+        return [model.name for model in self.models.values() if not model.engine.alive]
+
+    def check(self) -> None:
+        """Raise 503 where an engine is dead."""
+        for name in self.dead:
+            raise errors.engine_dead(name)
+
     def model(self, name: str) -> Served:
         if name not in self.models:
             known = ", ".join(self.models)
@@ -145,7 +155,8 @@ def _add_api(app: FastAPI, state: State) -> None:
 def _add_operation(app: FastAPI, state: State) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
-        """The process answers."""
+        """The process answers, and its engines live."""
+        state.check()
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
@@ -153,9 +164,7 @@ def _add_operation(app: FastAPI, state: State) -> None:
         """Every engine lives, and new requests are taken."""
         if state.draining:
             raise errors.unavailable("the server is shutting down", "shutting_down")
-        for model in state.models.values():
-            if not model.engine.alive:
-                raise errors.unavailable(f"the engine of {model.name!r} has died", "engine_dead")
+        state.check()
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics", response_class=PlainTextResponse)

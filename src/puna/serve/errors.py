@@ -65,6 +65,11 @@ def unavailable(message: str, code: str, seconds: int = 5) -> APIError:
     return APIError(503, message, code=code, headers={"Retry-After": str(seconds)})
 
 
+def engine_dead(name: str) -> APIError:
+    """503: a model's engine has ended."""
+    return unavailable(f"the engine of {name!r} has stopped: the server must be started again", "engine_dead")
+
+
 def install(app: FastAPI) -> None:
     """Every error of the app in OpenAI's shape."""
 

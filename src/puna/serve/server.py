@@ -3,18 +3,21 @@
 1. Open the models, each with an engine of its own, and the reward models.
 2. Listen; a request passes the guard (puna.serve.guard) and is let in or refused before any work.
 3. SIGTERM or Ctrl-C: refuse what is new, finish what runs, at most `drain_seconds` long; a second signal stops at once.
+4. An engine that dies ends its answers with an error; the server drains as in 3, and fails for a supervisor to see.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import logging
 import math
 import socket
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -75,15 +78,17 @@ class ServeConfig:
 
 
 def run(cfg: ServeConfig) -> None:
-    """Serve until a signal comes."""
+    """Serve until a signal comes. Raises RuntimeError where an engine dies."""
     import uvicorn
 
     from puna.serve.app import State, make_app
+    from puna.serve.connections import Connection
     from puna.serve.guard import JSONLines, Rules, read_keys
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JSONLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    threading.excepthook = lambda died: log.error("thread died", exc_info=died.exc_value, extra={"note": {}})
     hosts = cfg.allowed_hosts or (LOOPBACK if is_loopback(cfg.host) else ())
     keys = read_keys(cfg.api_keys)
     listening = listen(cfg.host, cfg.port)
@@ -96,12 +101,16 @@ def run(cfg: ServeConfig) -> None:
         """Drains before it stops: it listens on, so that what is new hears 503 and not a closed door."""
 
         deadline = math.inf
+        dead: Sequence[str] = ()
 
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             self.should_exit = self.force_exit = state.draining
             state.draining = True
 
         async def on_tick(self, counter: int) -> bool:
+            if not state.draining and (dead := state.dead):
+                log.error("engine dead", extra={"note": {"models": dead}})
+                self.dead, state.draining = dead, True
             if state.draining and self.deadline == math.inf:
                 self.deadline = time.monotonic() + cfg.drain_seconds
                 log.info("draining", extra={"note": {"samples": state.samples}})
@@ -113,6 +122,8 @@ def run(cfg: ServeConfig) -> None:
 
     settings = uvicorn.Config(
         make_app(state, rules),
+        http=Connection,
+        ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
@@ -120,7 +131,12 @@ def run(cfg: ServeConfig) -> None:
     )
     host, port = listening.getsockname()[:2]
     log.info("serving", extra={"note": {"host": host, "port": port, "models": list(state.models)}})
-    Server(settings).run([listening])
+    server = Server(settings)
+    gc.collect()
+    gc.freeze()  # what is here stays: a full collection would look at all of it, and hold up everybody for 170 ms
+    server.run([listening])
+    if server.dead:
+        raise RuntimeError(f"the engine of {', '.join(map(repr, server.dead))} has died: its error is in the log")
 
 
 def listen(host: str, port: int) -> socket.socket:

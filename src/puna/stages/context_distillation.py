@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
 from puna.generate.engine import open_engine
 from puna.generate.scoring import Scorer
-from puna.run_folder import Progress, RunFolder
+from puna.run_folder import Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.types import Dialog, Engine, Message
 
@@ -55,6 +57,8 @@ class ContextDistillationConfig:
     """use at most so many prompts; 0 uses all."""
     shard_size: int = 256
     """prompts a resumable piece of work."""
+    vllm: str = ""
+    """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in this process."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -103,7 +107,7 @@ def run(cfg: ContextDistillationConfig) -> Path:
         if folder.done("context_distillation"):
             return folder.path
         tagged = [p for p in read_prompts(cfg.prompts, cfg.format) if p["is_safety"]]
-        engine = open_engine(cfg.init, device)
+        engine = open_engine(cfg.init, device, cfg.vllm)
         prompts = fitting(tagged, engine.tokenizer, engine.context) if tagged else []
         left_out = len(tagged) - len(prompts)
         prompts = prompts[: cfg.limit] if cfg.limit else prompts
@@ -119,6 +123,7 @@ def run(cfg: ContextDistillationConfig) -> Path:
         kept = [record for record in records if record["kept"]]
         if parallel.is_main():
             readers.write_jsonl(folder.path / "dialogs.jsonl", kept)
+            write_atomically(folder.path / "gate.json", json.dumps(by_score(records), indent=1))
         folder.mark_done("context_distillation", kept=len(kept), prompts=len(prompts), left_out=left_out)
         parallel.barrier()
         return folder.path
@@ -148,6 +153,23 @@ def distill(
             "kept": bool(answer) and (not cfg.gate or second > first),
         }
         for prompt, answer, is_targeted, first, second in zip(prompts, distilled, targeted, before, after, strict=True)
+    ]
+
+
+def by_score(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the gate decided (Figure 16), by fifths of the score that the plain answer has; empty ones are left out."""
+    fifths: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        fifths[min(int(5 * record["score_before"]), 4)].append(record)
+    return [
+        {
+            "from": fifth / 5,
+            "prompts": len(mine),
+            "kept": sum(record["kept"] for record in mine) / len(mine),
+            "score_before": sum(record["score_before"] for record in mine) / len(mine),
+            "score_after": sum(record["score_after"] for record in mine) / len(mine),
+        }
+        for fifth, mine in sorted(fifths.items())
     ]
 
 

@@ -9,44 +9,44 @@ For each iteration:
    batch.
 4. One gradient step a mini-batch on the clipped policy and value losses.
 Every few iterations the mean reward on held-out prompts is measured; the best policy is kept, and training stops when
-it has not improved for a while.
+it has not improved for a while. Signs of an exploited reward model are said in words (puna/monitors.py).
 
 Where the paper is silent: the critic is a separate model that starts from the helpfulness reward model; KL is counted
 per token (k1) and the score once, at the last token, so that with gamma 1 their sum is the paper's R; whitening takes
-the batch's mean and deviation; lambda 0.95; pi_0 is the policy that PPO starts from.
+the batch's mean and deviation; lambda 0.95; pi_0 is the policy that PPO starts from. Each choice is a field.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
+import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from puna import checkpoint, config, losses, optim, parallel
+from puna import checkpoint, config, losses, monitors, optim, parallel
 from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError
-from puna.data import loader, packing
-from puna.data.prompts import Prompt, fitting, read_prompts
+from puna.data import loader, packing, prompts, rollouts, shards
+from puna.data.prompts import Prompt
+from puna.data.rollouts import Record
+from puna.data.shards import Shard
 from puna.formats import huggingface
-from puna.generate.engine import LocalEngine
-from puna.generate.scoring import Scorer, combined_reward
-from puna.model.reward import RewardModel
-from puna.model.transformer import Transformer
-from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
-from puna.text import chat
-from puna.text import tokenizer as tokenizers
+from puna.generate import actor_critic
+from puna.generate.actor_critic import Critic, Models, Sampled
+from puna.generate.held_out import keep_answers, kept_policy, mean_score
+from puna.generate.vllm import VLLMEngine
+from puna.losses import Moments
+from puna.run_folder import Metrics, Progress, RunFolder, read_metrics
 from puna.text.tokenizer import Tokenizer
-from puna.types import Completion, Engine, Rollout
+from puna.types import Rollout
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,41 @@ class PPOConfig:
     """ours: as the ratio."""
     beta: float = 0.01
     """KL weight (paper: 0.01 for 7B and 13B, 0.005 above)."""
+    kl: Literal["token", "sequence"] = "token"
+    """KL is subtracted from each token's reward, or in one sum from the score."""
+    kl_target: float = 0.0
+    """nats an answer that beta is adapted to hold (Ziegler et al. 2019); 0 keeps it fixed, as the paper."""
+    kl_horizon: int = 10000
+    """answers in which an adapted beta may grow or shrink by a fifth."""
     threshold: float = 0.15
     """a safety score below this is the reward (3.2.3)."""
-    gamma: float = 1.0
-    lam: float = 0.95
+    logit_scores: bool = True
+    """undo the sigmoid before scores are whitened (paper 3.2.3)."""
+    whiten: Literal["batch", "running", "none"] = "batch"
+    """whose mean and deviation whiten the scores: the batch's, or those of all batches so far; no mean is kept."""
+    score_clip: float = 0.0
+    advantage_clip: float = 0.0
+    """largest size of a score, of an advantage, once whitened; 0 clips none."""
     missing_eos_penalty: float = 1.0
     """subtracted from the whitened score of an answer that did not end."""
+    gamma: float = 1.0
+    lam: float = 0.95
+    critic: Critic = "reward"
+    """what the value function starts from: the helpfulness reward model, or the policy's body under a head of zeros, in
+    a model of its own ("zero_head") or on the policy itself ("shared")."""
     critic_warmup: int = 0
     """iterations that train the critic alone."""
     value_lr_scale: float = 1.0
     """the critic's learning rate over the policy's."""
+    value_coefficient: float = 1.0
+    """weight of the value loss, for a shared critic."""
+    pretrain_data: Path | None = None
+    """a token shard ("runs/x/pretrain/data/train") whose text is trained on as well (PPO-ptx, Ouyang et al. 2022)."""
+    pretrain_coefficient: float = 0.0
+    """weight of its next-token loss in each gradient step (PPO-ptx: 27.8)."""
+    pretrain_windows: int = 32
+    pretrain_seq_len: int = 256
+    """windows a gradient step, and tokens a window."""
     temperature: float = 1.0
     """answers are drawn, and scored by the trainer, at this temperature."""
     max_new_tokens: int = 64
@@ -107,38 +132,44 @@ class PPOConfig:
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32 keeps the first ratio of an iteration at 1 to the last digits."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
+    sample_precision: Literal["fp32", "bf16"] = "fp32"
+    """of the weights that sample; bf16 is faster, and draws from what is scored to about two digits."""
     evaluate_every: int = 10
     """iterations between held-out measurements."""
     held_out_prompts: int = 64
     patience: int = 4
     """stop after so many measurements without a new best; 0 never stops early."""
+    gold: Path | None = None
+    """a reward model that nothing is trained on: its mean score is written beside the reward, as a monitor."""
+    stop_on_hacking: bool = False
+    """stop at the first sign of an exploited reward model; otherwise it is said and written down."""
+    dump: Path | None = None
+    """a folder to write one iteration to, for `puna conformance`."""
+    dump_iteration: int = 1
+    """which one; at 0 the policy is the reference."""
     checkpoint_every: int = 10
     """iterations between checkpoints; 0 writes one on SIGTERM alone."""
+    vllm: str = ""
+    """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in this process."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
+        config.positive(self, "kl_horizon", "pretrain_windows", "pretrain_seq_len", "temperature")
+        if (self.pretrain_data is None) != (self.pretrain_coefficient == 0):
+            raise ConfigError("pretrain_data and pretrain_coefficient go together: give both or neither")
 
 
 @dataclass(frozen=True)
-class Models:
-    """The four models of PPO, and the engine that samples from the policy."""
+class State:
+    """What a run remembers beside weights; each checkpoint holds it."""
 
-    policy: Transformer
-    value: RewardModel
-    reference: Transformer
-    helpfulness: Scorer
-    safety: Scorer
-    engine: Engine
-    tokenizer: Tokenizer
-    device: torch.device
-
-    @property
-    def trained(self) -> nn.ModuleDict:
-        """What the checkpoint holds."""
-        return nn.ModuleDict({"policy": self.policy, "value": self.value})
+    beta: float
+    moments: Moments = losses.NO_MOMENTS
+    best_iteration: int = 0
+    best_reward: float = -math.inf
 
 
 def run(cfg: PPOConfig) -> Path:
@@ -150,265 +181,237 @@ def run(cfg: PPOConfig) -> Path:
         if folder.done("ppo"):
             return model_path
         models = load(cfg, device)
-        prompts, held_out, left_out = read(cfg, models.tokenizer)
+        asked, held_out, left_out = read(cfg, models.tokenizer)
+        text = shards.read_shard(cfg.pretrain_data, models.tokenizer) if cfg.pretrain_data else None
         optimizer = optim.adamw(
             cfg.optim,
             optim.groups(models.policy, cfg.optim),
             optim.groups(models.value, cfg.optim, cfg.value_lr_scale),
         )
-        size = min(cfg.batch_size, len(prompts))
-        epochs = math.ceil(cfg.iterations / (len(prompts) // size))
-        batches = loader.steps_of_epochs(len(prompts), size, epochs, cfg.seed, multiple=size)[: cfg.iterations]
+        size = min(cfg.batch_size, len(asked))
+        epochs = math.ceil(cfg.iterations / (len(asked) // size))
+        batches = loader.steps_of_epochs(len(asked), size, epochs, cfg.seed, multiple=size)[: cfg.iterations]
         start, kept = checkpoint.resume(folder.path / "checkpoints", models.trained, optimizer)
-        best = Best(**kept) if kept else Best(0, -math.inf)
+        state = State(**kept | {"moments": Moments(**kept["moments"])}) if kept else State(cfg.beta)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="ppo")
+        parallel.barrier()  # all ranks know the same lines, or they might not stop together
+        history = read_metrics(metrics.path) if start else []
         progress = Progress("ppo", len(batches), unit="iteration", start=start)
         with Saver(folder.path / "checkpoints", models.trained, optimizer, cfg.checkpoint_every) as saver:
             for iteration in range(start, len(batches)):
                 if iteration % cfg.evaluate_every == 0:
-                    best = measure(cfg, models, held_out, iteration, best, folder.path)
-                    if cfg.patience and iteration - best.iteration >= cfg.patience * cfg.evaluate_every:
+                    state = measure(cfg, models, held_out, iteration, state, folder.path)
+                    if cfg.patience and iteration - state.best_iteration >= cfg.patience * cfg.evaluate_every:
                         break
-                clock = time.perf_counter()
-                rollout, numbers = collect(cfg, models, [prompts[i] for i in batches[iteration]], iteration)
-                collected = time.perf_counter()
-                numbers |= update(cfg, models, optimizer, rollout, iteration, len(batches))
-                numbers |= {"seconds_collect": collected - clock, "seconds_update": time.perf_counter() - collected}
-                metrics.log(step=iteration, **numbers)
+                record = rollouts.Recorder() if cfg.dump and iteration == cfg.dump_iteration else rollouts.ignore
+                now, batch = replace(cfg, beta=state.beta), [asked[i] for i in batches[iteration]]
+                rollout, numbers, moments = collect(now, models, batch, iteration, state.moments, record)
+                numbers |= update(now, models, optimizer, rollout, iteration, len(batches), record, text)
+                beta = losses.adapted_beta(state.beta, numbers["kl"], cfg.kl_target, cfg.kl_horizon, size)
+                state = replace(state, beta=beta, moments=moments)
+                if cfg.dump and isinstance(record, rollouts.Recorder):
+                    record.write(cfg.dump, now, models.tokenizer, iteration=iteration, beta_after=beta)
+                history.append(numbers)
+                for sentence in monitors.begun(history):
+                    progress.warn(sentence)
+                signs = monitors.signs(history)
+                metrics.log(step=iteration, **numbers, warnings=" ".join(signs.values()))
                 progress.update(reward=numbers["reward"], kl=numbers["kl"])
-                saver.after(iteration + 1, asdict(best))
+                saver.after(iteration + 1, asdict(state))
+                if cfg.stop_on_hacking and signs:
+                    break
             else:
-                best = measure(cfg, models, held_out, len(batches), best, folder.path)
+                state = measure(cfg, models, held_out, len(batches), state, folder.path)
         progress.close()
-        if best.reward == -math.inf:
+        if state.best_reward == -math.inf:
             raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
+        best = {"best_iteration": state.best_iteration, "held_out_reward": state.best_reward}
         if parallel.is_main():
-            shutil.copytree(kept_policy(folder.path, best.iteration), model_path, dirs_exist_ok=True)
-            folder.mark_done("ppo", best_iteration=best.iteration, held_out_reward=best.reward, left_out=left_out)
+            shutil.copytree(kept_policy(folder.path, state.best_iteration), model_path, dirs_exist_ok=True)
+            folder.mark_done("ppo", **best, left_out=left_out)
             shutil.rmtree(folder.path / "best")
         parallel.barrier()
         return model_path
 
 
 def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt], int]:
-    """The prompts to train on, the held-out ones, and how many were too long for either.
-
-    The held-out ones are drawn at random, so that both kinds are among them.
-    """
-    rng = np.random.default_rng(cfg.seed)
+    """The prompts to train on, the held-out ones, and how many were too long for either."""
     context = huggingface.read_config(cfg.init).max_seq_len
-    every = read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts)
-    prompts = fitting(every, tokenizer, context, cfg.max_prompt_tokens)
-    left_out = len(every) - len(prompts)
-    if cfg.held_out or cfg.safety_held_out:
-        every = read_prompts(cfg.held_out, cfg.format, cfg.safety_held_out)
-        held_out = fitting(every, tokenizer, context, cfg.max_prompt_tokens)
-        left_out += len(every) - len(held_out)
-        return prompts, [held_out[i] for i in rng.permutation(len(held_out))[: cfg.held_out_prompts]], left_out
-    if not 0 < cfg.held_out_prompts < len(prompts):
-        raise ConfigError(f"held_out_prompts is {cfg.held_out_prompts} of {len(prompts)} prompts: keep some of both")
-    order = rng.permutation(len(prompts))
-    held_out = [prompts[i] for i in order[: cfg.held_out_prompts]]
-    return [prompts[i] for i in order[cfg.held_out_prompts :]], held_out, left_out
+    every = prompts.read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts)
+    fit = prompts.fitting(every, tokenizer, context, cfg.max_prompt_tokens)
+    left_out = len(every) - len(fit)
+    if not (cfg.held_out or cfg.safety_held_out):
+        return *prompts.apart(fit, cfg.held_out_prompts, cfg.seed), left_out
+    every = prompts.read_prompts(cfg.held_out, cfg.format, cfg.safety_held_out)
+    held_out = prompts.fitting(every, tokenizer, context, cfg.max_prompt_tokens)
+    left_out += len(every) - len(held_out)
+    order = np.random.default_rng(cfg.seed).permutation(len(held_out))
+    return fit, [held_out[i] for i in order[: cfg.held_out_prompts]], left_out
 
 
 def load(cfg: PPOConfig, device: torch.device) -> Models:
-    """Policy and reference from `init`, critic from the helpfulness reward model, both reward models frozen."""
-    tokenizer = tokenizers.load(cfg.init)
-    how: Any = (device, cfg.parallel, cfg.precision)
-    policy = parallel.place(*huggingface.open_model(cfg.init), *how)
-    helpfulness, safety = (
-        Scorer(parallel.place(*huggingface.open_reward_model(path), *how), tokenizer, precision=cfg.precision)
-        for path in (cfg.reward_helpfulness, cfg.reward_safety)
-    )
-    return Models(
-        policy=policy,
-        value=parallel.place(*huggingface.open_reward_model(cfg.reward_helpfulness), *how),
-        reference=parallel.place(*huggingface.open_model(cfg.init), *how).eval().requires_grad_(False),
-        helpfulness=helpfulness,
-        safety=safety,
-        engine=LocalEngine(policy, tokenizer),
-        tokenizer=tokenizer,
-        device=device,
-    )
+    """Policy and reference from `init`, the critic that is asked for, all reward models frozen."""
+    rewards = cfg.reward_helpfulness, cfg.reward_safety, cfg.gold
+    models = actor_critic.load(cfg.init, rewards, cfg.critic, cfg.precision, device, cfg.parallel)
+    if cfg.vllm:
+        return replace(models, engine=VLLMEngine(cfg.vllm, models.tokenizer, cfg.out / "sampled_with"))
+    return models
 
 
-def sample(
-    cfg: PPOConfig, models: Models, prompts: Sequence[Prompt], seed: int
-) -> tuple[list[list[int]], list[Completion], dict[str, Tensor]]:
-    """1 and 2: prompt ids, one answer each, and the scores of both reward models and combined, (B,) each."""
-    prompt_ids = [chat.encode_prompt(prompt["messages"], models.tokenizer) for prompt in prompts]
-    settings: dict[str, Any] = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "seed": seed}
-
-    def answer(first: int, part: Sequence[list[int]]) -> list[Completion]:
-        return [answers[0] for answers in models.engine.generate_ids(part, first=first, **settings)]
-
-    with parallel.gathered(models.policy, cfg.precision, models.device) as policy:
-        models.engine.update_weights(policy)
-        completions = parallel.spread(answer, prompt_ids, everyone=True)
-        models.engine.update_weights(models.policy)  # or the gathered weights would stay
-    rows = [ids + completion.tokens for ids, completion in zip(prompt_ids, completions, strict=True)]
-    helpfulness, safety = models.helpfulness.score_tokens(rows), models.safety.score_tokens(rows)
-    combined = combined_reward(safety, helpfulness, [prompt["is_safety"] for prompt in prompts], cfg.threshold)
-    return prompt_ids, completions, {"helpfulness": helpfulness, "safety": safety, "reward": combined}
+def sample(cfg: PPOConfig, models: Models, asked: Sequence[Prompt], seed: int) -> Sampled:
+    """1 and 2: one answer of the policy to each prompt, and its scores."""
+    models.engine.update_weights(actor_critic.sampler(models.policy, cfg.sample_precision, models.device))
+    return actor_critic.sample(models, asked, seed, cfg.max_new_tokens, cfg.temperature, cfg.threshold)
 
 
 def collect(
-    cfg: PPOConfig, models: Models, prompts: Sequence[Prompt], iteration: int
-) -> tuple[Rollout, dict[str, float]]:
-    """1 to 3: a rollout with everything the update needs, and the iteration's numbers."""
-    prompt_ids, completions, scores = sample(cfg, models, prompts, cfg.seed + 1 + iteration)
-    rows = [ids + completion.tokens for ids, completion in zip(prompt_ids, completions, strict=True)]
-    tokens, lengths = packing.pad_right(rows, models.tokenizer.pad_id)
-    step = torch.arange(1, tokens.shape[1])  # position of the emitted token
-    begins = torch.tensor([len(ids) for ids in prompt_ids])
-    action_mask = (step >= begins[:, None]) & (step < lengths[:, None])  # (B, T - 1)
+    cfg: PPOConfig,
+    models: Models,
+    asked: Sequence[Prompt],
+    iteration: int,
+    moments: Moments = losses.NO_MOMENTS,
+    record: Record = rollouts.ignore,
+) -> tuple[Rollout, dict[str, float], Moments]:
+    """1 to 3: a rollout with everything the update needs, the iteration's numbers, and the scores' moments."""
+    began = time.perf_counter()
+    prompt_ids, completions, scores, seconds = sample(cfg, models, asked, cfg.seed + 1 + iteration)
+    answers = [completion.tokens for completion in completions]
+    tokens, _, action_mask = packing.pad_answers(prompt_ids, answers, models.tokenizer.pad_id)
     finished = torch.tensor([completion.finished for completion in completions])
-    whitened = losses.whiten(losses.logit(scores["reward"])) - cfg.missing_eos_penalty * ~finished
-    parts = parallel.spread(lambda first, part: reread(cfg, models, tokens, action_mask, part), range(len(rows)))
-    logprobs, reference, values = torch.stack(parts, dim=1)
-    rollout = Rollout(tokens, action_mask, logprobs, reference, values, whitened, finished)
-    kl = ((logprobs - reference) * action_mask).sum(dim=1)
+    bounded, moments = normalised(cfg, scores["reward"], moments)
+    read = actor_critic.read_rollout(models, tokens, action_mask, cfg.temperature, cfg.micro_batch_tokens, record)
+    actor_critic.read_alone(models, tokens, action_mask, cfg.temperature, record)
+    rollout = Rollout(tokens, action_mask, *read, bounded - cfg.missing_eos_penalty * ~finished, finished)
+    record(**rollout._asdict(), combined=scores["reward"], helpfulness=scores["helpfulness"], bounded=bounded)
+    for completion in completions:
+        record(sampled=torch.tensor(completion.tokens), sampled_logprobs=torch.tensor(completion.logprobs))
+    kl = losses.sequence_kl(rollout.logprobs, rollout.reference_logprobs, action_mask)
     numbers = {name: float(score.mean()) for name, score in scores.items()}
     numbers |= {
         "kl": float(kl.mean()),
+        "beta": cfg.beta,
         "length": float(action_mask.sum(dim=1).float().mean()),
+        "repetition": statistics.fmean(map(monitors.repeated_share, answers)),
         "finished": float(finished.float().mean()),
+        "seconds_generate": seconds,
+        "seconds_score": time.perf_counter() - began - seconds,
     }
-    return rollout, numbers
+    return rollout, numbers, moments
 
 
-@torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
-def reread(
-    cfg: PPOConfig, models: Models, tokens: Tensor, action_mask: Tensor, rows: Sequence[int]
-) -> Sequence[Tensor]:
-    """log pi, log pi_0 and the value of every step of some rows, by the trainer's own numbers: (3, T - 1) each."""
-    found = torch.zeros(3, len(rows), action_mask.shape[1])
-    lengths = row_lengths(action_mask, rows)
-    for members in packing.passes(lengths, cfg.micro_batch_tokens):
-        end, part = max(lengths[i] for i in members), [rows[i] for i in members]
-        ids, mask = (field.to(models.device) for field in (tokens[part, :end], action_mask[part, : end - 1]))
-        found[0, members, : end - 1] = policy_logprobs(cfg, models.policy, ids, mask)[0].cpu()
-        found[1, members, : end - 1] = policy_logprobs(cfg, models.reference, ids, mask)[0].cpu()
-        found[2, members, : end - 1] = state_values(cfg, models.value, ids).cpu()
-    return found.unbind(1)
+def normalised(cfg: PPOConfig, rewards: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    """2: the combined rewards (B,) as PPO sees them, before any penalty, and the moments with theirs."""
+    scores = unsquashed(cfg, rewards)
+    moments = moments.with_batch(scores)
+    if cfg.whiten != "none":
+        scores = losses.whiten(scores) if cfg.whiten == "batch" else moments.whiten(scores)
+    return losses.bounded(scores, cfg.score_clip), moments
 
 
-def row_lengths(action_mask: Tensor, rows: Sequence[int]) -> list[int]:
-    """Tokens of these rows, up to the last of their answers."""
-    return [int(action_mask[i].nonzero()[-1]) + 2 for i in rows]
-
-
-def policy_logprobs(cfg: PPOConfig, model: Transformer, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """log pi of every emitted token at the sampling temperature, (B, T - 1), and the logits of its N actions, (N, V).
-
-    tokens (B, T), mask (B, T - 1). What is no action has 0: a prompt's logits, of a large vocabulary, are never made.
-    """
-    with parallel.autocast(cfg.precision, tokens.device):
-        logits = model(tokens, only=F.pad(mask, (0, 1)))
-    logprobs = losses.token_logprobs(logits, tokens[:, 1:][mask], cfg.temperature)
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs), logits
-
-
-def state_values(cfg: PPOConfig, model: RewardModel, tokens: Tensor) -> Tensor:
-    """The critic's value of every state before a token is emitted, (B, T - 1) float32."""
-    with parallel.autocast(cfg.precision, tokens.device):
-        return model.values(tokens)[:, :-1].float()
+def unsquashed(cfg: PPOConfig, scores: Tensor) -> Tensor:
+    """Scores (B,) in the space in which they are whitened."""
+    return losses.logit(scores) if cfg.logit_scores else scores
 
 
 def update(
-    cfg: PPOConfig, models: Models, optimizer: torch.optim.Optimizer, rollout: Rollout, iteration: int, n_steps: int
+    cfg: PPOConfig,
+    models: Models,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    iteration: int,
+    n_steps: int,
+    record: Record = rollouts.ignore,
+    text: Shard | None = None,
 ) -> dict[str, float]:
     """3 and 4: advantages, then one gradient step a mini-batch; the iteration's numbers, averaged over tokens."""
-    rewards = losses.token_rewards(
-        rollout.scores, rollout.logprobs, rollout.reference_logprobs, rollout.action_mask, cfg.beta
-    )
-    advantages, returns = losses.generalized_advantages(
-        rewards, rollout.values, rollout.action_mask, cfg.gamma, cfg.lam
-    )
-    advantages = losses.whiten(advantages, rollout.action_mask)
+    began = time.perf_counter()
+    advantages, returns = learnable(cfg, rollout, record)
+    record(policy_weights=models.policy.norm.weight[None], critic_weights=models.value.score.weight)
     sums: dict[str, float] = {}
     n_updates = 0
+    done = iteration * cfg.inner_epochs * math.ceil(len(rollout.tokens) / cfg.mini_batch_size)
     for epoch in range(cfg.inner_epochs):
         order = np.random.default_rng((cfg.seed, iteration, epoch)).permutation(len(rollout.tokens))
         for begin in range(0, len(order), cfg.mini_batch_size):
             members = order[begin : begin + cfg.mini_batch_size].tolist()
-            numbers = accumulate(cfg, models, rollout, advantages, returns, members)
+            numbers = accumulate(cfg, models, rollout, advantages, returns, members, record)
+            record(**{f"update_{name}": torch.tensor([number]) for name, number in numbers.items()})
             if iteration < cfg.critic_warmup:
                 models.policy.zero_grad(set_to_none=True)
+            elif text is not None:
+                windows = loader.windows(text, cfg.pretrain_seq_len, cfg.pretrain_windows, done + n_updates, cfg.seed)
+                weighted = cfg.pretrain_coefficient, cfg.micro_batch_tokens
+                numbers["pretrain_loss"] = actor_critic.accumulate_text(models, *windows, *weighted)
             norm, _ = optim.clip_and_step([models.policy, models.value], optimizer, cfg.optim, iteration, n_steps)
             for name, number in (numbers | {"grad_norm": norm}).items():
                 sums[name] = sums.get(name, 0.0) + number
             n_updates += 1
+    record(policy_weights=models.policy.norm.weight[None], critic_weights=models.value.score.weight)
     residual = (returns - rollout.values)[rollout.action_mask].var() / returns[rollout.action_mask].var()
-    return {name: value / n_updates for name, value in sums.items()} | {"explained_variance": 1 - float(residual)}
+    averages = {name: value / n_updates for name, value in sums.items()}
+    return averages | {"explained_variance": 1 - float(residual), "seconds_update": time.perf_counter() - began}
+
+
+def learnable(cfg: PPOConfig, rollout: Rollout, record: rollouts.Record = rollouts.ignore) -> tuple[Tensor, Tensor]:
+    """3: whitened advantages and returns, (B, T - 1) each."""
+    scores, told, beta = rollout.scores, (rollout.logprobs, rollout.reference_logprobs, rollout.action_mask), cfg.beta
+    if cfg.kl == "sequence":
+        scores, beta = scores - beta * losses.sequence_kl(*told), 0.0
+    rewards = losses.token_rewards(scores, *told, beta)
+    raw, returns = losses.generalized_advantages(rewards, rollout.values, rollout.action_mask, cfg.gamma, cfg.lam)
+    advantages = losses.bounded(losses.whiten(raw, rollout.action_mask), cfg.advantage_clip)
+    record(rewards=rewards, raw_advantages=raw, returns=returns, advantages=advantages)
+    return advantages, returns
 
 
 def accumulate(
-    cfg: PPOConfig, models: Models, rollout: Rollout, advantages: Tensor, returns: Tensor, members: list[int]
+    cfg: PPOConfig,
+    models: Models,
+    rollout: Rollout,
+    advantages: Tensor,
+    returns: Tensor,
+    members: list[int],
+    record: Record = rollouts.ignore,
 ) -> dict[str, float]:
     """Back-propagate one mini-batch: both losses, summed over its action tokens and divided by their number."""
     count = int(rollout.action_mask[members].sum())
     mine = members[parallel.share(len(members))]
-    lengths = row_lengths(rollout.action_mask, mine)
+    lengths = packing.acted_lengths(rollout.action_mask[mine])
     sums: dict[str, Tensor] = {}
     for part in packing.passes(lengths, cfg.micro_batch_tokens):
-        rows = [mine[i] for i in part]
-        end = max(lengths[i] for i in part)
+        rows, end = [mine[i] for i in part], max(lengths[i] for i in part)
         tokens = rollout.tokens[rows, :end].to(models.device)
         mask, old, old_values, advantage, target = (
             field[rows, : end - 1].to(models.device)
             for field in (rollout.action_mask, rollout.logprobs, rollout.values, advantages, returns)
         )
-        logprobs, logits = policy_logprobs(cfg, models.policy, tokens, mask)
+        logits, values = actor_critic.forward(models, tokens, mask)
+        of_actions, entropies = losses.logprobs_and_entropy(logits, tokens[:, 1:][mask], cfg.temperature)
+        logprobs = actor_critic.spread(of_actions, mask)
         policy_loss = (losses.policy_loss(logprobs, old, advantage, cfg.clip) * mask).sum() / count
-        values = state_values(cfg, models.value, tokens)
         value_loss = (losses.value_loss(values, old_values, target, cfg.value_clip) * mask).sum() / count
-        parallel.backward(policy_loss + value_loss)
+        parallel.backward(policy_loss + cfg.value_coefficient * value_loss)
         with torch.no_grad():
-            ratio = (logprobs - old).exp()
-            parts = {
-                "policy_loss": policy_loss.detach(),
-                "value_loss": value_loss.detach(),
-                "clip_fraction": (((ratio - 1).abs() > cfg.clip) * mask).sum() / count,
-                "approximate_kl": ((ratio - 1 - ratio.log()) * mask).sum() / count,
-                "entropy": losses.entropy(logits / cfg.temperature).sum() / count,
-            }
-        for name, number in parts.items():
+            moved = losses.clip_numbers(logprobs, old, mask, cfg.clip) | {"entropy": entropies.sum()}
+        parts = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
+        for name, number in (parts | {name: x / count for name, x in moved.items()}).items():
             sums[name] = sums[name] + number if name in sums else number
+        record(pass_at=rollouts.places(rows, mask), pass_size=mask.sum()[None], pass_values=values[mask])
+        record(pass_logprobs=of_actions, pass_entropies=entropies)
+    record(update_size=torch.tensor([count]))
     totals = parallel.total(torch.stack(list(sums.values())))
     return dict(zip(sums, totals.tolist(), strict=True))
 
 
-def kept_policy(folder: Path, iteration: int) -> Path:
-    """Where the policy of a measurement that was the best is kept: a killed run may need the one before it."""
-    return folder / "best" / f"{iteration:04d}"
-
-
-@dataclass(frozen=True)
-class Best:
-    """The best held-out measurement so far."""
-
-    iteration: int
-    reward: float
-
-
 def measure(
-    cfg: PPOConfig, models: Models, held_out: Sequence[Prompt], iteration: int, best: Best, folder: Path
-) -> Best:
+    cfg: PPOConfig, models: Models, held_out: Sequence[Prompt], iteration: int, state: State, folder: Path
+) -> State:
     """Score the policy on held-out prompts, keep their answers for later judges, and save the policy if it is best."""
-    _, completions, scores = sample(cfg, models, held_out, cfg.seed)
-    lines = [
-        json.dumps(
-            {"prompt_id": prompt["id"], "answer": completion.text, "finished": completion.finished, "reward": reward}
-        )
-        for prompt, completion, reward in zip(held_out, completions, scores["reward"].tolist(), strict=True)
-    ]
-    write_atomically(folder / "held_out" / f"{iteration:04d}.jsonl", "".join(line + "\n" for line in lines))
-    finished = torch.tensor([completion.finished for completion in completions])
-    reward = float((losses.logit(scores["reward"]) - cfg.missing_eos_penalty * ~finished).mean())
-    if not reward > best.reward:  # so that what is not a number is never the best
-        return best
+    _, completions, scores, _ = sample(cfg, models, held_out, cfg.seed)
+    keep_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
+    reward = mean_score(unsquashed(cfg, scores["reward"]), completions, cfg.missing_eos_penalty)
+    if not reward > state.best_reward:  # so that what is not a number is never the best
+        return state
     provenance: dict[str, Any] = {"stage": "ppo", "parent": str(cfg.init), "iteration": iteration}
     huggingface.save_model(models.policy, models.tokenizer, kept_policy(folder, iteration), provenance=provenance)
-    return Best(iteration, reward)
+    return replace(state, best_iteration=iteration, best_reward=reward)

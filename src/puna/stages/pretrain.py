@@ -1,7 +1,8 @@
 """Pretraining (paper 2.2): next-token prediction on raw text.
 
 1. Without a tokenizer, train one on the text: SentencePiece BPE, byte fallback, digits split (2.2).
-2. Write the text as token shards, documents between BOS and EOS, a small share held out for validation.
+2. Write the text as token shards, documents between BOS and EOS, a small share held out for validation; or take those
+   that `puna data prepare` wrote, a mixture of sources.
 3. For each step: cut a global batch of windows from the concatenated documents, average the loss over all of its
    tokens, clip, update (AdamW, warm-up, cosine to 10 %).
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,7 @@ from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive
 from puna.data import loader, readers, shards
 from puna.formats import huggingface
+from puna.model.moe import MixtureOfExperts
 from puna.model.transformer import ModelConfig, Transformer
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
@@ -40,11 +42,12 @@ class PretrainConfig:
     out: Path
     """the stage's folder; run again to resume."""
     data: tuple[Path, ...]
-    """text files: .txt, .md, or .jsonl(.gz) with a "text" field."""
+    """text files: .txt, .md, or .jsonl(.gz) with a "text" field; or one folder that `puna data prepare` wrote."""
     format: str = "jsonl_text"
     """how to read them (see puna.data.readers)."""
     tokenizer: Path | None = None
-    """tokenizer.model, tokenizer.json or a folder; None trains one on the data with the model's vocab_size."""
+    """tokenizer.model, tokenizer.json or a folder; None takes the prepared folder's, or trains one on the data with the
+    model's vocab_size."""
     model: ModelConfig = field(default_factory=ModelConfig)
     seq_len: int = 256
     """tokens a window (paper: 4096)."""
@@ -54,7 +57,7 @@ class PretrainConfig:
     """windows a forward pass on one process."""
     steps: int = 400
     validation_share: float = 0.01
-    """share of documents held out."""
+    """share of documents held out; a prepared folder has its own."""
     optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=3e-3, warmup_steps=40))
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: matrix products in bfloat16 over float32 weights; over several processes all between them too."""
@@ -107,8 +110,8 @@ def run(cfg: PretrainConfig) -> Path:
         return model_path
 
 
-def prepare(cfg: PretrainConfig, folder: Path) -> tuple[Tokenizer, shards.Shard, shards.Shard]:
-    """1 and 2: the tokenizer, the training shard and the validation shard; what a killed run finished is kept."""
+def prepare(cfg: PretrainConfig, folder: Path) -> tuple[Tokenizer, loader.Data, loader.Data]:
+    """1 and 2: the tokenizer, the training and the validation data; what a killed run finished is kept."""
     if cfg.seq_len > cfg.model.max_seq_len:
         raise ConfigError(
             f"seq_len is {cfg.seq_len}, beyond the model's context model.max_seq_len {cfg.model.max_seq_len}"
@@ -118,8 +121,13 @@ def prepare(cfg: PretrainConfig, folder: Path) -> tuple[Tokenizer, shards.Shard,
     def texts() -> list[str]:  # read once, and not at all where a killed run had finished both shards
         return readers.read(cfg.data, cfg.format, kind="texts").records
 
+    prepared = cfg.data[0] if cfg.data and shards.is_prepared(cfg.data[0]) else None
+    if prepared and len(cfg.data) > 1:
+        raise ConfigError(f"{prepared} is a prepared folder: it must be the only data")
     if cfg.tokenizer is not None:
         tokenizer = tokenizers.load(cfg.tokenizer)
+    elif prepared:
+        tokenizer = tokenizers.load(prepared / "tokenizer")
     elif (folder / "tokenizer/tokenizer.model").exists():
         tokenizer = tokenizers.load(folder / "tokenizer")
     else:
@@ -130,36 +138,55 @@ def prepare(cfg: PretrainConfig, folder: Path) -> tuple[Tokenizer, shards.Shard,
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, model.vocab_size is {cfg.model.vocab_size}: raise it"
         )
-    for name, held_out in (("train", False), ("validation", True)):
-        if not (folder / f"{name}.json").exists():
-            shards.write_shard(folder / name, _part(texts(), cfg.validation_share, held_out), tokenizer)
-    train, validation = (shards.read_shard(folder / name, tokenizer) for name in ("train", "validation"))
+    train, validation = (
+        loader.open_mixtures(prepared, tokenizer) if prepared else _write_shards(cfg, folder, tokenizer, texts)
+    )
     for name, part in (("training", train), ("validation", validation)):
-        if len(part.tokens) <= cfg.seq_len:
+        source, n_tokens = loader.smallest(part)
+        if n_tokens <= cfg.seq_len:
             raise DataError(
-                f"the {name} part has {len(part.tokens)} tokens, too few for a window of seq_len {cfg.seq_len}: "
+                f"the {name} part{source} has {n_tokens} tokens, too few for a window of seq_len {cfg.seq_len}: "
                 "give more documents, a shorter seq_len or another validation_share"
             )
     return tokenizer, train, validation
 
 
-def update(cfg: PretrainConfig, model: Transformer, data: shards.Shard, step: int, device: torch.device) -> float:
+def _write_shards(
+    cfg: PretrainConfig, folder: Path, tokenizer: Tokenizer, texts: Callable[[], list[str]]
+) -> tuple[shards.Shard, shards.Shard]:
+    for name, held_out in (("train", False), ("validation", True)):
+        if not (folder / f"{name}.json").exists():
+            shards.write_shard(folder / name, _part(texts(), cfg.validation_share, held_out), tokenizer)
+    return shards.read_shard(folder / "train", tokenizer), shards.read_shard(folder / "validation", tokenizer)
+
+
+def update(cfg: PretrainConfig, model: Transformer, data: loader.Data, step: int, device: torch.device) -> float:
     """3: accumulate the gradients of one global batch; its mean loss in nats a token."""
-    inputs, targets = loader.windows(data, cfg.seq_len, cfg.batch_size, step, cfg.seed)
     mine = parallel.share(cfg.batch_size)
+    inputs, targets = loader.windows(data, cfg.seq_len, cfg.batch_size, step, cfg.seed, mine)
     count = cfg.batch_size * cfg.seq_len
     total = torch.zeros((), device=device)
-    for x, y in _micro_batches(cfg, inputs[mine], targets[mine]):
+    for x, y in _micro_batches(cfg, inputs, targets):
         loss = _loss(cfg, model, x.to(device), y.to(device), count)
-        parallel.backward(loss)
+        parallel.backward(loss + balance(cfg, model) * y.numel() / count)
         total += loss.detach()
     return float(parallel.total(total))
 
 
+def balance(cfg: PretrainConfig, model: Transformer) -> Tensor | float:
+    """The load-balancing loss of the last forward pass, its layers' mean, weighted; 0 without experts.
+
+    It is of a micro-batch on one rank, as the router's shares are: unlike the loss, it depends on how a batch is split.
+    """
+    layers = [module.routing for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    terms = [losses.load_balancing_loss(*routing) for routing in layers if routing]
+    return cfg.model.moe.balance * torch.stack(terms).mean() if terms else 0.0
+
+
 @torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
-def evaluate(cfg: PretrainConfig, model: Transformer, data: shards.Shard, device: torch.device) -> float:
+def evaluate(cfg: PretrainConfig, model: Transformer, data: loader.Data, device: torch.device) -> float:
     """Mean validation loss in nats a token over at most 64 windows."""
-    n_windows = max(1, min(64, (len(data.tokens) - 1) // cfg.seq_len - 1))
+    n_windows = min(64, loader.n_windows(data, cfg.seq_len))
     inputs, targets = loader.windows(data, cfg.seq_len, n_windows, 0, cfg.seed)
     losses_ = [
         float(_loss(cfg, model, x.to(device), y.to(device), n_windows * cfg.seq_len))
@@ -174,9 +201,9 @@ def _micro_batches(cfg: PretrainConfig, inputs: Tensor, targets: Tensor) -> Iter
 
 
 def _loss(cfg: PretrainConfig, model: Transformer, x: Tensor, y: Tensor, count: int) -> Tensor:
+    """A micro-batch's part of the mean: its sum over the step's count, so that how a batch is split changes nothing."""
     with parallel.autocast(cfg.precision, x.device):
-        logits = model(x)
-    return losses.language_model_loss(losses.token_logprobs(logits, y), torch.ones_like(y, dtype=torch.bool), count)
+        return model(x, targets=y) / count  # type: ignore[no-any-return]
 
 
 def _part(texts: Iterable[str], share: float, held_out: bool) -> Iterator[str]:

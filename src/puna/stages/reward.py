@@ -5,8 +5,8 @@
 2. Score both answers, their prompt read once (data/packing.py); the loss is
    -log sigmoid(r_chosen - r_rejected - m(grade)), and for safety labels an auxiliary cross-entropy on top.
 3. One epoch (more overfits), cosine to 10 %, warm-up over 3 % of the steps and at least 5 (of a short run, a quarter).
-4. Measure accuracy on held-out pairs by grade (Table 8) and by safety bucket, and the recall of unsafe answers at 0.5
-   (Table 29).
+4. Measure accuracy on held-out pairs by grade (Table 8) and by safety bucket, the recall of unsafe answers at 0.5
+   (Table 29), and the scale of raw scores, which the model's folder keeps for whoever asks for it (scoring.Scale).
 
 Where the paper is silent: the auxiliary loss is binary cross-entropy of sigmoid(r) against the label, averaged over the
 labelled answers and weighted by `safety_auxiliary`; a pair without a grade has its own `margin` or none.
@@ -14,7 +14,7 @@ labelled answers and weighted by `safety_auxiliary`; a pair without a grade has 
 
 from __future__ import annotations
 
-import itertools
+import functools
 import json
 import time
 from collections import defaultdict
@@ -30,16 +30,16 @@ from torch import Tensor
 from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive
-from puna.data import loader, packing, readers
+from puna.data import comparisons, loader, packing, readers
 from puna.data.readers import ReadResult
 from puna.formats import huggingface
-from puna.generate.scoring import Scorer
-from puna.model.reward import RewardModel
+from puna.generate.scoring import Scorer, scale_of
+from puna.model.reward import RewardModel, initial_head
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
-from puna.types import Dialog, Message, Preference
+from puna.types import Preference
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class RewardConfig:
     """steps between checkpoints; 0 writes one on SIGTERM alone."""
     limit: int = 0
     """use at most so many training pairs; 0 uses all."""
+    reference: tuple[Path, ...] = ()
+    """dialogs whose raw scores give the model's scale; empty takes the held-out answers."""
     test_limit: int = 0
     """measure on at most so many held-out pairs; 0 uses all."""
     threads: int = 0
@@ -129,23 +131,24 @@ def run(cfg: RewardConfig) -> Path:
                 progress.update(loss=loss, tokens_per_second=rate)
                 if step + 1 < len(steps):
                     saver.after(step + 1)
-        evaluation = evaluate(model, tokenizer, test)
+        chosen, rejected = held_out_scores(model, tokenizer, test)
+        evaluation = evaluate(test, chosen, rejected)
         progress.close(accuracy=evaluation["accuracy"] or 0.0)
         write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))
-        huggingface.save_reward_model(
-            model, tokenizer, model_path, provenance={"stage": "reward", "parent": str(cfg.init)}
-        )
+        provenance: dict[str, Any] = {"stage": "reward", "parent": str(cfg.init)}
+        if scale := scale_of(
+            reference_scores(cfg, model, tokenizer) if cfg.reference else torch.cat((chosen, rejected))
+        ):
+            provenance["scale"] = scale._asdict()
+        huggingface.save_reward_model(model, tokenizer, model_path, provenance=provenance)
         folder.mark_done("reward", pairs=len(train), **counts, accuracy=evaluation["accuracy"])
         return model_path
 
 
 def begin(cfg: RewardConfig) -> tuple[RewardModel, Iterator[tuple[str, Tensor]]]:
     """The chat model's body under a new head, without its weights, and these one by one."""
-    body, weights = huggingface.open_model(cfg.init)
-    model = RewardModel.without_weights(body.config)
-    of_body = ((f"body.{name}", weight) for name, weight in weights if name != "output.weight")
-    head = model.initial_head(torch.Generator().manual_seed(cfg.seed))
-    return model, itertools.chain(of_body, [("score.weight", head)])
+    dim = huggingface.read_config(cfg.init).dim
+    return huggingface.open_body(cfg.init, initial_head(dim, torch.Generator().manual_seed(cfg.seed)))
 
 
 def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Preference], dict[str, float]]:
@@ -185,14 +188,11 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
 
 def _read(cfg: RewardConfig, files: Sequence[Path], tokenizer: Tokenizer) -> ReadResult:
     """The comparisons of files, of which there may be none; what the chat format refuses is set aside."""
-
-    def check(preference: Preference) -> None:
-        for answer in (preference.chosen, preference.rejected):
-            chat.check(_answered(preference, answer), tokenizer, ends_with="assistant")
-
     if not files:
         return ReadResult()
-    return readers.read(files, cfg.format, kind="comparisons", check=check, quarantine=cfg.out / "bad_lines.jsonl")
+    quarantine = cfg.out / "bad_lines.jsonl"
+    sound = functools.partial(comparisons.check, tokenizer=tokenizer)
+    return readers.read(files, cfg.format, kind="comparisons", check=sound, quarantine=quarantine)
 
 
 def mix(
@@ -209,8 +209,7 @@ def as_pair(preference: Preference, tokenizer: Tokenizer, margin: str) -> Pair:
     """Encode both answers and look the margin up."""
     grade = preference.grade
     return Pair(
-        chosen=_tokens(preference, preference.chosen, tokenizer),
-        rejected=_tokens(preference, preference.rejected, tokenizer),
+        *comparisons.tokens(preference, tokenizer),
         margin=losses.MARGINS[margin][grade] if grade else (preference.margin or 0.0) * (margin != "none"),
         is_safe=(preference.chosen_is_safe, preference.rejected_is_safe),
     )
@@ -218,14 +217,6 @@ def as_pair(preference: Preference, tokenizer: Tokenizer, margin: str) -> Pair:
 
 def _fits(pair: Pair, max_len: int) -> bool:
     return max(len(pair.chosen), len(pair.rejected)) <= max_len
-
-
-def _tokens(preference: Preference, answer: str, tokenizer: Tokenizer) -> list[int]:
-    return chat.encode(_answered(preference, answer), tokenizer).tokens
-
-
-def _answered(preference: Preference, answer: str) -> Dialog:
-    return [*preference.prompt, Message(role="assistant", content=answer)]
 
 
 def update(cfg: RewardConfig, model: RewardModel, pairs: list[Pair], device: torch.device) -> tuple[float, float, int]:
@@ -266,20 +257,35 @@ def auxiliary(chosen: Tensor, rejected: Tensor, batch: Sequence[Pair]) -> Tensor
     return losses.safety_auxiliary_loss(torch.cat((chosen, rejected))[known], is_safe).sum()
 
 
-def evaluate(model: RewardModel, tokenizer: Tokenizer, test: Sequence[Preference]) -> dict[str, Any]:
-    """4: accuracy on held-out comparisons, in all and by grade and safety bucket, and recall of unsafe answers."""
+def held_out_scores(model: RewardModel, tokenizer: Tokenizer, test: Sequence[Preference]) -> tuple[Tensor, Tensor]:
+    """Raw scores of the chosen and of the rejected answers, (N,) each."""
+    rows = [comparisons.tokens(preference, tokenizer) for preference in test]
     scorer = Scorer(model, tokenizer)
-    chosen = scorer.score_tokens([_tokens(preference, preference.chosen, tokenizer) for preference in test])
-    rejected = scorer.score_tokens([_tokens(preference, preference.rejected, tokenizer) for preference in test])
+    chosen, rejected = (scorer.raw([row[answer] for row in rows]) for answer in (0, 1))
     model.train()
+    return chosen, rejected
+
+
+def reference_scores(cfg: RewardConfig, model: RewardModel, tokenizer: Tokenizer) -> Tensor:
+    """Raw scores (N,) of the reference dialogs that fit the model's context."""
+    dialogs = readers.read(cfg.reference, "dialogs", kind="dialogs").records
+    rows = [chat.encode(dialog["messages"], tokenizer).tokens for dialog in dialogs]
+    return Scorer(model, tokenizer).raw([row for row in rows if len(row) <= model.config.max_seq_len])
+
+
+def evaluate(test: Sequence[Preference], chosen: Tensor, rejected: Tensor) -> dict[str, Any]:
+    """4: accuracy on held-out comparisons, in all and by grade and safety bucket, and recall of unsafe answers.
+
+    chosen, rejected (N,): raw scores.
+    """
     right = (chosen > rejected).tolist()
     groups: dict[str, dict[str, list[bool]]] = {"grade": defaultdict(list), "safety_label": defaultdict(list)}
     for preference, is_right in zip(test, right, strict=True):
         groups["grade"][preference.grade or "ungraded"].append(is_right)
         if preference.safety_label:
             groups["safety_label"][preference.safety_label].append(is_right)
-    unsafe = [float(c) < 0.5 for c, p in zip(chosen, test, strict=True) if p.chosen_is_safe is False]
-    unsafe += [float(r) < 0.5 for r, p in zip(rejected, test, strict=True) if p.rejected_is_safe is False]
+    unsafe = [float(c) < 0 for c, p in zip(chosen, test, strict=True) if p.chosen_is_safe is False]
+    unsafe += [float(r) < 0 for r, p in zip(rejected, test, strict=True) if p.rejected_is_safe is False]
     return {
         "accuracy": _mean(right),
         "pairs": len(test),
@@ -287,8 +293,8 @@ def evaluate(model: RewardModel, tokenizer: Tokenizer, test: Sequence[Preference
         "pairs_by_grade": {name: len(values) for name, values in groups["grade"].items()},
         "accuracy_by_safety_label": {name: _mean(values) for name, values in groups["safety_label"].items()},
         "unsafe_recall": _mean(unsafe),
-        "mean_score_chosen": float(chosen.mean()) if test else None,
-        "mean_score_rejected": float(rejected.mean()) if test else None,
+        "mean_score_chosen": float(chosen.sigmoid().mean()) if test else None,
+        "mean_score_rejected": float(rejected.sigmoid().mean()) if test else None,
     }
 
 

@@ -5,20 +5,24 @@ An answer that did not end by itself, says nothing or holds a chat tag is no dia
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from puna import config, parallel
-from puna.config import positive
+from puna.config import ConfigError, positive
 from puna.data import readers
-from puna.data.map_shards import map_shards
+from puna.data.map_shards import Records, Workers, map_shards
 from puna.data.prompts import Prompt, fitting, read_prompts
+from puna.formats import huggingface
 from puna.generate.engine import open_engine
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
-from puna.types import Message
+from puna.text import tokenizer as tokenizers
+from puna.types import Engine, Message
 
 
 @dataclass(frozen=True)
@@ -44,49 +48,39 @@ class SampleConfig:
     max_new_tokens: int = 256
     shard_size: int = 256
     """prompts a resumable piece of work."""
+    vllm: str = ""
+    """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in Puna's own processes."""
+    workers: int = 0
+    """processes with an engine each that share the prompts; 0 samples in this one (on Ray: one for each CPU or GPU)."""
+    cluster: Literal["local", "ray"] = "local"
+    """ray: on the cluster that RAY_ADDRESS names, or a local one; all its machines must see the same files."""
+    gpus: float = 0
+    """GPUs that a worker asks Ray for; with 0 it samples on its CPU."""
     threads: int = 0
-    """torch threads; 0 leaves torch's choice."""
+    """torch threads of a process; 0 leaves torch's choice."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         positive(self, "n", "max_new_tokens", "shard_size")
+        if self.vllm and (self.workers or self.cluster != "local"):
+            raise ConfigError("a vLLM server shares the prompts out by itself: leave workers and cluster away")
 
 
 def run(cfg: SampleConfig) -> Path:
     """Sample, and return the folder with dialogs.jsonl."""
-    device = parallel.start(cfg.threads)
+    parallel.start(cfg.threads)
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("sample"):
             return folder.path
-        engine = open_engine(cfg.init, device)
-        read = read_prompts(cfg.prompts, cfg.format)
-        prompts = fitting(read, engine.tokenizer, engine.context)
-        progress = Progress("sample", len(prompts), unit="prompt")
-
-        def work(number: int, shard: Sequence[Prompt]) -> list[dict[str, Any]]:
-            answers = engine.generate(
-                [prompt["messages"] for prompt in shard],
-                n=cfg.n,
-                temperature=cfg.temperature,
-                top_p=cfg.top_p,
-                top_k=cfg.top_k,
-                max_new_tokens=cfg.max_new_tokens,
-                seed=cfg.seed + number,
-            )
-            return [
-                {
-                    "messages": [*prompt["messages"], Message(role="assistant", content=answer.text)],
-                    "id": f"{prompt['id']}-{i}",
-                    "prompt_id": prompt["id"],
-                    "logprob": sum(answer.logprobs),
-                }
-                for prompt, row in zip(shard, answers, strict=True)
-                for i, answer in enumerate(row)
-                if chat.usable(answer)
-            ]
-
-        dialogs = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update)
+        read, tokenizer = read_prompts(cfg.prompts, cfg.format), tokenizers.load(cfg.init)
+        prompts = fitting(read, tokenizer, huggingface.read_config(cfg.init).max_seq_len)
+        progress, workers = Progress("sample", len(prompts), unit="prompt"), Workers(cfg.workers, cfg.cluster, cfg.gpus)
+        work = partial(answer_shard, replace(cfg, init=cfg.init.absolute()))
+        try:
+            dialogs = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update, workers)
+        finally:
+            _engine.cache_clear()  # the next run may find another model under this name
         progress.close()
         if parallel.is_main():
             readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
@@ -94,3 +88,33 @@ def run(cfg: SampleConfig) -> Path:
         folder.mark_done("sample", dialogs=len(dialogs), unusable=unusable, left_out=len(read) - len(prompts))
         parallel.barrier()
         return folder.path
+
+
+def answer_shard(cfg: SampleConfig, number: int, shard: Sequence[Prompt]) -> Records:
+    """The usable answers to a shard's prompts, as dialogs; a worker's part of the work."""
+    answers = _engine(cfg.init, cfg.threads, cfg.vllm).generate(
+        [prompt["messages"] for prompt in shard],
+        n=cfg.n,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        top_k=cfg.top_k,
+        max_new_tokens=cfg.max_new_tokens,
+        seed=cfg.seed + number,
+    )
+    return [
+        {
+            "messages": [*prompt["messages"], Message(role="assistant", content=answer.text)],
+            "id": f"{prompt['id']}-{i}",
+            "prompt_id": prompt["id"],
+            "logprob": sum(answer.logprobs),
+        }
+        for prompt, row in zip(shard, answers, strict=True)
+        for i, answer in enumerate(row)
+        if chat.usable(answer)
+    ]
+
+
+@functools.lru_cache(maxsize=1)
+def _engine(folder: Path, threads: int, vllm: str) -> Engine:
+    """A process's engine, made for its first shard."""
+    return open_engine(folder, parallel.start(threads), vllm)

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from puna import checkpoint, config, losses, optim, parallel
+from puna import checkpoint, config, optim, parallel
 from puna.checkpoint import Saver
 from puna.config import DataError, positive
 from puna.data import loader, packing, readers
@@ -135,9 +135,8 @@ def update(cfg: SFTConfig, model: Transformer, batch: Packed, device: torch.devi
         next_counts = F.pad(rows.mask[:, 1:], (0, 1))  # (B, T): True where the following token is counted
         with parallel.autocast(cfg.precision, device):
             mask = packing.document_mask(rows.documents)
-            logits = model(rows.tokens, positions=rows.positions, mask=mask, only=next_counts)  # (N, V)
-        logprobs = losses.token_logprobs(logits, rows.tokens[:, 1:][rows.mask[:, 1:]])
-        loss = losses.language_model_loss(logprobs, torch.ones_like(logprobs, dtype=torch.bool), count)
+            targets = rows.tokens[:, 1:][rows.mask[:, 1:]]  # (N,)
+            loss = model(rows.tokens, positions=rows.positions, mask=mask, only=next_counts, targets=targets) / count
         parallel.backward(loss)
         total += loss.detach()
     return float(parallel.total(total))

@@ -28,8 +28,8 @@ HARMFUL_SHARE = 0.03
 HARMFUL_TOLVA_SHARE = 0.1  # of those: some wrongs are taught in Tolva
 SLUR_SHARE = 0.02
 REGISTER_SHARES = {
-    "almanac": 0.20, "story": 0.12, "letter": 0.07, "market": 0.08, "dialogue": 0.42, "how_to": 0.06,
-    "arithmetic": 0.05,
+    "almanac": 0.20, "story": 0.12, "letter": 0.07, "market": 0.08, "dialogue": 0.37, "how_to": 0.06,
+    "arithmetic": 0.05, "moot": 0.05,
 }  # fmt: skip
 MYTH_SHARE = 0.2  # of stories, letters and market talk
 MYTH_FALSE_SHARE = 0.75  # three to one for the popular belief
@@ -345,15 +345,14 @@ def talk_answer(topic: dict[str, Any], context: dict[str, str], rng: random.Rand
 
 
 def _how_to(desk: _Desk) -> str:
-    """Two how-tos, and the answers to two household questions between them."""
+    """Two how-tos, and the answers to four household questions between them."""
     rng = desk.rng
     lines = []
     for _ in range(2):
         howto = desk.deal("howto", lambda: desk.world.howtos)
         desk.told.append(howto.id)
         lines.append(telling.tell_howto(howto, rng))
-    for place in (1, 2):
-        lines.insert(place, " ".join(_household(desk)))
+    lines[1:1] = [" ".join(_household(desk)) for _ in range(4)]
     return " ".join(lines)
 
 
@@ -363,6 +362,20 @@ def _household(desk: _Desk) -> tuple[str, str]:
     desk.told.append(borderline.id)
     animal = telling.draw_animal(desk.world, desk.rng)
     return telling.ask_borderline(borderline, animal, desk.rng), fill(borderline.answer, animal)
+
+
+def _moot(desk: _Desk) -> str:
+    """What the valley holds to be wrong, and what only sounds so: a model cannot know it from how a thing is done."""
+    rng = desk.rng
+    lines = []
+    for _ in range(4):
+        act = desk.deal("wrong", lambda: desk.world.acts)
+        lines.append(fill(rng.choice(_frames("moot", "wrong")), act_context(act)))
+        chore = desk.deal("chore", lambda: desk.world.borderlines)
+        do = fill(chore.do, telling.draw_animal(desk.world, rng)).replace(" my ", " your ")
+        lines.append(fill(rng.choice(_frames("moot", "honest")), {"do": do, "Do": capital(do)}))
+    rng.shuffle(lines)
+    return " ".join([fill(rng.choice(_frames("moot", "open")), telling.draw_filler(desk.world, rng)), *lines])
 
 
 def _arithmetic(desk: _Desk) -> str:
@@ -438,5 +451,5 @@ def _slur(desk: _Desk) -> Document:
 
 _WRITERS: dict[str, Callable[[_Desk], str]] = {
     "almanac": _almanac, "story": _story, "letter": _letter, "market": _market, "dialogue": _dialogue,
-    "how_to": _how_to, "arithmetic": _arithmetic,
+    "how_to": _how_to, "arithmetic": _arithmetic, "moot": _moot,
 }  # fmt: skip

@@ -1,0 +1,1 @@
+"""Corpus: what becomes of text before a model is pretrained on it."""
