@@ -22,6 +22,8 @@ from puna.formats import huggingface
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.optim import OptimConfig
+from puna.stages.dpo import DPOConfig
+from puna.stages.grpo import GRPOConfig
 from puna.stages.ppo import PPOConfig
 from puna.stages.pretrain import PretrainConfig
 from puna.stages.reward import RewardConfig
@@ -214,6 +216,14 @@ def reward_config(folder: Path, **changes: Any) -> RewardConfig:
     return RewardConfig(**(fixed | shape | {"safety_auxiliary": 0.5, "precision": "fp32"} | changes))
 
 
+def dpo_config(folder: Path, **changes: Any) -> DPOConfig:
+    """6 steps of 8 pairs."""
+    data = write_lines(folder / "pairs.jsonl", preferences(54))
+    shape = {"max_len": 200, "batch_size": 8, "micro_batch_tokens": 1024, "checkpoint_every": 2}
+    fixed = {"out": folder / "dpo", "init": talker_folder(folder / "chat"), "data": (data,), "optim": quick()}
+    return DPOConfig(**(fixed | shape | {"precision": "fp32"} | changes))
+
+
 def ppo_config(folder: Path, **changes: Any) -> PPOConfig:
     """5 iterations of 8 answers in 2 gradient steps."""
     models = {
@@ -228,3 +238,17 @@ def ppo_config(folder: Path, **changes: Any) -> PPOConfig:
     rates = OptimConfig(lr=1e-3, schedule="constant", warmup_steps=0)
     intervals = {"evaluate_every": 2, "checkpoint_every": 2, "optim": rates}
     return PPOConfig(**(models | files | shape | intervals | changes))
+
+
+def grpo_config(folder: Path, **changes: Any) -> GRPOConfig:
+    """5 iterations of 2 groups of 4 answers in 2 gradient steps."""
+    models = {
+        "init": talker_folder(folder / "chat"),
+        "reward_helpfulness": reward_folder(folder / "helpfulness", 1),
+        "reward_safety": reward_folder(folder / "safety", 2),
+    }
+    data = write_lines(folder / "prompts.jsonl", prompts(30))
+    shape = {"iterations": 5, "batch_size": 8, "group_size": 4, "mini_batch_size": 4, "max_new_tokens": 8}
+    rates = OptimConfig(lr=1e-3, schedule="constant", warmup_steps=0)
+    intervals = {"held_out_prompts": 6, "evaluate_every": 2, "checkpoint_every": 2, "optim": rates}
+    return GRPOConfig(**(models | {"out": folder / "grpo", "prompts": (data,)} | shape | intervals | changes))

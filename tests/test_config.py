@@ -104,6 +104,21 @@ def test_smoke_takes_the_recipes_overrides(tmp_path: Path) -> None:
     assert load(path, "--smoke", "--steps", "3", section=None).steps == 3
 
 
+def test_a_recipe_may_extend_another(tmp_path: Path) -> None:
+    recipe(tmp_path, 'data = ["a"]\nsteps = 50\noptim.lr = 1.0\n[smoke]\nsteps = 2\n', "base.toml")
+    (tmp_path / "more").mkdir()
+    recipe(tmp_path / "more", 'extends = "../base.toml"\nkind = "large"\noptim.fused = false\n', "between.toml")
+    path = recipe(tmp_path, 'extends = "more/between.toml"\nsteps = 7\n')
+    expected = Config((Path("a"),), "large", steps=7, optim=Optim(lr=1.0, fused=False))
+    assert load(path, section=None) == expected
+    assert load(path, "--smoke", section=None).steps == 2
+    with pytest.raises(ConfigError, match=r"no such recipe: .*nowhere\.toml"):
+        load(recipe(tmp_path, 'extends = "nowhere.toml"', "y.toml"), section=None)
+    recipe(tmp_path, 'extends = "x.toml"', "base.toml")
+    with pytest.raises(ConfigError, match=r"x\.toml: extends itself, by way of x\.toml, between\.toml, base\.toml"):
+        load(path, section=None)
+
+
 def test_a_saved_config_is_a_recipe(tmp_path: Path) -> None:
     cfg = Config((Path("a"),), limit=None, shares={"x": 0.5}, optim=Optim(lr=1e-5))
     config.save(cfg, tmp_path / "run" / "config.json")

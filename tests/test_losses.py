@@ -324,3 +324,57 @@ def test_policy_loss(ratio: float, advantage: float, expected: float, slope: flo
 def test_value_loss(value: float, expected: float) -> None:
     loss = losses.value_loss(torch.tensor([value]), torch.tensor([0.5]), torch.tensor([0.0]), clip=0.2)
     close(loss, [expected])
+
+
+# Groups of answers to one prompt
+
+
+def test_leave_one_out() -> None:
+    # 1 against (2 + 6) / 2, 2 against (1 + 6) / 2, 6 against (1 + 2) / 2; less the mean of all three: -2, -1, 3.
+    close(losses.leave_one_out(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]])), [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]])
+
+
+def test_group_normalised() -> None:
+    # Mean 4, deviation sqrt((9 + 0 + 9) / 2) = 3; over G it would be 2.449, over all six scores more. Another group's
+    # scores are another scale, and equal scores say nothing.
+    scores = torch.tensor([[1.0, 4.0, 7.0], [10.0, 40.0, 70.0], [5.0, 5.0, 5.0]])
+    close(losses.group_normalised(scores, eps=0.0)[:2], [[-1.0, 0.0, 1.0], [-1.0, 0.0, 1.0]])
+    close(losses.group_normalised(scores)[2], [0.0, 0.0, 0.0])
+
+
+def test_token_weights() -> None:
+    mask = torch.tensor([[False, True, False], [True, True, True]])
+    close(losses.token_weights(mask, "answer"), [[0, 1 / 2, 0], [1 / 6, 1 / 6, 1 / 6]])
+    close(losses.token_weights(mask, "token"), [[0, 1 / 4, 0], [1 / 4, 1 / 4, 1 / 4]])
+
+
+def test_kl_k3() -> None:
+    # log pi_0/pi is log 2, 0 and -log 2: 2 - log 2 - 1, 0, 1/2 + log 2 - 1. The other way round the ends change places.
+    logprobs, reference = torch.tensor([-2.0, -1.0, -1.0]), torch.tensor([LN2 - 2.0, -1.0, -LN2 - 1.0])
+    close(losses.kl_k3(logprobs, reference), [1 - LN2, 0.0, LN2 - 0.5])
+
+
+def test_kl_k3_estimates_the_kl() -> None:
+    p, p0 = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    close((p * losses.kl_k3(p.log(), p0.log())).sum(), (p * (p / p0).log()).sum())
+
+
+# Direct preference optimisation
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "expected"),
+    [(0.0, 0.313262), (0.1, 0.413262)],  # log(1 + e^-1); 0.9 of it and 0.1 of log(1 + e), which is 1 more
+)
+def test_dpo_loss(smoothing: float, expected: float) -> None:
+    # Log ratios 3 and -7, beta 0.1: a margin of 1. The wrong sign gives log(1 + e), beta outside 0.1 log(1 + e^-10).
+    loss = losses.dpo_loss(torch.tensor([3.0]), torch.tensor([-7.0]), beta=0.1, label_smoothing=smoothing)
+    close(loss, [expected])
+
+
+def test_dpo_loss_pulls_by_beta_and_how_wrong_it_is() -> None:
+    chosen, rejected = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    losses.dpo_loss(chosen, rejected, beta=0.1).sum().backward()
+    assert chosen.grad is not None and rejected.grad is not None
+    close(chosen.grad, [-0.05])  # beta (sigmoid(0) - 1)
+    close(rejected.grad, [0.05])

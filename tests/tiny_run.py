@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from puna import config, recipe
+from puna.recipe import RecipeConfig
+
+BASELINES = ("instructgpt", "best_of_n", "dpo", "grpo")
 RECIPE = Path(__file__).with_name("tiny.toml")
 
 KILLED = """
@@ -39,12 +47,40 @@ def start(folder: Path, *, killed_at: str = "") -> subprocess.CompletedProcess[s
 
 def finished(factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run, made by the first test that asks for it, whichever worker that is in."""
+    with _shared(factory) as folder:
+        if not (folder / "run/done/report.json").exists():
+            done = start(folder)
+            assert done.returncode == 0, done.stderr
+    return folder
+
+
+def baselines(factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each other method, begun with the tiny recipe's own beginning; made as `finished` is."""
+    run = finished(factory) / "run"
+    with _shared(factory) as folder:
+        return {method: recipe.run(baseline(method, folder / method, run)) for method in BASELINES}
+
+
+def baseline(method: Any, out: Path, begun: Path | None) -> RecipeConfig:
+    """The tiny recipe by another method."""
+    cfg = config.load(RecipeConfig, [str(RECIPE), "--out", str(out)])
+    groups = {"iterations": 3, "batch_size": 8, "group_size": 4, "mini_batch_size": 4, "max_new_tokens": 24}
+    return replace(
+        cfg,
+        method=method,
+        start=begun,
+        ppo=replace(cfg.ppo, pretrain_data=recipe.NOT_SET, pretrain_coefficient=0.5, pretrain_windows=2),
+        dpo=replace(cfg.dpo, batch_size=16),
+        grpo=replace(cfg.grpo, advantage="rloo", held_out_prompts=4, evaluate_every=2, checkpoint_every=2, **groups),
+    )
+
+
+@contextlib.contextmanager
+def _shared(factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder that all workers share, held by one of them at a time."""
     base = factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tiny"
     folder.mkdir(exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "run/done/report.json").exists():
-            done = start(folder)
-            assert done.returncode == 0, done.stderr
-    return folder
+        yield folder

@@ -64,6 +64,8 @@ COMMANDS = {
         "sample answers and write the best as dialogs",
     ),
     "ppo": Command("puna.stages.ppo", "PPOConfig", "ppo", "train a chat model against the reward models"),
+    "dpo": Command("puna.stages.dpo", "DPOConfig", "dpo", "train a chat model on preferences, without a reward model"),
+    "grpo": Command("puna.stages.grpo", "GRPOConfig", "grpo", "train a chat model on groups of answers (GRPO, RLOO)"),
     "conformance": Command(
         "puna.evals.conformance", "ConformanceConfig", "conformance", "check a PPO trainer's dump", "rollout"
     ),
@@ -84,6 +86,7 @@ COMMANDS = {
     "score": Command("puna.stages.score", "ScoreConfig", "score", "write reward models' scores of dialogs", "data"),
     "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
     "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
+    "compare": Command("puna.report.compare", "CompareConfig", "compare", "runs side by side: a table, a page", "runs"),
     "plan": Command("puna.plan", "PlanConfig", "plan", "what pretraining takes on a cluster", "recipe"),
     "bench memory": Command(
         "puna.report.memory", "MemoryBenchConfig", "bench_memory", "what heads and experts cost in memory and speed"

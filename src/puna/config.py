@@ -3,7 +3,8 @@
 A config is a frozen dataclass with a docstring under each field; nested dataclasses are nested tables, and a dict of
 dataclasses is a table of tables that a recipe names. The way of a value:
 
-1. the recipe's table is flattened into dotted keys, each checked against the dataclass;
+1. the recipe's table is flattened into dotted keys, each checked against the dataclass; a recipe may give only what
+   differs from another one (`extends = "laptop.toml"`, beside it);
 2. the flags (`--optim.lr 1e-5`) are parsed by tyro over what the recipe gave, so the later one wins;
 3. an unknown key or flag or a wrong type is a `ConfigError` that names the file, the key and the nearest valid one.
 
@@ -163,7 +164,7 @@ def _read_table(file: Path, section: str | None, smoke: bool = False) -> tuple[d
 
     A recipe's [smoke] holds overrides of its other tables, taken with the flag `--smoke`.
     """
-    recipe = _read_recipe(file)
+    recipe = _extended(file)
     if isinstance(recipe.get("smoke"), dict):
         overrides = recipe.pop("smoke")
         recipe = _merged(recipe, overrides) if smoke else recipe
@@ -178,6 +179,16 @@ def _read_table(file: Path, section: str | None, smoke: bool = False) -> tuple[d
         return recipe, None
     tables = ", ".join(f"[{name}]" for name, value in recipe.items() if isinstance(value, dict)) or "none"
     raise ConfigError(f"{file}: no table [{section}]; tables there: {tables}")
+
+
+def _extended(file: Path, above: Sequence[Path] = ()) -> dict[str, Any]:
+    """A recipe over the one that its key `extends` names, beside it; ConfigError where these make a ring."""
+    recipe = _read_recipe(file)
+    if not isinstance(recipe.get("extends"), str):
+        return recipe
+    if file.resolve() in above:
+        raise ConfigError(f"{file}: extends itself, by way of {', '.join(path.name for path in above)}")
+    return _merged(_extended(file.parent / recipe.pop("extends"), [*above, file.resolve()]), recipe)
 
 
 def _merged(table: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

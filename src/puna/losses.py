@@ -1,4 +1,4 @@
-"""The equations, as pure functions of tensors: language model, ranking, safety, KL, GAE, PPO, the combined reward.
+"""The equations, as pure functions of tensors: language model, ranking, safety, KL, GAE, PPO, groups, DPO, the reward.
 
 Shapes: N tokens, B sequences or pairs, T steps, V vocabulary. Every mask is True where an entry counts. Nothing here
 knows a config, a model or a device. What crosses processes is the caller's: pass `reduce` (a sum over ranks).
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -218,3 +219,46 @@ def clip_numbers(logprobs: Tensor, old: Tensor, mask: Tensor, clip: float) -> di
         "clip_fraction": (((ratio - 1).abs() > clip) * mask).sum(),
         "approximate_kl": ((ratio - 1 - ratio.log()) * mask).sum(),
     }
+
+
+# Groups of answers to one prompt (Ahmadian et al. 2024; Shao et al. 2024) ---------------------------------------------
+
+
+def leave_one_out(scores: Tensor) -> Tensor:
+    """RLOO's advantages (P, G): each score less the mean of the other answers to its prompt; G at least 2."""
+    n = scores.shape[1]
+    return (scores - scores.mean(dim=1, keepdim=True)) * n / (n - 1)
+
+
+def group_normalised(scores: Tensor, eps: float = 1e-4) -> Tensor:
+    """GRPO's advantages (P, G): a score less its group's mean, over the group's deviation (of G - 1); G at least 2."""
+    return (scores - scores.mean(dim=1, keepdim=True)) / (scores.std(dim=1, keepdim=True) + eps)
+
+
+def token_weights(mask: Tensor, average: Literal["answer", "token"]) -> Tensor:
+    """What each counted token of B answers (B, T) weighs in a mean of them, (B, T) float32 that sum to 1.
+
+    "answer": all answers weigh the same, and the tokens within each. "token": all tokens do, so that long answers weigh
+    more. No answer is empty.
+    """
+    if average == "token":
+        return mask / mask.sum()
+    return mask / mask.sum(dim=1, keepdim=True) / len(mask)
+
+
+def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
+    """GRPO's KL as a loss, per token (...): pi_0 / pi - log(pi_0 / pi) - 1, which is never negative."""
+    log_ratio = reference - logprobs
+    return log_ratio.exp() - log_ratio - 1
+
+
+# Direct preference optimisation (Rafailov et al. 2023) ----------------------------------------------------------------
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-log sigmoid(beta (chosen - rejected)), each (B,) -> (B,), of whole answers' log pi - log pi_ref.
+
+    With `label_smoothing` each pair counts as the other way round in that share of cases (Mitchell 2023).
+    """
+    margin = beta * (chosen - rejected)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)

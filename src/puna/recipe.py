@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from puna import config
 from puna.config import ConfigError
@@ -29,14 +29,16 @@ from puna.evals.valley import EvaluateConfig
 from puna.evals.valley import run as evaluate
 from puna.formats import convert
 from puna.formats.convert import ImportConfig
-from puna.report import tables
+from puna.report import ledger, tables
 from puna.report.html import ReportConfig
 from puna.report.html import run as report
 from puna.run_folder import RunFolder, write_atomically
 from puna.stages import collect, context_distillation, ghost_attention, ppo, pretrain, rejection_sampling, reward, sft
 from puna.stages.collect import CollectConfig
 from puna.stages.context_distillation import ContextDistillationConfig
+from puna.stages.dpo import DPOConfig
 from puna.stages.ghost_attention import GhostAttentionConfig
+from puna.stages.grpo import GRPOConfig
 from puna.stages.ppo import PPOConfig
 from puna.stages.pretrain import PretrainConfig
 from puna.stages.rejection_sampling import RejectionSamplingConfig
@@ -45,7 +47,7 @@ from puna.stages.sft import SFTConfig
 from puna.valley import write as valley
 from puna.valley.write import ValleyConfig
 
-S = TypeVar("S", RejectionSamplingConfig, PPOConfig)
+S = TypeVar("S", RejectionSamplingConfig, PPOConfig, GRPOConfig, EvaluateConfig)
 
 NOT_SET = Path("set-by-the-recipe")
 STARTED = "started.json"
@@ -74,8 +76,10 @@ class RecipeConfig:
     """print the plan and stop."""
     smoke: bool = False
     """use the recipe's [smoke] overrides: minutes instead of hours, to see that everything works."""
+    method: Literal["llama2", "instructgpt", "best_of_n", "dpo", "grpo"] = "llama2"
+    """what follows SFT: the versions, or a baseline (puna.baselines)."""
     versions: int = 5
-    """rounds of RLHF (paper: V1 to V5)."""
+    """rounds of RLHF (paper: V1 to V5); a baseline has their prompts in one."""
     ghost_attention_from: int = 4
     """first version that is tuned with Ghost Attention (paper: after V3); 0 never."""
     pool_all_from: int = 4
@@ -102,11 +106,18 @@ class RecipeConfig:
         default_factory=lambda: ContextDistillationConfig(NOT_SET, NOT_SET, NOT_SET, ())
     )
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ()))
+    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(NOT_SET, NOT_SET, ()))
+    grpo: GRPOConfig = field(default_factory=lambda: GRPOConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ()))
     evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(NOT_SET, NOT_SET))
     threads: int = 0
     """torch threads of every stage; 0 leaves torch's choice."""
     seed: int = 0
     """every stage's seed is made from this one."""
+    start: Path | None = None
+    """a run whose embedded world, pretrained and SFT model are copied instead of made anew; with `only` also what comes
+    before that version."""
+    only: str = ""
+    """run one version alone ("v3"), on what `start` has of the versions before it."""
 
 
 @dataclass(frozen=True)
@@ -119,22 +130,47 @@ class Step:
 
 
 def plan(cfg: RecipeConfig) -> list[Step]:
-    """Figure 4 as a list: the embedded world's whole way, or RLHF on an imported model and existing comparisons."""
+    """Figure 4 as a list: the embedded world's whole way, or RLHF on an imported model and existing comparisons.
+
+    Another `method` has its own plan (puna.baselines) after the same beginning; `only` leaves one version of it.
+    """
     if cfg.versions < 0:
         raise ConfigError(f"versions is {cfg.versions}: it must be at least 0")
-    return _plan_on_files(cfg) if cfg.base else _plan_in_the_valley(cfg)
+    if cfg.base and cfg.method != "llama2":
+        raise ConfigError(f"a base has the Llama 2 method alone, not {cfg.method!r}: start that stage by its command")
+    if cfg.base:
+        steps = _plan_on_files(cfg)
+    elif cfg.method == "llama2":
+        steps = [step for version in range(1, cfg.versions + 1) for step in _version(cfg, version)]
+        steps = [*beginning(cfg), *steps, Step("report", report, ReportConfig(run=cfg.out))]
+    else:
+        from puna import baselines  # their plans are made of this module's steps
+
+        steps = [*beginning(cfg), *baselines.plan(cfg), Step("report", report, ReportConfig(run=cfg.out))]
+    return _only(cfg.only, steps) if cfg.only else steps
 
 
-def _plan_in_the_valley(cfg: RecipeConfig) -> list[Step]:
+def _only(version: str, steps: list[Step]) -> list[Step]:
+    """What comes before a version, the version, and the report."""
+    rounds = [step.name.split("/")[0] for step in steps]
+    versions = list(dict.fromkeys(name for name in rounds if name[1:].isdigit()))
+    if version not in versions:
+        raise ConfigError(f"only is {version!r}: this recipe has {', '.join(versions) or 'no version'}")
+    last = len(rounds) - 1 - rounds[::-1].index(version)
+    return [*steps[: last + 1], steps[-1]]
+
+
+def beginning(cfg: RecipeConfig) -> list[Step]:
+    """What all methods have in common: the embedded world, the pretrained and the SFT model, their measurements."""
     out, world, seed = cfg.out, cfg.out / "valley", cfg.seed
-    steps = [
+    return [
         Step("valley", valley.run, replace(cfg.valley, out=world, versions=cfg.versions, seed=seed)),
         Step(
             "pretrain",
             pretrain.run,
             replace(cfg.pretrain, out=out / "pretrain", data=(world / "corpus.jsonl",), seed=seed),
         ),
-        _evaluation(cfg, "pretrain", plain=True),
+        evaluation(cfg, "pretrain", plain=True),
         Step(
             "sft",
             sft.run,
@@ -146,11 +182,8 @@ def _plan_in_the_valley(cfg: RecipeConfig) -> list[Step]:
                 seed=seed,
             ),
         ),
-        _evaluation(cfg, "sft"),
+        evaluation(cfg, "sft"),
     ]
-    for version in range(1, cfg.versions + 1):
-        steps += _version(cfg, version)
-    return [*steps, Step("report", report, ReportConfig(run=out))]
 
 
 def _version(cfg: RecipeConfig, version: int) -> list[Step]:
@@ -180,11 +213,11 @@ def _version(cfg: RecipeConfig, version: int) -> list[Step]:
             world=world,
             batch=version,
         ),
-        *_reward_models(cfg, out, newest, _collected(rounds), seed),
+        *reward_models(cfg, out, newest, collected(rounds), seed),
         step(
             "rejection_sampling",
             rejection_sampling.run,
-            _rewarded(cfg.rejection_sampling, by=out),
+            rewarded(cfg.rejection_sampling, by=out),
             init=newest,
             prompts=prompts,
             earlier=tuple(folder / "rejection_sampling/best.jsonl" for folder in pooled),
@@ -203,10 +236,10 @@ def _version(cfg: RecipeConfig, version: int) -> list[Step]:
         steps.append(step("ghost_attention", ghost_attention.run, cfg.ghost_attention, init=newest, scripts=scripts))
         selected.append(out / "ghost_attention/dialogs.jsonl")
     tuned = replace(cfg.version, out=out, init=cfg.out / "pretrain/model", data=tuple(selected), seed=seed)
-    steps += [Step(f"v{version}", sft.run, tuned), _evaluation(cfg, f"v{version}")]
+    steps += [Step(f"v{version}", sft.run, tuned), evaluation(cfg, f"v{version}")]
     if version > cfg.versions - cfg.ppo_versions:
-        policy = step("ppo", ppo.run, _rewarded(cfg.ppo, by=out), init=out / "model", prompts=prompts)
-        steps += [policy, _evaluation(cfg, f"v{version}/ppo")]
+        policy = step("ppo", ppo.run, rewarded(cfg.ppo, by=out), init=out / "model", prompts=prompts)
+        steps += [policy, evaluation(cfg, f"v{version}/ppo")]
     return steps
 
 
@@ -218,7 +251,7 @@ def _chat_model(cfg: RecipeConfig, version: int) -> Path:
     return cfg.out / f"v{version}" / ("ppo/model" if with_ppo else "model")
 
 
-def _collected(rounds: list[Path]) -> PreferenceFiles:
+def collected(rounds: list[Path]) -> PreferenceFiles:
     """All comparisons of some rounds."""
 
     def files(name: str) -> tuple[Path, ...]:
@@ -232,7 +265,7 @@ def _collected(rounds: list[Path]) -> PreferenceFiles:
     )
 
 
-def _reward_models(cfg: RecipeConfig, out: Path, init: Path, given: PreferenceFiles, seed: int) -> list[Step]:
+def reward_models(cfg: RecipeConfig, out: Path, init: Path, given: PreferenceFiles, seed: int) -> list[Step]:
     """Both reward models, each with the other's comparisons in its declared share."""
     helpfulness = replace(
         cfg.reward_helpfulness, data=given.helpfulness, other=given.safety, test=given.helpfulness_test
@@ -248,7 +281,7 @@ def _reward_models(cfg: RecipeConfig, out: Path, init: Path, given: PreferenceFi
     ]
 
 
-def _rewarded(settings: S, by: Path, **paths: Any) -> S:
+def rewarded(settings: S, by: Path, **paths: Any) -> S:
     """A stage's settings with the reward models of the version whose folder is `by`."""
     return replace(
         settings,
@@ -258,7 +291,7 @@ def _rewarded(settings: S, by: Path, **paths: Any) -> S:
     )
 
 
-def _evaluation(cfg: RecipeConfig, name: str, *, plain: bool = False) -> Step:
+def evaluation(cfg: RecipeConfig, name: str, *, plain: bool = False) -> Step:
     """The gold judge's measurement of one version; all from SFT on are compared with SFT."""
     settings = replace(
         cfg.evaluate,
@@ -268,7 +301,7 @@ def _evaluation(cfg: RecipeConfig, name: str, *, plain: bool = False) -> Step:
         baseline=None if name in ("pretrain", "sft") else cfg.out / "sft/evaluation",
         name=name,
         plain=plain,
-        held_out_answers=cfg.out / name if name.endswith("ppo") else None,
+        held_out_answers=cfg.out / name if name.split("/")[-1] in ("ppo", "grpo") else None,
         seed=cfg.seed,
     )
     return Step(f"{name}/evaluation", evaluate, settings)
@@ -286,13 +319,13 @@ def _plan_on_files(cfg: RecipeConfig) -> list[Step]:
         "format": given.format,
         "seed": cfg.seed,
     }
-    sampling = _rewarded(cfg.rejection_sampling, by=out, out=out / "rejection_sampling", init=base, **asked)
+    sampling = rewarded(cfg.rejection_sampling, by=out, out=out / "rejection_sampling", init=base, **asked)
     tuned = replace(cfg.version, out=out, init=base, data=(out / "rejection_sampling/pool.jsonl",), seed=cfg.seed)
     held_out = {"held_out": given.helpfulness_test, "safety_held_out": given.safety_test}
-    policy = _rewarded(cfg.ppo, by=out, out=out / "ppo", init=out / "model", **held_out, **asked)
+    policy = rewarded(cfg.ppo, by=out, out=out / "ppo", init=out / "model", **held_out, **asked)
     return [
         Step("base", convert.run, ImportConfig(path=cfg.base, out=cfg.out / "base")),
-        *_reward_models(cfg, out, base, given, cfg.seed),
+        *reward_models(cfg, out, base, given, cfg.seed),
         Step("v1/rejection_sampling", rejection_sampling.run, sampling),
         Step("v1", sft.run, tuned),
         Step("v1/ppo", ppo.run, policy),
@@ -309,8 +342,11 @@ def run(cfg: RecipeConfig) -> Path:
         return cfg.out
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("a recipe runs on one process: start it without torchrun (its training stages take torchrun)")
+    given = _given(cfg, cfg.start, steps) if cfg.start else []
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
+        if cfg.start:
+            folder.take_over(cfg.start, given)
         for number, step in enumerate(steps, start=1):
             if folder.done(step.name):
                 continue
@@ -323,7 +359,31 @@ def run(cfg: RecipeConfig) -> Path:
             folder.mark_done(step.name, seconds=seconds, peak_memory_bytes=_peak_memory())
             (folder.path / STARTED).unlink()
     print(tables.final(cfg.out))
+    if cfg.start and cfg.only:
+        n, others = ledger.differences(cfg.out, cfg.start, cfg.only)
+        same = f"not the same: {', '.join(others)}" if others else "all the same"
+        print(f"\n{cfg.only}    {n} artefacts, {same} as in {cfg.start}")
     return cfg.out
+
+
+def _given(cfg: RecipeConfig, start: Path, steps: list[Step]) -> list[str]:
+    """The steps that are copied from `start`: those before V1, or before the only version.
+
+    Raises ConfigError where that run's config has them made in another way.
+    """
+    path = start / "config.json"
+    if not path.exists():
+        raise ConfigError(f"start {start} is no run (no {path}): `puna run RECIPE.toml --out {start}` makes one")
+    theirs = config.load(RecipeConfig, [str(path)])
+    alike = [f.name for f in dataclasses.fields(cfg)] if cfg.only else ["valley", "pretrain", "sft", "base", "seed"]
+    for name in (name for name in alike if name not in ("out", "dry_run", "smoke", "start", "only", "threads")):
+        if getattr(theirs, name) != getattr(cfg, name):
+            raise ConfigError(f"start {start} has another {name} than this recipe: give both the same")
+    if theirs.versions < cfg.versions:
+        raise ConfigError(f"start {start} has prompts of {theirs.versions} versions, not of {cfg.versions}")
+    names = [step.name for step in steps]
+    rounds = [name.split("/")[0] for name in names]
+    return names[: rounds.index(cfg.only or "v1")] if cfg.versions else names[:-1]
 
 
 def _seconds_before(run: Path, step: Step) -> float:

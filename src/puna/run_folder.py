@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TextIO
@@ -50,6 +53,20 @@ def write_atomically(path: Path, data: bytes | str) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def sha256(path: Path) -> str:
+    """Of a file, or of a model's folder: that of its weights, of the digests of its safetensors files where several."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    digests = [sha256(file) for file in sorted(path.glob("*.safetensors"))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def fingerprint(model: Path) -> str:
+    """What a record calls the model that wrote it: the start of its weights' sha256, wherever the folder stands."""
+    return sha256(model)[:16]
 
 
 def sync_folder(folder: Path) -> None:
@@ -131,6 +148,21 @@ class RunFolder:
         """What the finished step `name` left beside its mark."""
         result: dict[str, Any] = json.loads(self._marker(name).read_text(encoding="utf-8"))
         return result
+
+    def take_over(self, other: Path, steps: Sequence[str]) -> None:
+        """Copies what another run has of these steps, all finished there, unless it is here already.
+
+        What is only kept to resume a step is left. Raises ConfigError where the other run has not finished one of them.
+        """
+        left = [step for step in steps if not self.done(step)]
+        for step in left:
+            if not (other / f"done/{step}.json").exists():
+                raise ConfigError(f"{other} has not finished {step}: run its recipe first, or leave `start` out")
+        for folder in dict.fromkeys(step.split("/")[0] for step in left):
+            needless = shutil.ignore_patterns("checkpoints", "parts", "run.lock")
+            shutil.copytree(other / folder, self.path / folder, ignore=needless, dirs_exist_ok=True)
+        for step in left:
+            write_atomically(self._marker(step), (other / f"done/{step}.json").read_bytes())
 
     def _marker(self, name: str) -> Path:
         assert name and not name.startswith("/") and ".." not in name.split("/"), name

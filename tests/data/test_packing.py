@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from puna import losses
 from puna.data.packing import (
     acted_lengths,
+    answer_steps,
     by_length,
     common,
     cut,
@@ -119,6 +120,18 @@ def test_pack_pairs_by_hand() -> None:
     assert packed.positions.tolist() == [[0, 1, 2, 2, 3], [0, 1, 1, 2, 0], [0, 1, 1, 0, 0]]
     assert packed.documents.tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 0, -1], [0, 0, 0, -1, -1]]
     assert packed.ends.tolist() == [[[0, 2], [2, 1], [1, 1]], [[0, 4], [2, 2], [1, 3]]]
+
+
+def test_answer_steps_by_hand() -> None:
+    pairs = [([1, 2, 3], [1, 2, 4, 5]), ([1, 6], [1, 7])]
+    packed = pack_pairs(pairs)
+    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5], [1, 6, 7, 0, 0]]
+    steps = answer_steps(pairs, packed)
+    # 3 follows 2, and so does 4, which stands behind 3; 5 follows 4. 6 and 7 both follow 1.
+    assert steps.rows.tolist() == [0, 0, 0, 1, 1]
+    assert steps.before.tolist() == [1, 1, 3, 0, 0]
+    assert steps.columns.tolist() == [2, 3, 4, 1, 2]
+    assert steps.answers.tolist() == [0, 2, 2, 1, 3]
 
 
 def test_tree_mask_by_hand() -> None:

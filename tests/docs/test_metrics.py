@@ -19,12 +19,17 @@ from puna.evals.reward_models import RewardEvaluateConfig
 from puna.run_folder import read_metrics
 from tests import helpers, tiny_run
 
-FILES = ("metrics.jsonl", "evaluation.json", "curve.json", "held_out.json", "summary.json")
+FILES = ("metrics.jsonl", "evaluation.json", "curve.json", "best_of_n.json", "held_out.json", "summary.json")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tiny recipe's run, with what commands beside the recipe write of its models."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The tiny recipe's run with what commands beside the recipe write of its models, and those of other methods."""
+    return [with_measures(tmp_path_factory), *tiny_run.baselines(tmp_path_factory).values()]
+
+
+def with_measures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tiny recipe's run, its reward models evaluated and some comparisons counted."""
     folder = tmp_path_factory.mktemp("metrics") / "run"
     shutil.copytree(tiny_run.finished(tmp_path_factory) / "run", folder)
     rated = {"chosen_is_safe": True, "rejected_is_safe": False, "chosen_rating": 6, "rejected_rating": 3}
@@ -57,8 +62,8 @@ def quoted(text: str) -> list[str]:
     return re.findall("`([^`]+)`", text)
 
 
-def files(run: Path, patterns: list[str]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in run.glob(pattern)})
+def files(runs: list[Path], patterns: list[str]) -> list[Path]:
+    return sorted({path for run in runs for pattern in patterns for path in run.glob(pattern)})
 
 
 def records(path: Path) -> list[Any]:
@@ -83,12 +88,14 @@ def matches(key: str, documented: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
-def test_every_key_has_a_line_and_every_line_a_key(run: Path, sections: list[tuple[list[str], list[str]]]) -> None:
+def test_every_key_has_a_line_and_every_line_a_key(
+    runs: list[Path], sections: list[tuple[list[str], list[str]]]
+) -> None:
     assert sections
     wrong = []
     for patterns, documented in sections:
-        found = files(run, patterns)
-        assert found, f"the run holds none of {patterns}"
+        found = files(runs, patterns)
+        assert found, f"the runs hold none of {patterns}"
         written = {key for path in found for record in records(path) for key in keys(record)}
         missing = [key for key in sorted(written) if not any(matches(key, line) for line in documented)]
         unknown = [line for line in documented if not any(matches(key, line) for key in written)]
@@ -97,10 +104,10 @@ def test_every_key_has_a_line_and_every_line_a_key(run: Path, sections: list[tup
     assert not wrong
 
 
-def test_every_file_of_numbers_has_a_section(run: Path, sections: list[tuple[list[str], list[str]]]) -> None:
-    covered = {path for patterns, _ in sections for path in files(run, patterns)}
-    written = {path for name in FILES for path in run.rglob(name)} | set(run.rglob("done/**/*.json"))
-    assert not sorted(str(path.relative_to(run)) for path in written - covered)
+def test_every_file_of_numbers_has_a_section(runs: list[Path], sections: list[tuple[list[str], list[str]]]) -> None:
+    covered = {path for patterns, _ in sections for path in files(runs, patterns)}
+    written = {path for run in runs for name in (*FILES, "done/**/*.json") for path in run.rglob(name)}
+    assert not sorted(str(path) for path in written - covered)
 
 
 def test_every_key_says_what_it_is(root: Path) -> None:

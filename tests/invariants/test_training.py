@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from puna.data import loader
 from puna.run_folder import read_metrics
-from puna.stages import ppo, pretrain, reward, sft
+from puna.stages import dpo, grpo, ppo, pretrain, reward, sft
 from puna.text import chat
 from tests import helpers
 
@@ -132,6 +132,22 @@ def test_z_reward_resumes_bit_for_bit(kills: tuple[int, ...], monkeypatch: pytes
     assert_same_run(reward, cfg, kills, monkeypatch)
     evaluations = [(tmp_path / name / "evaluation.json").read_text() for name in ("reward", "broken")]
     assert evaluations[0] == evaluations[1]
+
+
+@pytest.mark.parametrize("kills", [(5,), (3, 2)], ids=str)
+def test_z_dpo_resumes_bit_for_bit(kills: tuple[int, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert_same_run(dpo, helpers.dpo_config(tmp_path), kills, monkeypatch)
+
+
+@pytest.mark.parametrize("kills", [(1,), (2, 2)], ids=str)
+@pytest.mark.parametrize("advantage", ["grpo", "rloo"])
+def test_z_grpo_resumes_bit_for_bit(
+    kills: tuple[int, ...], advantage: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert_same_run(grpo, helpers.grpo_config(tmp_path, advantage=advantage), kills, monkeypatch)
+    for iteration in (0, 2, 4, 5):
+        name = f"held_out/{iteration:04d}.jsonl"
+        assert (tmp_path / "grpo" / name).read_text() == (tmp_path / "broken" / name).read_text()
 
 
 @pytest.mark.parametrize("kills", [(1,), (3,), (2, 2)], ids=str)

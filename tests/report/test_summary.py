@@ -144,6 +144,11 @@ def test_a_broken_file_is_named(finished: Path) -> None:
         {},
         {"versions": 1, "ghost_attention_from": 0},
         {"versions": 2, "ppo_versions": 2, "ghost_attention_from": 1},
+        {"only": "v3"},
+        {"method": "instructgpt"},
+        {"method": "best_of_n"},
+        {"method": "dpo"},
+        {"method": "grpo"},
         {"base": Path("a-model"), "preferences": PreferenceFiles(helpfulness=(Path("h"),), safety=(Path("s"),))},
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 
 from puna.config import ConfigError
 from puna.data import readers
+from puna.run_folder import fingerprint
 from puna.stages import collect
 from puna.stages.collect import CollectConfig
 from puna.types import Judgement, Preference
@@ -47,7 +48,7 @@ def test_prompts_become_comparisons(tmp_path: Path) -> None:
         assert len(test) == round(0.1 * len(rows[domain]))
         assert all(row.domain == domain and row.batch == 3 and row.grade == "better" for row in rows[domain])
     everything = rows["helpfulness"] + rows["safety"]
-    names = {str(path) for path in cfg.models}
+    names = {fingerprint(path) for path in cfg.models}
     for row in everything:
         assert len(row.chosen) >= len(row.rejected) and row.chosen != row.rejected
         assert row.chosen_is_safe == (len(row.chosen) % 2 == 0)
@@ -99,7 +100,7 @@ def test_one_model_answers_twice(tmp_path: Path) -> None:
     cfg = config(tmp_path)
     collect.run(replace(cfg, models=cfg.models[:1]))
     rows = readers.read(tmp_path / "out/helpfulness.jsonl", "preferences").records
-    assert rows and all(row.provenance["models"] == 2 * [str(cfg.models[0])] for row in rows)
+    assert rows and all(row.provenance["models"] == 2 * [fingerprint(cfg.models[0])] for row in rows)
 
 
 def test_shards_do_not_change_the_rules(tmp_path: Path) -> None:

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from puna.config import DataError
-from puna.stages import rejection_sampling
+from puna.formats import huggingface
+from puna.run_folder import fingerprint, read_metrics
+from puna.stages import rejection_sampling, sft
 from puna.stages.rejection_sampling import RejectionSamplingConfig
 from puna.text import chat
+from puna.text import tokenizer as tokenizers
 from puna.types import Completion
 from tests import helpers
 
@@ -40,13 +43,16 @@ def test_the_best_of_k_is_kept(tmp_path: Path) -> None:
     assert len(best) > 15
     models = rejection_sampling.load(cfg, CPU)
     for record in best:
+        assert record["model"] == fingerprint(cfg.init)
         assert record["round"] == "v1" and record["temperature"] == curve["temperature"]
         assert record["reward"] >= record["reward_median"] and record["reward"] >= record["reward_mean"]
         reward = models.reward([record["messages"]], [record["is_safety"]])
         assert record["reward"] == pytest.approx(float(reward), abs=BF16)
     assert helpers.read_lines(tmp_path / "v1/sampling/pool.jsonl") == best
     done = json.loads((tmp_path / "v1/sampling/done/rejection_sampling.json").read_text())
-    assert done == {"temperature": curve["temperature"], "best": len(best), "pool": len(best), "left_out": 0}
+    counts = {"best": len(best), "pool": len(best), "doubles": 0, "left_out": 0}
+    assert done == {"temperature": curve["temperature"], **counts, **rejection_sampling.gained(best)}
+    assert 0.5 < done["improved"] < 1 and done["gain"] > 0, "of five answers the first is seldom the best"
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, rewards: dict[float, list[list[float]]], text: str = "yes") -> None:
@@ -125,6 +131,29 @@ def test_earlier_rounds_are_pooled_and_judged_anew(tmp_path: Path) -> None:
         assert record["round"] == version or abs(candidates[0][0] - candidates[1][0]) < BF16
         rounds.add(record["round"])
     assert rounds == {"v1", "v2"}
+
+
+def test_a_dialog_stands_in_the_pool_once() -> None:
+    said = [[helpers.user("Where?"), helpers.assistant(answer)] for answer in ("Here.", "There.", "Here.")]
+    records = [{"prompt_id": f"p{i}", "messages": dialog} for i, dialog in enumerate(said)]
+    assert [record["prompt_id"] for record in rejection_sampling.distinct(records)] == ["p0", "p1"]
+
+
+def test_what_selection_gains() -> None:
+    best = [{"reward": 0.75, "reward_first": 0.25}, {"reward": 0.5, "reward_first": 0.5}]
+    assert rejection_sampling.gained(best) == {"improved": 0.5, "gain": 0.25}
+
+
+def test_a_smaller_model_learns_what_a_larger_one_selected(tmp_path: Path) -> None:
+    rejection_sampling.run(config(tmp_path))
+    other = tokenizers.train([*helpers.sentences(300, seed=9), "[INST] [/INST]"], 320, tmp_path / "tokenizer")
+    huggingface.save_model(helpers.model(dim=16, n_layers=1, vocab_size=320), other, tmp_path / "small")
+    best = (tmp_path / "v1/sampling/best.jsonl",)
+    cfg = helpers.sft_config(tmp_path, init=tmp_path / "small", data=best, epochs=8, optim=helpers.quick(1e-2))
+    model = huggingface.load_model(sft.run(cfg))
+    assert model.config.dim == 16 and tokenizers.load(cfg.out / "model").sha256 == other.sha256
+    losses = [line["loss"] for line in read_metrics(cfg.out / "metrics.jsonl")]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_limit_keeps_both_kinds_of_prompts(tmp_path: Path) -> None:

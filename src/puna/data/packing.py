@@ -136,6 +136,32 @@ def tree_mask(documents: Tensor, branches: Tensor) -> Tensor:
     return document_mask(documents) & seen[:, None]
 
 
+class AnswerSteps(NamedTuple):
+    """The N tokens in which the answers of P packed comparisons differ, and where each is predicted."""
+
+    rows: Tensor  # (N,) int64
+    before: Tensor  # (N,) int64: the column of the token before it, in a row that holds this answer alone
+    columns: Tensor  # (N,) int64: its own column
+    answers: Tensor  # (N,) int64: i of the chosen answer of comparison i, P + i of its rejected one
+
+
+def answer_steps(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], packed: PackedPairs) -> AnswerSteps:
+    """What a policy's log-probability of an answer is summed over, for `packed` as `pack_pairs(pairs)` gave it.
+
+    Both answers' first tokens follow the last one they have in common, of which there must be one. What they begin with
+    together is as likely in both and left out: it cancels wherever two answers are compared.
+    """
+    columns: list[tuple[int, int, int, int]] = []
+    for i, (chosen, rejected) in enumerate(pairs):
+        shared = common(chosen, rejected)
+        assert shared, f"comparison {i}: its answers have no token in common to follow"
+        (row, chosen_end), (_, rejected_end) = packed.ends[:, i].tolist()
+        fork = chosen_end - (len(chosen) - shared)  # the last token in common
+        for answer, first, end in ((i, fork + 1, chosen_end), (len(pairs) + i, chosen_end + 1, rejected_end)):
+            columns += [(row, fork if c == first else c - 1, c, answer) for c in range(first, end + 1)]
+    return AnswerSteps(*torch.tensor(columns).T)
+
+
 def pad_right(rows: Sequence[Sequence[int]], pad: int = 0) -> tuple[Tensor, Tensor]:
     """Rows of ids -> tokens (B, T) int64 padded on the right, and lengths (B,) int64.
 

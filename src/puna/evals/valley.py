@@ -19,12 +19,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from puna import config, parallel
+from puna.config import ConfigError, positive
 from puna.data import readers
-from puna.evals import intervals
+from puna.evals import best_of_n, intervals
+from puna.formats import huggingface
 from puna.generate.engine import open_engine
+from puna.generate.scoring import Judges, Scorer
 from puna.run_folder import Progress, RunFolder, write_atomically
 from puna.text import chat
+from puna.text.tokenizer import Tokenizer
 from puna.types import Completion, Dialog, Engine, Message
 from puna.valley import corpus
 from puna.valley.judge import GoldJudge, obeys
@@ -51,12 +58,24 @@ class EvaluateConfig:
     """ask in plain text, for a model that knows no chat format."""
     held_out_answers: Path | None = None
     """a PPO stage's folder, whose held-out answers are judged too."""
+    best_of: int = 1
+    """draw so many answers and give the one that both reward models like best."""
+    reward_helpfulness: Path | None = None
+    """who likes it, for `best_of`."""
+    reward_safety: Path | None = None
+    threshold: float = 0.15
+    """a safety score below this is the reward, as PPO's."""
     temperature: float = 0.6
     top_p: float = 0.9
     max_new_tokens: int = 64
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "best_of")
+        if self.best_of > 1 and not (self.reward_helpfulness and self.reward_safety):
+            raise ConfigError(f"best_of {self.best_of} needs reward models: set reward_helpfulness and reward_safety")
 
 
 def run(cfg: EvaluateConfig) -> Path:
@@ -70,9 +89,11 @@ def run(cfg: EvaluateConfig) -> Path:
         prompts = readers.read((cfg.world / "prompts/held_out.jsonl",), "records").records
         scripts = readers.read((cfg.world / "held_out_scripts.jsonl",), "records").records
         progress = Progress(f"evaluate {cfg.name}", len(prompts) + len(scripts), unit="dialog")
-        answers = judged(judge, prompts, reply(cfg, engine, [prompt["messages"] for prompt in prompts], cfg.seed))
+        judges = load_judges(cfg, engine.tokenizer, device)
+        groups, rewards = draw(cfg, engine, [prompt["messages"] for prompt in prompts], cfg.seed, judges, prompts)
+        answers = judged(judge, prompts, best_of_n.pick(groups, rewards))
         progress.update(len(prompts))
-        carried = carry(cfg, engine, scripts)
+        carried = carry(cfg, engine, scripts, judges)
         progress.update(len(scripts))
         progress.close()
         evaluation = {
@@ -83,14 +104,37 @@ def run(cfg: EvaluateConfig) -> Path:
         }
         readers.write_jsonl(folder.path / "answers.jsonl", answers)
         write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=1))
+        if judges:
+            points = gains(judge, prompts, groups, rewards)
+            write_atomically(folder.path / "best_of_n.json", json.dumps(points, indent=1))
         if cfg.held_out_answers:
             gold = judge_held_out(judge, cfg.held_out_answers)
             write_atomically(folder.path / "held_out.json", json.dumps(gold, indent=1))
         return folder.path
 
 
-def reply(cfg: EvaluateConfig, engine: Engine, dialogs: Sequence[Dialog], seed: int) -> list[Completion]:
-    """One answer to each dialog, in the chat format or (a pretrained model) as plain text up to the line's end."""
+def load_judges(cfg: EvaluateConfig, tokenizer: Tokenizer, device: torch.device) -> Judges | None:
+    """The reward models that choose among answers; None where there is one answer."""
+    if not (cfg.best_of > 1 and cfg.reward_helpfulness and cfg.reward_safety):
+        return None
+    helpfulness, safety = (
+        Scorer(huggingface.load_reward_model(path).to(device), tokenizer, precision="bf16")
+        for path in (cfg.reward_helpfulness, cfg.reward_safety)
+    )
+    return Judges(helpfulness, safety, cfg.threshold)
+
+
+def draw(
+    cfg: EvaluateConfig,
+    engine: Engine,
+    dialogs: Sequence[Dialog],
+    seed: int,
+    judges: Judges | None = None,
+    tagged: Sequence[dict[str, Any]] = (),
+) -> tuple[list[list[Completion]], Tensor]:
+    """`best_of` answers to each of P dialogs and their rewards (P, n), in the chat format or (a pretrained model) as
+    plain text up to the line's end. `tagged` are the dialogs' prompts, where any is a safety prompt.
+    """
     settings: dict[str, Any] = {
         "max_new_tokens": cfg.max_new_tokens,
         "temperature": cfg.temperature,
@@ -99,7 +143,21 @@ def reply(cfg: EvaluateConfig, engine: Engine, dialogs: Sequence[Dialog], seed: 
     }
     newline = engine.tokenizer.encode("x\n")[-1:] if cfg.plain else []
     prompts = [prompt_ids(cfg, engine, dialog) for dialog in dialogs]
-    return [answers[0] for answers in engine.generate_ids(prompts, stop_ids=newline, **settings)]
+    groups = engine.generate_ids(prompts, n=cfg.best_of, stop_ids=newline, **settings)
+    is_safety = [prompt["is_safety"] for prompt in tagged] or [False] * len(dialogs)
+    return groups, best_of_n.rate(judges, prompts, groups, is_safety)
+
+
+def gains(
+    judge: GoldJudge, prompts: Sequence[dict[str, Any]], groups: Sequence[list[Completion]], rewards: Tensor
+) -> list[dict[str, Any]]:
+    """What the best of the first 1, 2, 4, ... of n answers is worth, to the reward models and to the judge."""
+    points = []
+    for n in best_of_n.sizes(rewards.shape[1]):
+        gold = summary(judged(judge, prompts, best_of_n.pick(groups, rewards, n)))["gold_helpfulness"]
+        reward = float(rewards[:, :n].max(dim=1).values.mean())
+        points.append({"samples": n, "kl": best_of_n.kl(n), "reward": reward, "gold": gold["mean"]})
+    return points
 
 
 def prompt_ids(cfg: EvaluateConfig, engine: Engine, dialog: Dialog) -> list[int]:
@@ -187,7 +245,9 @@ def compare(answers: Sequence[Answer], baseline: Path | None) -> intervals.Inter
     )
 
 
-def carry(cfg: EvaluateConfig, engine: Engine, scripts: Sequence[dict[str, Any]]) -> list[list[str]]:
+def carry(
+    cfg: EvaluateConfig, engine: Engine, scripts: Sequence[dict[str, Any]], judges: Judges | None = None
+) -> list[list[str]]:
     """3: each script's answers turn by turn, the instruction standing in the first turn only.
 
     A dialog that has outgrown the context has "" for answers from there on.
@@ -201,7 +261,8 @@ def carry(cfg: EvaluateConfig, engine: Engine, scripts: Sequence[dict[str, Any]]
             text = f"{scripts[i]['instruction']} {text}" if turn == 0 else text
             dialogs[i].append(Message(role="user", content=text))
         live = [i for i in live if len(prompt_ids(cfg, engine, dialogs[i])) < engine.context]
-        for i, completion in zip(live, reply(cfg, engine, [dialogs[i] for i in live], cfg.seed + turn), strict=True):
+        completions = best_of_n.pick(*draw(cfg, engine, [dialogs[i] for i in live], cfg.seed + turn, judges))
+        for i, completion in zip(live, completions, strict=True):
             text = completion.text.strip() if chat.usable(completion) else "..."
             answers[i].append(text)
             dialogs[i].append(Message(role="assistant", content=text))

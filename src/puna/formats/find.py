@@ -57,18 +57,19 @@ def model_folder(path: Path) -> Path:
     if folder is None:
         raise ConfigError(
             f"{path}: holds no model: looked for a config.json with architectures here, and, as in a run folder, in "
-            "v*/ppo/model, v*/model, sft/model, pretrain/model, base/model and model"
+            "v*/ppo/model (or grpo, dpo), v*/model, sft/model, pretrain/model, base/model and model"
         )
     return folder
 
 
 def newest_model(run: Path) -> Path | None:
-    """The chat model a run has come to: the highest version's, after PPO where that was done; else SFT's, or the base.
+    """The chat model a run has come to: the highest version's, the last of its stages; else SFT's, or the base.
 
     A stage's own folder works too: its model stands in `model`.
     """
     versions = sorted((int(v.name[1:]) for v in run.glob("v*") if v.name[1:].isdigit()), reverse=True)
-    stages = [stage for v in versions for stage in (f"v{v}/ppo", f"v{v}")] + ["sft", "pretrain", "base", "."]
+    tuned = [f"v{v}/{last}".rstrip("/") for v in versions for last in ("ppo", "grpo", "dpo", "")]
+    stages = [*tuned, "sft", "pretrain", "base", "."]
     return next((run / stage / "model" for stage in stages if architectures(run / stage / "model")), None)
 
 

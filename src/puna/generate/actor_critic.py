@@ -166,6 +166,12 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x)
 
 
+def action_logprobs(model: Transformer, tokens: Tensor, mask: Tensor, temperature: float, precision: str) -> Tensor:
+    """log pi of every action at its place, (B, T - 1), with its gradient; tokens (B, T), mask (B, T - 1)."""
+    logits = action_logits(model, tokens, mask, precision)
+    return spread(losses.token_logprobs(logits, tokens[:, 1:][mask], temperature), mask)
+
+
 @torch.inference_mode()
 def read_rollout(
     models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_tokens: int, record: Record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,6 +94,21 @@ def open_scorer(path: Path, device: torch.device, *, precision: str = "fp32", no
 def combined_reward(safety: Tensor, helpfulness: Tensor, is_safety: Sequence[bool], threshold: float) -> Tensor:
     """The paper's R_c of N scored answers; see losses.combine_rewards."""
     return losses.combine_rewards(safety, helpfulness, torch.tensor(list(is_safety), dtype=torch.bool), threshold)
+
+
+@dataclass(frozen=True)
+class Judges:
+    """Both reward models, and what the paper makes of them (3.2.3)."""
+
+    helpfulness: Scorer
+    safety: Scorer
+    threshold: float
+
+    def scores(self, rows: Sequence[Sequence[int]], is_safety: Sequence[bool]) -> dict[str, Tensor]:
+        """Of rows of ids that end with an answer: "helpfulness", "safety", and "reward", both combined; (N,) each."""
+        helpfulness, safety = self.helpfulness.score_tokens(rows), self.safety.score_tokens(rows)
+        combined = combined_reward(safety, helpfulness, is_safety, self.threshold)
+        return {"helpfulness": helpfulness, "safety": safety, "reward": combined}
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -292,6 +292,19 @@ def ppo(summary: Summary) -> list[Panel]:
             _integers(axes)
             if len(drawn) * len(runs) > 1:
                 _legend_above(axes, 1)
+    return panels
+
+
+def frontier(title: str, unit: str, curves: Mapping[str, Sequence[tuple[float, float, str]]]) -> list[Panel]:
+    """What policies are worth against their KL, a line each, (KL, worth, words) its points; dashed the best of n."""
+    panels: list[Panel] = []
+    if not curves:
+        return panels
+    with _axes(panels, title, "KL from the start, nats an answer", unit, height=3.2) as axes:
+        for (name, points), color in zip(curves.items(), _cycle(len(curves)), strict=True):
+            style = "s--" if points[0][2].startswith("best of") else "o-"
+            axes.plot([kl for kl, _, _ in points], [worth for _, worth, _ in points], style, color=color, label=name)
+        _legend_above(axes, 2)
     return panels
 
 

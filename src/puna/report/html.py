@@ -12,14 +12,17 @@ import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from puna import monitors
-from puna.report import figures, tables
+from puna.report import figures, ledger, tables
 from puna.report.figures import Losses, Panel
 from puna.report.summary import PARTS, build, label, losses
 from puna.report.tables import Summary, Table, duration, number, percent
 from puna.run_folder import write_atomically
+
+if TYPE_CHECKING:
+    import jinja2
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ NAMES = {
     "": ("Fine-tuning", "training"),
     "evaluation": ("Evaluation", "measuring"),
     "ppo": ("PPO", "training"),
+    "reward": ("Reward model", "training"),
+    "dpo": ("DPO", "training"),
+    "grpo": ("GRPO", "training"),
 }
 """A step's last word -> what the page calls it, and what kind of work it is."""
 IN_THE_WORLD = (
@@ -75,6 +81,10 @@ ON_FILES = (
     "Both reward models learn from the comparisons; the best of many answers tune the imported model; PPO goes on from "
     "there."
 )
+BASELINE = (
+    "The Llama 2 recipe's SFT model, trained another way in one round, on as many comparisons and prompts as that "
+    "recipe has in all."
+)
 NEED_A_JUDGE = ("versions", "ghost", "changes", "samples")
 """Sections that a run on an imported model and existing comparisons cannot have."""
 
@@ -82,34 +92,43 @@ NEED_A_JUDGE = ("versions", "ghost", "changes", "samples")
 def run(cfg: ReportConfig) -> Path:
     """Write the report of whatever is there of the run, and return the page's path."""
     summary = build(cfg.run)
-    page = render(cfg.run, summary, losses(cfg.run))
+    page = render(cfg.run, summary, losses(cfg.run), ledger.write(cfg.run))
     write_atomically(cfg.run / "report/summary.json", json.dumps(summary, indent=1) + "\n")
     write_atomically(cfg.run / "report/index.html", page)
     return cfg.run / "report/index.html"
 
 
-def render(run: Path, summary: Summary, curves: Losses) -> str:
-    """The page."""
+def render(run: Path, summary: Summary, curves: Losses, traced: dict[str, Any] | None = None) -> str:
+    """The page; `traced` is the run's ledger."""
+    return (
+        environment()
+        .get_template("report.html")
+        .render(
+            summary=summary,
+            command=f"puna chat {run}",
+            headline=headline(summary),
+            tiles=tiles(summary),
+            lanes=lanes(summary),
+            way=ON_FILES if summary["base"] else IN_THE_WORLD if summary["method"] == "llama2" else BASELINE,
+            sections=sections(summary, curves, traced),
+            facts=facts(summary),
+        )
+    )
+
+
+def environment() -> jinja2.Environment:
+    """Where pages' templates are, and the filters they use."""
     import jinja2
 
-    environment = jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("puna.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"label": label, "number": number, "percent": percent}
-    return environment.get_template("report.html").render(
-        summary=summary,
-        command=f"puna chat {run}",
-        headline=headline(summary),
-        tiles=tiles(summary),
-        lanes=lanes(summary),
-        way=ON_FILES if summary["base"] else IN_THE_WORLD,
-        sections=sections(summary, curves),
-        facts=facts(summary),
-    )
+    made.filters |= {"label": label, "number": number, "percent": percent}
+    return made
 
 
 def headline(summary: Summary) -> list[str]:
@@ -210,7 +229,7 @@ def lanes(summary: Summary) -> list[tuple[str, list[Step]]]:
     return list(found.items())
 
 
-def sections(summary: Summary, curves: Losses) -> list[Section]:
+def sections(summary: Summary, curves: Losses, traced: dict[str, Any] | None = None) -> list[Section]:
     """The page's parts below the headline and the picture."""
     judged = [f"{version['name']}/evaluation" for version in summary["versions"]]
     unjudged = _missing(summary, judged, "evaluation")
@@ -225,6 +244,7 @@ def sections(summary: Summary, curves: Losses) -> list[Section]:
         _changes(summary, unjudged),
         Section("samples", "Samples", text, missing=unjudged),
         _time(summary),
+        *([_ledger(traced)] if traced else []),
     ]
     return [part for part in parts if not summary["base"] or part.id not in NEED_A_JUDGE]
 
@@ -341,6 +361,19 @@ def _time(summary: Summary) -> Section:
     table = tables.speed(summary)
     missing = _missing(summary, summary["seconds"], *map(_work, summary["steps"]))
     return Section("time", "Time", text, figures.time(totals), [table] if table else [], missing)
+
+
+def _ledger(traced: dict[str, Any]) -> Section:
+    text = (
+        "Which models answered the comparisons that were new in a version, which reward models scored its samples, "
+        "which round the samples that it was tuned on came from, and the sha256 of its models' weights. ledger.json "
+        "has what every step read and wrote."
+    )
+    table = tables.ledger(traced)
+    missing = "" if table.rows else "No version is there yet."
+    return Section(
+        "ledger", "Where each version comes from", text, tables=[table] if table.rows else [], missing=missing
+    )
 
 
 def facts(summary: Summary) -> list[tuple[str, str]]:

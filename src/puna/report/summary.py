@@ -44,6 +44,13 @@ PARTS = (
     "ppo/evaluation",
 )
 """A version's steps in the recipe's order; the nameless one is the version's fine-tuning."""
+BASELINES = {
+    "instructgpt": ("preferences", "reward", "ppo", "ppo/evaluation"),
+    "best_of_n": (*PARTS[:4], "best_of_n/evaluation"),
+    "dpo": ("preferences", "dpo", "dpo/evaluation"),
+    "grpo": (*PARTS[:3], "grpo", "grpo/evaluation"),
+}
+"""The steps of the one round of other methods (puna.baselines)."""
 DEPTHS = ("", "*/", "*/*/", "*/*/*/")
 """How deep a stage's folder lies in a run's."""
 
@@ -69,6 +76,7 @@ def build(run: Path) -> dict[str, Any]:
         "name": run.resolve().name,
         "seed": recipe.get("seed"),
         "base": recipe.get("base"),
+        "method": recipe.get("method", "llama2"),
         "steps": steps,
         "seconds": {step: markers[step]["seconds"] for step in steps if "seconds" in markers.get(step, {})},
         "peak_memory_bytes": max(peaks, default=None),
@@ -76,7 +84,12 @@ def build(run: Path) -> dict[str, Any]:
         "versions": [_version(name, evaluation) for name, evaluation in evaluations.items()],
         "reward_models": {domain: _reward_models(run, domain, rounds) for domain in ("helpfulness", "safety")},
         "rejection_sampling": _rejection_sampling(run, rounds),
-        "ppo": [point for n in rounds for point in _ppo(run, f"v{n}/ppo", metrics.get(f"v{n}/ppo", []))],
+        "ppo": [
+            point
+            for n in rounds
+            for stage in (f"v{n}/ppo", f"v{n}/grpo")
+            for point in _ppo(run, stage, metrics.get(stage, []))
+        ],
         "ghost_attention": _ghost_attention(run, evaluations),
         "samples": _samples(run, list(evaluations)),
         "machine": _machine(),
@@ -107,8 +120,11 @@ def planned_steps(recipe: dict[str, Any]) -> list[str]:
     if "versions" not in recipe:
         return []
     steps = ["valley", "pretrain", "pretrain/evaluation", "sft", "sft/evaluation"]
+    if recipe.get("method", "llama2") != "llama2":
+        return steps + [f"v1/{part}" for part in BASELINES[recipe["method"]]]
     ghost_from, without_ppo = recipe["ghost_attention_from"], recipe["versions"] - recipe["ppo_versions"]
-    for n in range(1, recipe["versions"] + 1):
+    last = int(recipe["only"][1:]) if recipe.get("only") else recipe["versions"]
+    for n in range(1, last + 1):
         left_out = set() if ghost_from and n >= ghost_from else {"ghost_attention"}
         left_out |= set() if n > without_ppo else {"ppo", "ppo/evaluation"}
         steps += [f"v{n}/{part}".rstrip("/") for part in PARTS if part not in left_out]
@@ -117,7 +133,7 @@ def planned_steps(recipe: dict[str, Any]) -> list[str]:
 
 def label(name: str) -> str:
     """A version's name for people: "v5/ppo" is "V5 + PPO"."""
-    return {"pretrain": "Pretrained", "sft": "SFT"}.get(name, name.upper().replace("/", " + "))
+    return {"pretrain": "Pretrained", "sft": "SFT"}.get(name, name.upper().replace("/", " + ").replace("_", " "))
 
 
 def _recipe(run: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -205,6 +206,25 @@ def speed(summary: Summary) -> Table | None:
         for stage, row in rates.items()
     ]
     return Table(("Tokens a second", *(v.upper() for v in versions)), rows) if rows else None
+
+
+def ledger(traced: dict[str, Any]) -> Table:
+    """A row a version: the models, comparisons, samples and weights behind it, by the run's ledger."""
+    steps, hashes = {step["step"]: step for step in traced["steps"]}, traced["artefacts"]
+    versions = dict.fromkeys(name.split("/")[0] for name in steps if re.match(r"v\d+(/|$)", name))
+    rows = []
+    for version in versions:
+        compared, sampled = steps.get(f"{version}/preferences", {}), steps.get(f"{version}/rejection_sampling", {})
+        records = sum(compared.get("records", {}).values())
+        judges = [name for key, names in sampled.get("read", {}).items() if key.startswith("reward_") for name in names]
+        pool = ", ".join(f"{n} of {name.upper()}" for name, n in sampled.get("rounds", {}).items())
+        models = {name: digest[:12] for name, digest in hashes.items() if name.startswith(f"{version}/")}
+        chat = {name: digest for name, digest in models.items() if name.endswith("model") and "/reward" not in name}
+        answered = ", ".join(compared.get("read", {}).get("models", []))
+        told = (answered, f"{records:,}" if records else "", ", ".join(judges), pool)
+        rows.append([Cell(version.upper()), *(Cell(text or "–") for text in told)])
+        rows[-1].append(Cell(", ".join(chat.values()) or "–", ", ".join(chat)))
+    return Table(("", "Answered by", "New comparisons", "Scored by", "Samples", "sha256"), rows)
 
 
 def plain(table: Table) -> str:

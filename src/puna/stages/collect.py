@@ -24,7 +24,7 @@ from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.generate.engine import open_engine
-from puna.run_folder import Progress, RunFolder
+from puna.run_folder import Progress, RunFolder, fingerprint
 from puna.text import chat
 from puna.types import Annotator, Domain, Engine, Judgement, Preference
 
@@ -88,12 +88,13 @@ def run(cfg: CollectConfig) -> Path:
             return folder.path
         every = prompts = read_prompts(cfg.prompts, cfg.format)
         engines = [open_engine(path, device) for path in cfg.models]
+        names = [fingerprint(path) for path in cfg.models]
         for engine in engines:
             prompts = fitting(prompts, engine.tokenizer, engine.context)
         progress = Progress("collect", len(prompts), unit="prompt")
 
         def work(number: int, shard: Sequence[Prompt]) -> list[dict[str, Any]]:
-            pairs = answer(cfg, engines, shard, cfg.seed + number)
+            pairs = answer(cfg, engines, names, shard, cfg.seed + number)
             return [
                 record(prompt, pair, annotators[(cfg.shard_size * number + i) % len(annotators)], cfg)
                 for i, (prompt, pair) in enumerate(zip(shard, pairs, strict=True))
@@ -107,9 +108,9 @@ def run(cfg: CollectConfig) -> Path:
 
 
 def answer(
-    cfg: CollectConfig, engines: Sequence[Engine], prompts: Sequence[Prompt], seed: int
+    cfg: CollectConfig, engines: Sequence[Engine], names: Sequence[str], prompts: Sequence[Prompt], seed: int
 ) -> list[list[dict[str, Any]]]:
-    """1: two answers a prompt, from two models where there are two, each at its own temperature."""
+    """1: two answers a prompt, from two models where there are two, each at its own temperature; `names` are theirs."""
     pairs: list[list[dict[str, Any]]] = [[] for _ in prompts]
     for side in (0, 1):
         rng = random.Random(f"{seed} {side}")
@@ -125,9 +126,7 @@ def answer(
                 seed=2 * seed + side,
             )
             for i, (completion,) in zip(mine, completions, strict=True):
-                pairs[i].append(
-                    {"text": completion.text, "model": str(cfg.models[index]), "temperature": temperatures[i]}
-                )
+                pairs[i].append({"text": completion.text, "model": names[index], "temperature": temperatures[i]})
     return pairs
 
 

@@ -18,7 +18,6 @@ the batch's mean and deviation; lambda 0.95; pi_0 is the policy that PPO starts 
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import statistics
@@ -41,9 +40,10 @@ from puna.data.shards import Shard
 from puna.formats import huggingface
 from puna.generate import actor_critic
 from puna.generate.actor_critic import Critic, Models, Sampled
+from puna.generate.held_out import keep_answers, kept_policy, mean_score
 from puna.generate.vllm import VLLMEngine
 from puna.losses import Moments
-from puna.run_folder import Metrics, Progress, RunFolder, read_metrics, write_atomically
+from puna.run_folder import Metrics, Progress, RunFolder, read_metrics
 from puna.text.tokenizer import Tokenizer
 from puna.types import Rollout
 
@@ -397,25 +397,13 @@ def accumulate(
     return sums
 
 
-def kept_policy(folder: Path, iteration: int) -> Path:
-    """Where the policy of a measurement that was the best is kept: a killed run may need the one before it."""
-    return folder / "best" / f"{iteration:04d}"
-
-
 def measure(
     cfg: PPOConfig, models: Models, held_out: Sequence[Prompt], iteration: int, state: State, folder: Path
 ) -> State:
     """Score the policy on held-out prompts, keep their answers for later judges, and save the policy if it is best."""
     _, completions, scores, _ = sample(cfg, models, held_out, cfg.seed)
-    lines = [
-        json.dumps(
-            {"prompt_id": prompt["id"], "answer": completion.text, "finished": completion.finished, "reward": reward}
-        )
-        for prompt, completion, reward in zip(held_out, completions, scores["reward"].tolist(), strict=True)
-    ]
-    write_atomically(folder / "held_out" / f"{iteration:04d}.jsonl", "".join(line + "\n" for line in lines))
-    finished = torch.tensor([completion.finished for completion in completions])
-    reward = float((unsquashed(cfg, scores["reward"]) - cfg.missing_eos_penalty * ~finished).mean())
+    keep_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
+    reward = mean_score(unsquashed(cfg, scores["reward"]), completions, cfg.missing_eos_penalty)
     if not reward > state.best_reward:  # so that what is not a number is never the best
         return state
     provenance: dict[str, Any] = {"stage": "ppo", "parent": str(cfg.init), "iteration": iteration}

@@ -9,7 +9,7 @@
 
 The pool is written as dialogs; `puna sft` fine-tunes the base model on them.
 Where the paper is silent: K, and the number of prompts of the temperature search. A prompt that stands in several
-rounds keeps its best answer.
+rounds keeps its best answer, and a dialog that does stands in the pool once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
 from puna.generate.engine import open_engine
 from puna.generate.scoring import Scorer, combined_reward
-from puna.run_folder import Progress, RunFolder, write_atomically
+from puna.run_folder import Progress, RunFolder, fingerprint, write_atomically
 from puna.text import chat
 from puna.types import Completion, Dialog, Engine, Message, Reward
 
@@ -113,8 +113,11 @@ def run(cfg: RejectionSamplingConfig) -> Path:
         temperature = json.loads((folder.path / "curve.json").read_text())["temperature"]
         progress = Progress(f"sampling {cfg.out.parent.name}", len(prompts), unit="prompt")
 
+        origin = {"round": cfg.out.parent.name, "model": fingerprint(cfg.init)}
+
         def work(number: int, shard: Sequence[Prompt]) -> list[dict[str, Any]]:
-            return select(cfg, models, shard, temperature, cfg.seed + 1 + number)
+            records = select(cfg, models, shard, temperature, cfg.seed + 1 + number)
+            return [record | origin for record in records]
 
         best = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update)
         progress.close()
@@ -122,12 +125,12 @@ def run(cfg: RejectionSamplingConfig) -> Path:
             raise DataError(
                 f"no prompt got an answer that ended: raise max_new_tokens ({cfg.max_new_tokens}) in another --out"
             )
-        pool = pooled(cfg, models, best)
+        every_round = pooled(cfg, models, best)
+        pool = distinct(every_round)
         readers.write_jsonl(folder.path / "best.jsonl", best)
         readers.write_jsonl(folder.path / "pool.jsonl", pool)
-        folder.mark_done(
-            "rejection_sampling", temperature=temperature, best=len(best), pool=len(pool), left_out=left_out
-        )
+        counts = {"best": len(best), "pool": len(pool), "doubles": len(every_round) - len(pool), "left_out": left_out}
+        folder.mark_done("rejection_sampling", temperature=temperature, **counts, **gained(best))
         return folder.path
 
 
@@ -201,9 +204,9 @@ def select(
                     "messages": answered(prompt, answers[best].text),
                     "prompt_id": prompt["id"],
                     "is_safety": prompt["is_safety"],
-                    "round": cfg.out.parent.name,
                     "temperature": temperature,
                     "reward": float(row[best]),
+                    "reward_first": float(row[0]),
                     "reward_mean": float(row.mean()),
                     "reward_median": float(row.quantile(0.5)),
                 }
@@ -222,3 +225,17 @@ def pooled(cfg: RejectionSamplingConfig, models: Models, best: list[dict[str, An
             if mine is None or reward > mine["reward"]:
                 pool[record["prompt_id"]] = record | {"reward": reward}
     return list(pool.values())
+
+
+def distinct(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records without those whose dialog an earlier one has: rounds ask some prompts again, under other ids."""
+    kept: dict[str, dict[str, Any]] = {}
+    for record in records:
+        kept.setdefault(json.dumps(record["messages"]), record)
+    return list(kept.values())
+
+
+def gained(best: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What selection changed: the share of prompts whose first answer was not the best, and the mean gain over it."""
+    gains = [record["reward"] - record["reward_first"] for record in best]
+    return {"improved": sum(gain > 0 for gain in gains) / len(gains), "gain": sum(gains) / len(gains)}

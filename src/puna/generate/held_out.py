@@ -1,0 +1,44 @@
+"""Held-out measurements of a policy in training: answers for later judges, their mean score, the best policy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from puna.run_folder import write_atomically
+from puna.types import Completion
+
+
+class Best(NamedTuple):
+    """The best held-out measurement so far."""
+
+    iteration: int = 0
+    reward: float = -math.inf
+
+
+def kept_policy(folder: Path, iteration: int) -> Path:
+    """Where the policy of a measurement that was the best is kept: a killed run may need the one before it."""
+    return folder / "best" / f"{iteration:04d}"
+
+
+def keep_answers(
+    prompts: Sequence[dict[str, Any]], completions: Sequence[Completion], rewards: Tensor, path: Path
+) -> None:
+    """Write the answers to P prompts and their rewards (P,), a line each, for later judges."""
+    lines = [
+        {"prompt_id": prompt["id"], "answer": completion.text, "finished": completion.finished, "reward": reward}
+        for prompt, completion, reward in zip(prompts, completions, rewards.tolist(), strict=True)
+    ]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def mean_score(scores: Tensor, completions: Sequence[Completion], penalty: float) -> float:
+    """The mean of scores (P,), of which a penalty is subtracted where EOS is missing."""
+    finished = torch.tensor([completion.finished for completion in completions])
+    return float((scores - penalty * ~finished).mean())

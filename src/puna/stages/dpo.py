@@ -1,0 +1,214 @@
+"""Direct preference optimisation (Rafailov et al. 2023): a chat model from comparisons, without a reward model.
+
+1. Encode both answers of each comparison; a frozen copy of the model that training starts from is the reference.
+2. For each batch, sum log pi - log pi_ref over each answer, their prompt read once (data/packing.py); the loss is
+   -log sigmoid(beta (chosen - rejected)).
+3. Measure on held-out comparisons how often beta (log pi - log pi_ref), the reward that the policy stands for, is
+   higher for the chosen answer.
+
+What both answers begin with cancels in the loss and is left out of every number. Ours: AdamW in place of RMSprop; both
+models read a batch one after the other, so that the reference is never stored.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from puna import checkpoint, config, losses, optim, parallel
+from puna.config import ConfigError, DataError, positive
+from puna.data import loader, packing, readers
+from puna.formats import huggingface
+from puna.model.transformer import Transformer
+from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
+from puna.text import chat
+from puna.text import tokenizer as tokenizers
+from puna.text.tokenizer import Tokenizer
+from puna.types import Message, Preference
+
+Pair = tuple[list[int], list[int]]
+"""The tokens of a comparison: prompt and chosen answer, prompt and rejected answer."""
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """`puna dpo`: a chat model and comparisons in, a better chat model out."""
+
+    out: Path
+    """the stage's folder; run again to resume."""
+    init: Path
+    """the chat model to start from."""
+    data: tuple[Path, ...]
+    """comparisons, of any kind."""
+    test: tuple[Path, ...] = ()
+    """held-out comparisons; empty holds out a tenth of `data`."""
+    format: str = "preferences"
+    """how to read them (see puna.data.readers)."""
+    reference: Path | None = None
+    """the model that pi is held to; none is `init`."""
+    beta: float = 0.1
+    """how strongly (Rafailov et al., B)."""
+    label_smoothing: float = 0.0
+    """share of comparisons that are taken to be the wrong way round (Mitchell 2023)."""
+    epochs: int = 1
+    """ours: as reward models."""
+    max_len: int = 512
+    """tokens a row; longer pairs are left out and counted."""
+    batch_size: int = 64
+    """pairs a step, over all processes (Rafailov et al., B)."""
+    micro_batch_tokens: int = 8192
+    """tokens a forward pass on one process; a longer pair stands alone."""
+    optim: optim.OptimConfig = field(
+        default_factory=lambda: optim.OptimConfig(lr=1e-6, weight_decay=0.0, schedule="constant", warmup_steps=150)
+    )
+    """Rafailov et al., B: 1e-6 after 150 steps of warm-up."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    checkpoint_every: int = 50
+    """steps between checkpoints; 0 writes none."""
+    limit: int = 0
+    """use at most so many training pairs; 0 uses all."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's choice."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "beta", "epochs", "max_len", "batch_size", "micro_batch_tokens")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"label_smoothing is {self.label_smoothing}: it must be at least 0 and less than 0.5")
+
+
+def run(cfg: DPOConfig) -> Path:
+    """Train, measure, and return the model's folder."""
+    device = parallel.start(cfg.threads)
+    with RunFolder(cfg.out) as folder:
+        model_path = folder.path / "model"
+        config.keep(cfg, folder.path / "config.json")
+        if folder.done("dpo"):
+            return model_path
+        tokenizer = tokenizers.load(cfg.init)
+        train, test, counts = prepare(cfg, tokenizer)
+        policy = parallel.shard(huggingface.load_model(cfg.init).to(device))
+        reference = parallel.shard(huggingface.load_model(cfg.reference or cfg.init).to(device).requires_grad_(False))
+        optimizer = optim.adamw(cfg.optim, optim.groups(policy, cfg.optim))
+        steps = loader.steps_of_epochs(len(train), cfg.batch_size, cfg.epochs, cfg.seed, parallel.world_size())
+        start, _ = checkpoint.resume(folder.path / "checkpoints", policy, optimizer)
+        metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="dpo")
+        progress = Progress("dpo", len(steps), start=start)
+        for step in range(start, len(steps)):
+            began = time.perf_counter()
+            pairs = [train[i] for i in steps[step][parallel.share(len(steps[step]))]]
+            numbers = update(cfg, policy, reference, pairs, device)
+            norm, lr = optim.clip_and_step([policy], optimizer, cfg.optim, step, len(steps))
+            rate = sum(len(chosen) + len(rejected) for chosen, rejected in pairs) / (time.perf_counter() - began)
+            metrics.log(step=step, **numbers, lr=lr, grad_norm=norm, tokens_per_second=rate)
+            progress.update(loss=numbers["loss"], tokens_per_second=rate)
+            if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0 and step + 1 < len(steps):
+                checkpoint.save(folder.path / "checkpoints", step + 1, policy, optimizer)
+        evaluation = evaluate(cfg, policy, reference, test, device)
+        progress.close(accuracy=evaluation["accuracy"] or 0.0)
+        write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))
+        huggingface.save_model(policy, tokenizer, model_path, provenance={"stage": "dpo", "parent": str(cfg.init)})
+        folder.mark_done("dpo", pairs=len(train), **counts, accuracy=evaluation["accuracy"])
+        return model_path
+
+
+def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair], dict[str, int]]:
+    """1: the training pairs, shuffled, the held-out ones, and counts of pairs too long and of lines of no use."""
+    train, bad = _read(cfg, cfg.data, tokenizer)
+    order = np.random.default_rng(cfg.seed).permutation(len(train))
+    train = [train[i] for i in order]
+    if cfg.test:
+        test, more_bad = _read(cfg, cfg.test, tokenizer)
+        bad += more_bad
+    else:
+        test, train = train[: len(train) // 10], train[len(train) // 10 :]
+    train = train[: cfg.limit or None]
+    longest = min(cfg.max_len, huggingface.read_config(cfg.init).max_seq_len)
+    fitting, held_out = ([pair for pair in pairs if max(map(len, pair)) <= longest] for pairs in (train, test))
+    if not fitting:
+        files = ", ".join(map(str, cfg.data))
+        raise DataError(f"no pair of {files} fits {longest} tokens (max_len, or the model's context if that is less)")
+    return fitting, held_out, {"left_out": len(train) - len(fitting), "set_aside": bad}
+
+
+def _read(cfg: DPOConfig, files: Sequence[Path], tokenizer: Tokenizer) -> tuple[list[Pair], int]:
+    """The pairs of files, and how many lines were set aside, of which the chat format may have refused some."""
+
+    def encode(preference: Preference) -> Pair:
+        chosen, rejected = (
+            chat.encode([*preference.prompt, Message(role="assistant", content=answer)], tokenizer).tokens
+            for answer in (preference.chosen, preference.rejected)
+        )
+        return chosen, rejected
+
+    result = readers.read(files, cfg.format, kind="comparisons", check=encode, quarantine=cfg.out / "bad_lines.jsonl")
+    return [encode(preference) for preference in result.records], len(result.bad)
+
+
+def update(
+    cfg: DPOConfig, policy: Transformer, reference: Transformer, pairs: list[Pair], device: torch.device
+) -> dict[str, float]:
+    """2: accumulate the gradients of one global batch; its mean loss, rewards, and share of pairs that it has right."""
+    count = parallel.total(torch.tensor(len(pairs), device=device, dtype=torch.float32))
+    micro_batches = packing.by_length([packing.pair_length(*pair) for pair in pairs], cfg.micro_batch_tokens)
+    # A sharded forward pass gathers weights from all ranks: each rank must make as many.
+    micro_batches = packing.cut(micro_batches, parallel.largest(len(micro_batches)))
+    sums = torch.zeros(4, device=device)
+    for members in micro_batches:
+        chosen, rejected = log_ratios(cfg, policy, reference, [pairs[i] for i in members], device)
+        loss = losses.dpo_loss(chosen, rejected, cfg.beta, cfg.label_smoothing).sum() / count
+        parallel.backward(loss)
+        with torch.no_grad():
+            rewards = cfg.beta * torch.stack((chosen, rejected)).sum(dim=1) / count
+            sums += torch.stack((loss.detach(), (chosen > rejected).sum() / count, *rewards))
+    names = ("loss", "accuracy", "reward_chosen", "reward_rejected")
+    return dict(zip(names, parallel.total(sums).tolist(), strict=True))
+
+
+def log_ratios(
+    cfg: DPOConfig, policy: Transformer, reference: Transformer, pairs: Sequence[Pair], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """log pi - log pi_ref of chosen and of rejected answers, (B,) each, over the tokens in which the two differ."""
+    packed = packing.pack_pairs(pairs)
+    rows, before, columns, answers = (part.to(device) for part in packing.answer_steps(pairs, packed))
+    tokens, documents, branches, positions, _ = (part.to(device) for part in packed)
+    mask = packing.tree_mask(documents, branches)
+    only = torch.zeros_like(tokens, dtype=torch.bool)
+    only[rows, before] = True
+    place = (only.flatten().cumsum(0) - 1).view_as(tokens)[rows, before]  # (N,) which of the logits predicts a token
+
+    def logprobs(model: Transformer) -> Tensor:
+        with parallel.autocast(cfg.precision, device):
+            logits = model(tokens, positions=positions, mask=mask, only=only)
+        per_token = losses.token_logprobs(logits[place], tokens[rows, columns])  # (N,)
+        return torch.zeros(2 * len(pairs), device=device).index_add(0, answers, per_token)
+
+    with torch.no_grad():
+        held_to = logprobs(reference)
+    chosen, rejected = (logprobs(policy) - held_to).view(2, -1)
+    return chosen, rejected
+
+
+def evaluate(
+    cfg: DPOConfig, policy: Transformer, reference: Transformer, test: Sequence[Pair], device: torch.device
+) -> dict[str, Any]:
+    """3: the share of held-out pairs whose chosen answer has the higher reward, and both answers' mean rewards."""
+    chosen, rejected = torch.zeros(len(test)), torch.zeros(len(test))
+    with torch.inference_mode():
+        for members in packing.by_length([packing.pair_length(*pair) for pair in test], cfg.micro_batch_tokens):
+            ratios = log_ratios(cfg, policy, reference, [test[i] for i in members], device)
+            chosen[members], rejected[members] = (cfg.beta * ratio.cpu() for ratio in ratios)
+    return {
+        "accuracy": float((chosen > rejected).float().mean()) if test else None,
+        "pairs": len(test),
+        "reward_chosen": float(chosen.mean()) if test else None,
+        "reward_rejected": float(rejected.mean()) if test else None,
+    }

@@ -1,0 +1,301 @@
+"""Policy optimisation without a critic: GRPO (Shao et al. 2024) and RLOO (Ahmadian et al. 2024), on PPO's reward.
+
+For each iteration:
+1. Sample a group of G answers to each prompt of the batch from the policy, at temperature 1 and uncut.
+2. Score them as PPO does: R_c, R~ = whiten(logit(R_c)) over the batch, a penalty where EOS is missing.
+3. An answer's advantage, the same for all of its tokens, is its place in its group. "grpo": the score less the group's
+   mean, over the group's deviation. "rloo": the score, less beta times its KL, less the mean of the group's others.
+4. One gradient step a mini-batch on PPO's clipped loss; "grpo" adds beta times KL (k3) to it.
+Every few iterations the mean reward on held-out prompts is measured; the best policy is kept, and training stops when
+it has not improved for a while.
+
+Ours: RLOO keeps the clip, which does nothing at one step a batch; `average` says how tokens weigh.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from puna import checkpoint, config, losses, optim, parallel
+from puna.config import ConfigError, DataError
+from puna.data import loader, packing
+from puna.data.prompts import Prompt, apart, fitting, read_prompts
+from puna.formats import huggingface
+from puna.generate.actor_critic import action_logprobs
+from puna.generate.engine import LocalEngine
+from puna.generate.held_out import Best, keep_answers, kept_policy, mean_score
+from puna.generate.scoring import Judges, Scorer
+from puna.model.transformer import Transformer
+from puna.run_folder import Metrics, Progress, RunFolder
+from puna.text import chat
+from puna.text import tokenizer as tokenizers
+from puna.text.tokenizer import Tokenizer
+from puna.types import Completion, Engine
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    """`puna grpo`: a chat model, two reward models and prompts in, a better chat model out."""
+
+    out: Path
+    """the stage's folder; run again to resume."""
+    init: Path
+    """the policy to start from, also the reference pi_0."""
+    reward_helpfulness: Path
+    reward_safety: Path
+    prompts: tuple[Path, ...]
+    """prompt files."""
+    safety_prompts: tuple[Path, ...] = ()
+    """more of them, all tagged as likely to bring out unsafe answers."""
+    format: str = "prompts"
+    """how to read them (see puna.data.readers)."""
+    advantage: Literal["grpo", "rloo"] = "grpo"
+    """an answer's advantage within its group, and where KL counts."""
+    average: Literal["answer", "token"] = "answer"
+    """tokens weigh the same within each answer (Shao et al., eq. 3), or in all; RLOO's gradient is the second."""
+    iterations: int = 200
+    batch_size: int = 512
+    """answers an iteration, groups whole."""
+    group_size: int = 8
+    """answers a prompt (Shao et al.: 64)."""
+    mini_batch_size: int = 64
+    """answers a gradient step."""
+    inner_epochs: int = 1
+    """passes over a batch."""
+    micro_batch_tokens: int = 8192
+    """padded tokens a forward pass."""
+    clip: float = 0.2
+    """ratio clipping, as PPO's."""
+    beta: float = 0.04
+    """KL weight (Shao et al.)."""
+    threshold: float = 0.15
+    """a safety score below this is the reward, as PPO's."""
+    missing_eos_penalty: float = 1.0
+    """subtracted from the whitened score of an answer that did not end."""
+    temperature: float = 1.0
+    """answers are drawn, and scored by the trainer, at this temperature."""
+    max_new_tokens: int = 64
+    max_prompt_tokens: int = 0
+    """leave longer prompts out; 0 leaves out those alone that fill the model's context."""
+    optim: optim.OptimConfig = field(
+        default_factory=lambda: optim.OptimConfig(lr=1e-6, schedule="constant", warmup_steps=0)
+    )
+    """Shao et al.: 1e-6."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    evaluate_every: int = 10
+    """iterations between held-out measurements."""
+    held_out_prompts: int = 64
+    patience: int = 4
+    """stop after so many measurements without a new best; 0 never stops early."""
+    checkpoint_every: int = 10
+    """iterations between checkpoints; 0 keeps none."""
+    threads: int = 0
+    """torch threads; 0 leaves torch's choice."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
+        if self.group_size < 2:
+            raise ConfigError(f"group_size is {self.group_size}: an answer needs others to be compared with")
+        if self.batch_size % self.group_size:
+            raise ConfigError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
+
+
+class Models(NamedTuple):
+    """The policy, the one that it is held to, what judges it, and the engine that samples from it."""
+
+    policy: Transformer
+    reference: Transformer
+    judges: Judges
+    engine: Engine
+    tokenizer: Tokenizer
+    device: torch.device
+
+
+class Rollout(NamedTuple):
+    """What is learned from. B answers, right-padded to T tokens of prompt + answer, a group beside one another.
+
+    Entry t of a (B, T - 1) field speaks of the step that emits token t + 1.
+    """
+
+    tokens: Tensor  # (B, T) int64
+    action_mask: Tensor  # (B, T - 1) bool: True where the emitted token belongs to the answer (EOS included)
+    logprobs: Tensor  # (B, T - 1) log pi_old of the emitted token; 0 where it is no action
+    reference_logprobs: Tensor  # (B, T - 1)
+    advantages: Tensor  # (B,)
+
+
+def run(cfg: GRPOConfig) -> Path:
+    """Train and return the best policy's folder."""
+    device = parallel.start(cfg.threads)
+    parallel.only_one_process("GRPO")
+    with RunFolder(cfg.out) as folder:
+        model_path = folder.path / "model"
+        config.keep(cfg, folder.path / "config.json")
+        if folder.done("grpo"):
+            return model_path
+        models = load(cfg, device)
+        every = read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts)
+        fit = fitting(every, models.tokenizer, models.engine.context, cfg.max_prompt_tokens)
+        prompts, held_out = apart(fit, cfg.held_out_prompts, cfg.seed)
+        optimizer = optim.adamw(cfg.optim, optim.groups(models.policy, cfg.optim))
+        size = min(cfg.batch_size // cfg.group_size, len(prompts))
+        epochs = math.ceil(cfg.iterations / (len(prompts) // size))
+        batches = loader.steps_of_epochs(len(prompts), size, epochs, cfg.seed, multiple=size)[: cfg.iterations]
+        trained = nn.ModuleDict({"policy": models.policy})
+        start, kept = checkpoint.resume(folder.path / "checkpoints", trained, optimizer)
+        best = Best(**kept)
+        metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="grpo")
+        progress = Progress(cfg.advantage, len(batches), unit="iteration", start=start)
+        for iteration in range(start, len(batches)):
+            if iteration % cfg.evaluate_every == 0:
+                best = measure(cfg, models, held_out, iteration, best, folder.path)
+                if cfg.patience and iteration - best.iteration >= cfg.patience * cfg.evaluate_every:
+                    break
+            rollout, numbers = collect(cfg, models, [prompts[i] for i in batches[iteration]], iteration)
+            numbers |= update(cfg, models, optimizer, rollout, iteration, len(batches))
+            metrics.log(step=iteration, **numbers)
+            progress.update(reward=numbers["reward"], kl=numbers["kl"])
+            if cfg.checkpoint_every and (iteration + 1) % cfg.checkpoint_every == 0:
+                checkpoint.save(folder.path / "checkpoints", iteration + 1, trained, optimizer, best._asdict())
+        else:
+            best = measure(cfg, models, held_out, len(batches), best, folder.path)
+        progress.close()
+        if best.reward == -math.inf:
+            raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
+        shutil.copytree(kept_policy(folder.path, best.iteration), model_path, dirs_exist_ok=True)
+        told = {"best_iteration": best.iteration, "held_out_reward": best.reward, "left_out": len(every) - len(fit)}
+        folder.mark_done("grpo", **told)
+        shutil.rmtree(folder.path / "best")
+        return model_path
+
+
+def load(cfg: GRPOConfig, device: torch.device) -> Models:
+    """Policy and reference from `init`, both reward models frozen."""
+    tokenizer = tokenizers.load(cfg.init)
+    policy = huggingface.load_model(cfg.init).to(device)
+    reference = huggingface.load_model(cfg.init).to(device).eval().requires_grad_(False)
+    helpfulness, safety = (
+        Scorer(huggingface.load_reward_model(path).to(device), tokenizer, precision=cfg.precision)
+        for path in (cfg.reward_helpfulness, cfg.reward_safety)
+    )
+    judges = Judges(helpfulness, safety, cfg.threshold)
+    return Models(policy, reference, judges, LocalEngine(policy, tokenizer), tokenizer, device)
+
+
+def sample(
+    cfg: GRPOConfig, models: Models, prompts: Sequence[Prompt], n: int, seed: int
+) -> tuple[list[list[int]], list[Completion], dict[str, Tensor]]:
+    """1 and 2: prompt ids, answers and scores (P n,) of n answers to each of P prompts, each's side by side."""
+    models.engine.update_weights(models.policy)
+    asked = [chat.encode_prompt(prompt["messages"], models.tokenizer) for prompt in prompts]
+    groups = models.engine.generate_ids(
+        asked, n=n, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=seed
+    )
+    completions = [completion for group in groups for completion in group]
+    prompt_ids = [ids for ids in asked for _ in range(n)]
+    rows = [ids + completion.tokens for ids, completion in zip(prompt_ids, completions, strict=True)]
+    return prompt_ids, completions, models.judges.scores(rows, [p["is_safety"] for p in prompts for _ in range(n)])
+
+
+def collect(
+    cfg: GRPOConfig, models: Models, prompts: Sequence[Prompt], iteration: int
+) -> tuple[Rollout, dict[str, float]]:
+    """1 to 3: a rollout with everything the update needs, and the iteration's numbers."""
+    began = time.perf_counter()
+    prompt_ids, completions, scores = sample(cfg, models, prompts, cfg.group_size, cfg.seed + 1 + iteration)
+    answers = [completion.tokens for completion in completions]
+    tokens, lengths, action_mask = packing.pad_answers(prompt_ids, answers, models.tokenizer.pad_id)
+    logprobs, reference = torch.zeros(action_mask.shape), torch.zeros(action_mask.shape)
+    with torch.inference_mode():
+        for members in packing.by_length(lengths.tolist(), cfg.micro_batch_tokens):
+            end = int(lengths[members].max())
+            part, mask = tokens[members, :end].to(models.device), action_mask[members, : end - 1].to(models.device)
+            for kept, model in ((logprobs, models.policy), (reference, models.reference)):
+                kept[members, : end - 1] = action_logprobs(model, part, mask, cfg.temperature, cfg.precision).cpu()
+    finished = torch.tensor([completion.finished for completion in completions])
+    whitened = losses.whiten(losses.logit(scores["reward"])) - cfg.missing_eos_penalty * ~finished
+    kl = losses.sequence_kl(logprobs, reference, action_mask)
+    rollout = Rollout(tokens, action_mask, logprobs, reference, advantages(cfg, whitened, kl))
+    numbers = {name: float(score.mean()) for name, score in scores.items()} | {
+        "kl": float(kl.mean()),
+        "length": float(action_mask.sum(dim=1).float().mean()),
+        "finished": float(finished.float().mean()),
+        "entropy": -float(logprobs[action_mask].mean()),
+        "seconds_collect": time.perf_counter() - began,
+    }
+    return rollout, numbers
+
+
+def advantages(cfg: GRPOConfig, scores: Tensor, kl: Tensor) -> Tensor:
+    """3: each answer's advantage in its group, (B,), of whitened scores (B,) and the answers' KL (B,)."""
+    if cfg.advantage == "grpo":
+        return losses.group_normalised(scores.view(-1, cfg.group_size)).flatten()
+    return losses.leave_one_out((scores - cfg.beta * kl).view(-1, cfg.group_size)).flatten()
+
+
+def update(
+    cfg: GRPOConfig, models: Models, optimizer: torch.optim.Optimizer, rollout: Rollout, iteration: int, n_steps: int
+) -> dict[str, float]:
+    """4: one gradient step a mini-batch; the iteration's numbers, averaged over mini-batches."""
+    began = time.perf_counter()
+    sums: dict[str, float] = {}
+    n_updates = 0
+    for epoch in range(cfg.inner_epochs):
+        order = np.random.default_rng((cfg.seed, iteration, epoch)).permutation(len(rollout.tokens))
+        for begin in range(0, len(order), cfg.mini_batch_size):
+            numbers = accumulate(cfg, models, rollout, order[begin : begin + cfg.mini_batch_size].tolist())
+            norm, _ = optim.clip_and_step([models.policy], optimizer, cfg.optim, iteration, n_steps)
+            for name, number in (numbers | {"grad_norm": norm}).items():
+                sums[name] = sums.get(name, 0.0) + number
+            n_updates += 1
+    averages = {name: value / n_updates for name, value in sums.items()}
+    return averages | {"seconds_update": time.perf_counter() - began}
+
+
+def accumulate(cfg: GRPOConfig, models: Models, rollout: Rollout, members: list[int]) -> dict[str, float]:
+    """Back-propagate one mini-batch, however its answers are cut into passes; its losses and how far it has moved."""
+    lengths = packing.acted_lengths(rollout.action_mask[members])
+    weights = losses.token_weights(rollout.action_mask[members], cfg.average)
+    sums: dict[str, float] = {}
+    for part in packing.by_length(lengths, cfg.micro_batch_tokens):
+        rows, end = [members[i] for i in part], max(lengths[i] for i in part)
+        tokens, advantage = rollout.tokens[rows, :end].to(models.device), rollout.advantages[rows].to(models.device)
+        weight = weights[part, : end - 1].to(models.device)
+        mask, old, reference = (
+            field[rows, : end - 1].to(models.device)
+            for field in (rollout.action_mask, rollout.logprobs, rollout.reference_logprobs)
+        )
+        logprobs = action_logprobs(models.policy, tokens, mask, cfg.temperature, cfg.precision)
+        policy_loss = (losses.policy_loss(logprobs, old, advantage[:, None], cfg.clip) * weight).sum()
+        kl_loss = (losses.kl_k3(logprobs, reference) * weight).sum()
+        parallel.backward(policy_loss + cfg.beta * kl_loss if cfg.advantage == "grpo" else policy_loss)
+        with torch.no_grad():
+            moved = losses.clip_numbers(logprobs, old, weight, cfg.clip)
+        for name, number in (moved | {"policy_loss": policy_loss, "kl_loss": kl_loss}).items():
+            sums[name] = sums.get(name, 0.0) + float(number.detach())
+    return sums
+
+
+def measure(
+    cfg: GRPOConfig, models: Models, held_out: Sequence[Prompt], iteration: int, best: Best, folder: Path
+) -> Best:
+    """Score the policy on held-out prompts, keep their answers for later judges, and save the policy if it is best."""
+    _, completions, scores = sample(cfg, models, held_out, 1, cfg.seed)
+    keep_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
+    reward = mean_score(losses.logit(scores["reward"]), completions, cfg.missing_eos_penalty)
+    if not reward > best.reward:  # so that what is not a number is never the best
+        return best
+    provenance = {"stage": cfg.advantage, "parent": str(cfg.init), "iteration": iteration}
+    huggingface.save_model(models.policy, models.tokenizer, kept_policy(folder, iteration), provenance=provenance)
+    return Best(iteration, reward)
