@@ -271,3 +271,54 @@ except config.ConfigError as error:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("flags need the package tyro")
+
+
+# Tables that a recipe names
+
+
+@dataclass(frozen=True)
+class Named:
+    """A config with tables by name."""
+
+    out: Path
+    groups: dict[str, Optim] = field(default_factory=dict)
+
+
+GROUPS = '[x]\nout = "o"\n[x.groups.first]\nlr = 1\n[x.groups.second]\nbetas = [0.5, 0.6]\n'
+
+
+def test_named_tables_and_their_flags(tmp_path: Path) -> None:
+    file = recipe(tmp_path, GROUPS)
+    groups = {"first": Optim(lr=1.0), "second": Optim(betas=(0.5, 0.6))}
+    cfg = config.load(Named, [file], "x")
+    assert cfg == Named(Path("o"), groups)
+    assert config.load(Named, [file, "--groups.second.lr", "2", "--groups.first.no-fused"], "x").groups == {
+        "first": Optim(lr=1.0, fused=False),
+        "second": Optim(lr=2.0, betas=(0.5, 0.6)),
+    }
+    config.keep(cfg, tmp_path / "config.json")
+    assert config.load(Named, [str(tmp_path / "config.json")]) == cfg
+    config.keep(cfg, tmp_path / "config.json")
+    other = replace(cfg, groups={**groups, "first": Optim(lr=3.0)})
+    with pytest.raises(ConfigError, match=r'begun with groups \{"first": \{"lr": 1\.0.*, not \{"first": \{"lr": 3\.0'):
+        config.keep(other, tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GROUPS + "bettas = 1", "x.toml: unknown key 'bettas' in [x.groups.second]; did you mean 'betas'?"),
+        (GROUPS + 'lr = "a"', "x.toml: key 'lr' in [x.groups.second] must be float, not 'a'"),
+        ('[x]\nout = "o"\ngroups = 3', "x.toml: key 'groups' in [x] must be"),
+        ('[x]\nout = "o"\ngroups.first = 3', "x.toml: key 'groups' in [x] must be"),
+    ],
+)
+def test_mistakes_in_named_tables(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        config.load(Named, [recipe(tmp_path, text)], "x")
+    assert message in str(refused.value)
+
+
+def test_a_flag_of_a_table_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--groups\.third\.lr"):
+        config.load(Named, [recipe(tmp_path, GROUPS), "--groups.third.lr", "1"], "x")

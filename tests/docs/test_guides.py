@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import io
 import json
 import re
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from puna import cli
-from puna.data import readers
+from puna.data import readers, shards
+from puna.text import tokenizer as tokenizers
 from tests import helpers, tiny_run
 
 SMALL = {
@@ -114,3 +116,34 @@ def test_comparisons_and_reward_models(
         "words",
     }
     assert len(helpers.read_lines(tmp_path / "runs/scored/dialogs.jsonl")) == 60
+
+
+def prepare_lines(root: Path, heading: str) -> list[list[str]]:
+    """The commands of a section of the guide to text, as words without `puna`."""
+    return [shlex.split(line)[1:] for line in block(root / "docs/guides/data.md", heading, "sh").splitlines()]
+
+
+def test_text_for_pretraining(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """docs/guides/data.md from the tokenizer to a model, and the mixture that its recipe describes."""
+    pytest.importorskip("datasketch", reason="datasketch is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(root / "recipes")
+    documents = [{"text": " ".join(helpers.sentences(30, seed))} for seed in range(40)]
+    helpers.write_lines(tmp_path / "books.jsonl", documents)
+    readers.write_jsonl(tmp_path / "encyclopedia.jsonl.gz", documents[:20])
+    for name, part in (("book-one.txt", documents[20:30]), ("book-two.txt", documents[30:])):
+        (tmp_path / name).write_text("\n\n".join(document["text"] for document in part))
+    for i in range(2):
+        lines = "".join(
+            json.dumps({"text": " ".join(helpers.sentences(30, 100 + 40 * i + j))}) + "\n" for j in range(9)
+        )
+        (tmp_path / f"web-{i:02d}.jsonl.bz2").write_bytes(bz2.compress(lines.encode()))
+    exec(compile(block(root / "docs/guides/data.md", "Prepare", "python"), "data.md", "exec"), {})
+    for words in [*prepare_lines(root, "Prepare"), *prepare_lines(root, "Mixtures")]:
+        small = SMALL["pretrain"].split() if words[0] == "pretrain" else ["--repeated-tokens", "0"]
+        assert cli.main([*words, *small]) == 0, f"{words}\n{capsys.readouterr().err}"
+    assert (tmp_path / "runs/pretrain/model/model.safetensors").exists()
+    mixture = shards.read_prepared(tmp_path / "runs/more-books", "train", tokenizers.load(tmp_path / "tokenizer.model"))
+    assert {name: weight for name, (weight, _) in mixture.items()} == {"encyclopedia": 2.5, "books": 4.0, "web": 0.5}

@@ -19,7 +19,15 @@ from puna.evals.reward_models import RewardEvaluateConfig
 from puna.run_folder import read_metrics
 from tests import helpers, tiny_run
 
-FILES = ("metrics.jsonl", "evaluation.json", "curve.json", "best_of_n.json", "held_out.json", "summary.json")
+FILES = (
+    "metrics.jsonl",
+    "evaluation.json",
+    "curve.json",
+    "best_of_n.json",
+    "gate.json",
+    "held_out.json",
+    "summary.json",
+)
 
 
 @pytest.fixture(scope="module")

@@ -115,6 +115,14 @@ def selection(run: Path, name: str, level: float) -> None:
     write(run / name / "curve.json", {"temperature": 1.0, "points": points})
 
 
+def gate(run: Path, name: str) -> None:
+    fifths = [
+        {"from": i / 5, "prompts": 10, "kept": 0.9 - i / 5, "score_before": i / 5 + 0.1, "score_after": 0.7}
+        for i in range(5)
+    ]
+    write(run / name / "gate.json", fifths)
+
+
 def policy(run: Path, name: str) -> None:
     lines = [
         {"stage": "ppo", "step": i, "reward": 0.5 + 0.01 * i, "kl": 0.2 * i, "length": 20.0 + i / 4} for i in range(30)
@@ -140,6 +148,7 @@ def fake_run(run: Path, versions: int = 5) -> Path:
         reward_model(run, f"v{n}/reward_helpfulness", level)
         reward_model(run, f"v{n}/reward_safety", level)
         selection(run, f"v{n}/rejection_sampling", level)
+        gate(run, f"v{n}/context_distillation")
         losses(run, f"v{n}", 80, 2.0, 0.6 - 0.02 * n)
         evaluation(run, f"v{n}", level, ghost=n >= 4)
         if n >= 4:

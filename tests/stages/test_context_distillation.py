@@ -99,6 +99,21 @@ def test_kinds_of_preprompts(kind: Any, targeted: int, tmp_path: Path) -> None:
     assert [dialog for dialog in engine.asked if dialog[0]["role"] == "user"] == [p["messages"] for p in prompts]
 
 
+def test_what_the_gate_decided_by_score() -> None:
+    scores = [(0.1, 0.9, True), (0.15, 0.05, False), (0.2, 0.6, True), (1.0, 0.4, False)]
+    records = [{"score_before": before, "score_after": after, "kept": kept} for before, after, kept in scores]
+    low, next_fifth, high = context_distillation.by_score(records)
+    assert low == {
+        "from": 0.0,
+        "prompts": 2,
+        "kept": 0.5,
+        "score_before": pytest.approx(0.125),
+        "score_after": pytest.approx(0.475),
+    }
+    assert (next_fifth["from"], next_fifth["prompts"], next_fifth["kept"]) == (0.2, 1, 1.0)
+    assert (high["from"], high["kept"]) == (0.8, 0.0), "a score of 1 is in the last fifth"
+
+
 def test_general_preprompts_are_templated_with_adjectives() -> None:
     rng, prompt = random.Random(0), {"risk_category": "hateful"}
     texts = {context_distillation.general_preprompt(prompt, False, rng) for _ in range(200)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from puna.config import DataError
+from puna.config import ConfigError, DataError
 from puna.stages import ghost_attention, sft
 from puna.stages.ghost_attention import GhostAttentionConfig
 from puna.text import chat
@@ -150,3 +151,55 @@ def test_a_script_that_lacks_something_is_named(change: dict[str, Any], said: st
     good, bad = scripts(2)
     with pytest.raises(DataError, match=rf"scripts.jsonl, script 2 \(g1\): .*{said}"):
         ghost_attention.run(config(tmp_path, [good, bad | change]))
+
+
+class Lister(Echo):
+    """Names figures and hobbies, some of them twice, in lists and at length."""
+
+    def generate(self, dialogs: Sequence[Dialog], **settings: Any) -> list[list[Completion]]:
+        if "Name one" not in dialogs[0][-1]["content"]:
+            return super().generate(dialogs, **settings)
+        said = ["- Napoleon.", "1) Sappho\nand others", "Napoleon", "well, that is not so easy to say", "[INST]", ""]
+        hobbies = ["chess", "Tennis."] * 3
+        texts = said if "figure" in dialogs[0][-1]["content"] else hobbies
+        return [[Completion(text, [5], [-1.0], True) for text in texts]]
+
+
+def test_the_model_lists_what_instructions_are_made_of(tmp_path: Path) -> None:
+    cfg = config(tmp_path, scripts(1), invent=("figure", "hobby"), combined_share=0.5)
+    lists = ghost_attention.invent(cfg, Lister())
+    assert lists == {"figure": ["Napoleon", "Sappho"], "hobby": ["chess", "Tennis"]}
+    assert ghost_attention.invent(replace(cfg, invented=1), Lister())["figure"] == ["Napoleon"]
+    made = [ghost_attention.drawn(cfg, lists, random.Random(seed)) for seed in range(200)]
+    assert {"instruction": "Always act as Sappho.", "short": "Figure: Sappho."} in made
+    pair = {
+        "instruction": "Always act as Napoleon. Answer as one who enjoys chess.",
+        "short": "Figure: Napoleon. Hobby: chess.",
+    }
+    assert pair in made
+    both = [forms for forms in made if "Figure" in forms["short"] and "Hobby" in forms["short"]]
+    assert 70 < len(both) < 130
+
+
+def test_invented_instructions_take_the_place_of_the_scripts_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ghost_attention, "open_engine", lambda path, device: Lister())
+    rows = [{"id": row["id"], "turns": row["turns"]} for row in scripts(12)]
+    cfg = config(tmp_path, rows, invent=("figure", "hobby"), short_share=1.0)
+    ghost_attention.run(cfg)
+    assert json.loads((tmp_path / "out/lists.json").read_text())["figure"] == ["Napoleon", "Sappho"]
+    records = helpers.read_lines(tmp_path / "out/dialogs.jsonl")
+    assert len(records) > 9, "those that outgrow the context are left out"
+    assert all(record["messages"][0]["content"].startswith(("Figure: ", "Hobby: ")) for record in records)
+    with pytest.raises(DataError, match=r"script 1 .*'instruction' is missing"):
+        ghost_attention.run(replace(cfg, out=tmp_path / "own", invent=()))
+
+
+def test_lists_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="invent knows no kind 'colour'; there are figure, hobby, language"):
+        config(tmp_path, scripts(1), invent=("colour",))
+    silent = Lister(silent_at=1)
+    with pytest.raises(DataError, match="lists nothing of the kind 'figure'"):
+        silent.generate = lambda dialogs, **settings: [[Completion("", [5], [-1.0], True)]]  # type: ignore[method-assign]
+        ghost_attention.invent(config(tmp_path, scripts(1), invent=("figure",)), silent)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from puna.data.shards import Tokens
 
 BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
-IN_MEMORY = 2**26  # windows: 16 bytes each, and as much again while they are sorted
+IN_MEMORY = 2**24  # windows: about a gigabyte while they are sorted
 BLOCK = 2**22  # tokens hashed or compared at a time
 
 Bools = npt.NDArray[np.bool_]

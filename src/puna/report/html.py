@@ -85,7 +85,7 @@ BASELINE = (
     "The Llama 2 recipe's SFT model, trained another way in one round, on as many comparisons and prompts as that "
     "recipe has in all."
 )
-NEED_A_JUDGE = ("versions", "ghost", "changes", "samples")
+NEED_A_JUDGE = ("versions", "distillation", "ghost", "changes", "samples")
 """Sections that a run on an imported model and existing comparisons cannot have."""
 
 
@@ -239,6 +239,7 @@ def sections(summary: Summary, curves: Losses, traced: dict[str, Any] | None = N
         _losses(summary, curves),
         _reward_models(summary),
         _rejection_sampling(summary),
+        _context_distillation(summary),
         _ppo(summary),
         _ghost_attention(summary, unjudged),
         _changes(summary, unjudged),
@@ -309,6 +310,18 @@ def _rejection_sampling(summary: Summary) -> Section:
     have = [f"{curve['version']}/rejection_sampling" for curve in summary["rejection_sampling"]]
     missing = _missing(summary, have, "rejection_sampling")
     return Section("sampling", "Rejection sampling", text, figures.rejection_sampling(summary), missing=missing)
+
+
+def _context_distillation(summary: Summary) -> Section:
+    text = (
+        "Adversarial prompts answered as they are, and under a safety preprompt: mean scores by the safety model, and "
+        "the share of answers under the preprompt that are learned without it, those that score higher. Where the "
+        "plain answer is good already, little is kept (the paper's Figure 16)."
+    )
+    table = tables.context_distillation(summary)
+    have = [f"{told['version']}/context_distillation" for told in summary["context_distillation"]]
+    missing = _missing(summary, have, "context_distillation")
+    return Section("distillation", "Context distillation", text, tables=[table] if table else [], missing=missing)
 
 
 def _ppo(summary: Summary) -> Section:

@@ -90,6 +90,7 @@ def build(run: Path) -> dict[str, Any]:
             for stage in (f"v{n}/ppo", f"v{n}/grpo")
             for point in _ppo(run, stage, metrics.get(stage, []))
         ],
+        "context_distillation": _context_distillation(run, rounds),
         "ghost_attention": _ghost_attention(run, evaluations),
         "samples": _samples(run, list(evaluations)),
         "machine": _machine(),
@@ -222,6 +223,12 @@ def _rejection_sampling(run: Path, rounds: Iterable[int]) -> list[dict[str, Any]
     """Each version's chosen temperature and its points of reward against K."""
     curves = [(f"v{n}", _json(run / f"v{n}/rejection_sampling/curve.json")) for n in rounds]
     return [{"version": version, **curve} for version, curve in curves if curve]
+
+
+def _context_distillation(run: Path, rounds: Iterable[int]) -> list[dict[str, Any]]:
+    """Each version's decisions of the gate, by the plain answer's score."""
+    gates = [(f"v{n}", _json(run / f"v{n}/context_distillation/gate.json")) for n in rounds]
+    return [{"version": version, "gate": gate} for version, gate in gates if gate]
 
 
 def _ppo(run: Path, name: str, metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -176,6 +176,23 @@ def reward_safety(summary: Summary) -> Table | None:
     return Table(head, [*rows, [Cell("The paper", "Table 29"), *(Cell(percent(v)) for v in PAPER_SAFETY.values())]])
 
 
+def context_distillation(summary: Summary) -> Table | None:
+    """Figure 16 for the last version: what the gate kept, by the safety score of the plain answer."""
+    if not summary["context_distillation"]:
+        return None
+    told = summary["context_distillation"][-1]
+    rows = [
+        [
+            Cell(f"{fifth['from']:.1f} – {fifth['from'] + 0.2:.1f}", f"n = {fifth['prompts']}"),
+            Cell(number(fifth["score_before"])),
+            Cell(number(fifth["score_after"])),
+            Cell(percent(fifth["kept"]), shade=fifth["kept"]),
+        ]
+        for fifth in told["gate"]
+    ]
+    return Table((f"{told['version'].upper()}: plain answer's score", "Plain", "Under the preprompt", "Kept"), rows)
+
+
 def ghost_attention(summary: Summary) -> Table | None:
     """Table 30: the share of answers that obey at each turn, before and after, and the paper's."""
     points = summary["ghost_attention"]

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
 from puna.generate.engine import open_engine
 from puna.generate.scoring import Scorer
-from puna.run_folder import Progress, RunFolder
+from puna.run_folder import Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.types import Dialog, Engine, Message
 
@@ -121,6 +123,7 @@ def run(cfg: ContextDistillationConfig) -> Path:
         progress.close()
         kept = [record for record in records if record["kept"]]
         readers.write_jsonl(folder.path / "dialogs.jsonl", kept)
+        write_atomically(folder.path / "gate.json", json.dumps(by_score(records), indent=1))
         folder.mark_done("context_distillation", kept=len(kept), prompts=len(prompts), left_out=left_out)
         return folder.path
 
@@ -149,6 +152,23 @@ def distill(
             "kept": bool(answer) and (not cfg.gate or second > first),
         }
         for prompt, answer, is_targeted, first, second in zip(prompts, distilled, targeted, before, after, strict=True)
+    ]
+
+
+def by_score(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the gate decided (Figure 16), by fifths of the score that the plain answer has; empty ones are left out."""
+    fifths: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        fifths[min(int(5 * record["score_before"]), 4)].append(record)
+    return [
+        {
+            "from": fifth / 5,
+            "prompts": len(mine),
+            "kept": sum(record["kept"] for record in mine) / len(mine),
+            "score_before": sum(record["score_before"] for record in mine) / len(mine),
+            "score_after": sum(record["score_after"] for record in mine) / len(mine),
+        }
+        for fifth, mine in sorted(fifths.items())
     ]
 
 

@@ -1,28 +1,32 @@
 """Ghost Attention (paper 3.3, A.3.5): dialogs in which an instruction given once holds to the end.
 
 1. Take the user's turns of many-turn dialogs, and an instruction for each (two combined now and then; half the time in
-   its short form, "Figure: Napoleon.").
+   its short form, "Figure: Napoleon."): the dialog's own, or made of figures, hobbies and languages that the model
+   itself lists, so that it knows them.
 2. Put the instruction on *every* user turn and let the newest model answer turn by turn.
 3. Write the dialog with the instruction on the first turn only, and zero loss on all turns but the last answer.
 
 The result is fine-tuned on together with the round's pool.
-Where the paper is silent: dialogs are cut after a random turn, so that the counted answer stands at every depth.
+Where the paper is silent: dialogs are cut after a random turn, so that the counted answer stands at every depth; how
+lists are asked for, an item an answer.
 """
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from puna import config, parallel
-from puna.config import DataError
+from puna.config import ConfigError, DataError, positive
 from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.generate.engine import open_engine
-from puna.run_folder import Progress, RunFolder
+from puna.run_folder import Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.types import Dialog, Engine, Message
 
@@ -45,6 +49,13 @@ class GhostAttentionConfig:
     """share of dialogs whose first turn holds the instruction's short form (paper: half)."""
     min_turns: int = 2
     """user turns of the shortest cut."""
+    invent: tuple[str, ...] = ()
+    """kinds of instructions (keys of KINDS) to make of what the model lists (paper: hobbies and figures); none takes
+    each script's own."""
+    invented: int = 32
+    """items to keep of a kind's list, and a quarter of the answers asked for it."""
+    combined_share: float = 0.25
+    """share of dialogs whose invented instruction is of two kinds."""
     shard_size: int = 256
     """dialogs a resumable piece of work."""
     vllm: str = ""
@@ -52,6 +63,28 @@ class GhostAttentionConfig:
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "invented")
+        unknown = [name for name in self.invent if name not in KINDS]
+        if unknown:
+            raise ConfigError(f"invent knows no kind {unknown[0]!r}; there are {', '.join(KINDS)}")
+
+
+class Kind(NamedTuple):
+    """A kind of instruction: how the model is asked for an item, and both forms of an instruction with it."""
+
+    question: str
+    instruction: str
+    short: str
+
+
+KINDS = {
+    "figure": Kind("Name one public figure. Answer with the name alone.", "Always act as {}.", "Figure: {}."),
+    "hobby": Kind("Name one hobby. Answer with the hobby alone.", "Answer as one who enjoys {}.", "Hobby: {}."),
+    "language": Kind("Name one language. Answer with its name alone.", "Always answer in {}.", "Language: {}."),
+}
+LONGEST = 5  # words of an item
 
 
 def run(cfg: GhostAttentionConfig) -> Path:
@@ -62,8 +95,12 @@ def run(cfg: GhostAttentionConfig) -> Path:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("ghost_attention"):
             return folder.path
-        scripts = read_scripts(cfg.scripts)
+        scripts = read_scripts(cfg.scripts, instructed=not cfg.invent)
         engine = open_engine(cfg.init, device, cfg.vllm)
+        if cfg.invent:
+            lists = invent(cfg, engine)
+            write_atomically(folder.path / "lists.json", json.dumps(lists, indent=1, ensure_ascii=False))
+            scripts = [script | drawn(cfg, lists, random.Random(f"{cfg.seed} {script['id']}")) for script in scripts]
         progress = Progress("ghost attention", len(scripts), unit="dialog")
 
         def work(number: int, shard: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -83,8 +120,10 @@ def run(cfg: GhostAttentionConfig) -> Path:
         return folder.path
 
 
-def read_scripts(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The scripts of files. Raises DataError where one has no turns, an empty one, no instruction or no short form."""
+def read_scripts(paths: Sequence[Path], *, instructed: bool = True) -> list[dict[str, Any]]:
+    """The scripts of files. Raises DataError where one has no id, no turns or an empty one, or, where they are needed
+    (`instructed`), no instruction or no short form of it.
+    """
     scripts: list[dict[str, Any]] = []
     for path in paths:
         for number, script in enumerate(readers.read((path,), "records").records, start=1):
@@ -92,11 +131,46 @@ def read_scripts(paths: Sequence[Path]) -> list[dict[str, Any]]:
             turns = script.get("turns")
             if not isinstance(turns, list) or not turns or not all(map(_holds_text, turns)):
                 raise DataError(f"{name}: 'turns' must be a list of one text or more, none of them empty")
-            missing = [key for key in ("instruction", "short") if not _holds_text(script.get(key))]
+            forms = ("instruction", "short") if instructed else ()
+            missing = [key for key in forms if not _holds_text(script.get(key))]
             if missing or "id" not in script:
                 raise DataError(f"{name}: {(*missing, 'id')[0]!r} is missing")
             scripts.append(script)
     return scripts
+
+
+def invent(cfg: GhostAttentionConfig, engine: Engine) -> dict[str, list[str]]:
+    """1: for each kind that is asked for, what the model lists, each once, in the order in which it said them.
+
+    Raises DataError where it says nothing of use.
+    """
+    lists = {}
+    for number, name in enumerate(cfg.invent):
+        (answers,) = engine.generate(
+            [[Message(role="user", content=KINDS[name].question)]],
+            n=4 * cfg.invented,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=1.0,
+            seed=cfg.seed + number,
+        )
+        said = dict.fromkeys(filter(None, (item(answer.text) for answer in answers if chat.usable(answer))))
+        if not said:
+            raise DataError(f"{cfg.init} lists nothing of the kind {name!r}: leave it out of `invent`")
+        lists[name] = list(said)[: cfg.invented]
+    return lists
+
+
+def item(answer: str) -> str:
+    """What an answer names: its first line without a bullet or number before it or a stop after; "" if it is long."""
+    named = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", answer.strip().split("\n")[0]).strip(" .\"'")
+    return named if len(named.split()) <= LONGEST else ""
+
+
+def drawn(cfg: GhostAttentionConfig, lists: dict[str, list[str]], rng: random.Random) -> dict[str, str]:
+    """An instruction of a list's item, in both forms; of two kinds at once in a share of cases."""
+    both = len(lists) > 1 and rng.random() < cfg.combined_share
+    items = [(KINDS[name], rng.choice(lists[name])) for name in rng.sample(list(lists), 2 if both else 1)]
+    return {form: " ".join(getattr(kind, form).format(x) for kind, x in items) for form in ("instruction", "short")}
 
 
 def _holds_text(value: Any) -> bool:
