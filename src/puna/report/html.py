@@ -71,6 +71,8 @@ NAMES = {
     "reward": ("Reward model", "training"),
     "dpo": ("DPO", "training"),
     "grpo": ("GRPO", "training"),
+    "critique": ("Critique and revision", "data"),
+    "ai_preferences": ("Model's preferences", "data"),
 }
 """A step's last word -> what the page calls it, and what kind of work it is."""
 IN_THE_WORLD = (

@@ -49,6 +49,10 @@ BASELINES = {
     "best_of_n": (*PARTS[:4], "best_of_n/evaluation"),
     "dpo": ("preferences", "dpo", "dpo/evaluation"),
     "grpo": (*PARTS[:3], "grpo", "grpo/evaluation"),
+    "constitutional": (
+        *("preferences", "critique", "", "evaluation", "ai_preferences"),
+        *("reward_helpfulness", "reward_safety", "ppo", "ppo/evaluation"),
+    ),
 }
 """The steps of the one round of other methods (puna.baselines)."""
 DEPTHS = ("", "*/", "*/*/", "*/*/*/")
@@ -122,7 +126,7 @@ def planned_steps(recipe: dict[str, Any]) -> list[str]:
         return []
     steps = ["valley", "pretrain", "pretrain/evaluation", "sft", "sft/evaluation"]
     if recipe.get("method", "llama2") != "llama2":
-        return steps + [f"v1/{part}" for part in BASELINES[recipe["method"]]]
+        return steps + [f"v1/{part}".rstrip("/") for part in BASELINES[recipe["method"]]]
     ghost_from, without_ppo = recipe["ghost_attention_from"], recipe["versions"] - recipe["ppo_versions"]
     last = int(recipe["only"][1:]) if recipe.get("only") else recipe["versions"]
     for n in range(1, last + 1):
