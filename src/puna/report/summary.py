@@ -273,6 +273,9 @@ def _ghost_attention(run: Path, evaluations: dict[str, dict[str, Any]]) -> list[
             "before": before[turn]["mean"] if turn in before else None,
             "after": after[turn]["mean"] if turn in after else None,
             "intervals": {"before": before.get(turn), "after": after.get(turn)},
+            "attention": {
+                side: _looks(evaluations.get(name, {})).get(turn) if name else None for side, name in versions.items()
+            },
             "versions": versions,
         }
         for turn in sorted(before.keys() | after.keys())
@@ -281,6 +284,10 @@ def _ghost_attention(run: Path, evaluations: dict[str, dict[str, Any]]) -> list[
 
 def _obeys(evaluations: dict[str, dict[str, Any]], names: list[str]) -> dict[int, intervals.Interval]:
     return {point["turn"]: point["obeys"] for name in names for point in evaluations[name]["ghost_attention"]}
+
+
+def _looks(evaluation: dict[str, Any]) -> dict[int, float]:
+    return {point["turn"]: point["attention"] for point in evaluation.get("attention", ())}
 
 
 def _samples(run: Path, names: list[str]) -> list[dict[str, Any]]:
