@@ -11,17 +11,19 @@ import tempfile
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from puna import parallel
 from puna.formats import huggingface
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.optim import OptimConfig
+from puna.parallel import ParallelConfig
 from puna.stages.dpo import DPOConfig
 from puna.stages.grpo import GRPOConfig
 from puna.stages.ppo import PPOConfig
@@ -44,6 +46,7 @@ WHERE = (
     "the salt lake",
 )
 VOCAB = 384
+M = TypeVar("M", Transformer, RewardModel)
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:
@@ -67,6 +70,13 @@ def model(seed: int = 0, **changes: Any) -> Transformer:
     made = Transformer(config(**changes))
     made.init_weights(torch.Generator().manual_seed(seed))
     return made
+
+
+def placed(whole: M, cfg: ParallelConfig | None = None, precision: str = "fp32") -> M:
+    """The same model over the processes there are."""
+    weights = {name: parameter.detach().clone() for name, parameter in whole.named_parameters()}
+    bare: Any = type(whole).without_weights(whole.config)
+    return parallel.place(bare, iter(weights.items()), parallel.start(cfg=cfg), cfg, precision)  # type: ignore[no-any-return]
 
 
 def talker(seed: int = 0, end: float = 0.25) -> Transformer:

@@ -16,8 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.checkpoint import filesystem
 
@@ -25,15 +23,16 @@ from puna import checkpoint, parallel
 from puna.config import ConfigError, DataError
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
+from tests import helpers
 
 TINY = ModelConfig(16, 2, 4, 2, 32, 24, max_seq_len=16, tie_embeddings=True)
 
 
 def model_and_optimizer(seed: int = 0, *, tie: bool = True) -> tuple[Transformer, torch.optim.AdamW]:
     """Two groups, as training makes them; sharded where there are several ranks."""
-    model = Transformer(ModelConfig(16, 2, 4, 2, 32, 24, max_seq_len=16, tie_embeddings=tie))
-    model.init_weights(torch.Generator().manual_seed(seed))
-    parallel.shard(model)
+    whole = Transformer(ModelConfig(16, 2, 4, 2, 32, 24, max_seq_len=16, tie_embeddings=tie))
+    whole.init_weights(torch.Generator().manual_seed(seed))
+    model = helpers.placed(whole)
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == big] for big in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     return model, torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95))
@@ -117,6 +116,7 @@ import os, signal
 from pathlib import Path
 from puna import checkpoint
 from puna.model.transformer import ModelConfig, Transformer
+from tests import helpers
 checkpoint.write_atomically = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 checkpoint.save(Path({str(tmp_path)!r}), 2, Transformer(ModelConfig(16, 2, 4, 2, 32, 24, 16)))
 """
@@ -246,29 +246,27 @@ def test_saving_is_quick(tmp_path: Path) -> None:
     assert time.perf_counter() - began < 3  # 0.2 s on an idle core; a busy one may take longer.
 
 
-def _two_ranks(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _two_ranks(folder: Path) -> None:
     model, optimizer = model_and_optimizer(tie=False)
     train(model, optimizer, 2)
-    path = checkpoint.save(Path(folder) / "sharded", 2, model, optimizer, {"ranks": 2})
+    path = checkpoint.save(folder / "sharded", 2, model, optimizer, {"ranks": 2})
     expected = train(model, optimizer, 2)
     again, again_optimizer = model_and_optimizer(seed=1, tie=False)
     assert checkpoint.load(path, again, again_optimizer) == {"ranks": 2}
     assert train(again, again_optimizer, 2) == expected
-    if rank == 0:
+    if parallel.is_main():
         data = bytearray((path / "__1_0.distcp").read_bytes())
         data[100] ^= 1
         (path / "__1_0.distcp").write_bytes(data)
-    dist.barrier()
+    parallel.barrier()
     with pytest.raises(DataError, match=r"__1_0\.distcp is damaged"):  # on both ranks, though one hashed it
         checkpoint.load(path, again, again_optimizer)
-    checkpoint.save(Path(folder) / "sharded", 4, model, optimizer, {"losses": expected})
-    dist.destroy_process_group()
+    checkpoint.save(folder / "sharded", 4, model, optimizer, {"losses": expected})
 
 
 @pytest.mark.distributed
 def test_two_ranks_save_one_loads(tmp_path: Path) -> None:
-    mp.spawn(_two_ranks, (str(tmp_path),), nprocs=2)
+    helpers.in_processes(_two_ranks, tmp_path, tmp_path)
     single, single_optimizer = model_and_optimizer(tie=False)
     train(single, single_optimizer, 2)
     train(single, single_optimizer, 2)

@@ -2,11 +2,12 @@
 
 A checkpoint is a folder `step_000123` of torch.distributed.checkpoint files and a manifest.json: the sha256 of each
 file, the step, the versions that wrote it and the caller's `extra`. A model and optimizer saved on n processes load
-on m. The way of a save:
+on m, however they share it. The way of a save:
 
-1. every rank writes its part into `step_000123.tmp-<pid>`, synced to the disk;
-2. every rank hashes its part, rank 0 writes the manifest;
-3. the folder gets its name; what `keep` does not cover is removed.
+1. every rank copies its part of the state; a `Saver` does the rest in a thread while training goes on;
+2. every rank writes its part into `step_000123.tmp-<pid>`, synced to the disk;
+3. every rank hashes its part, rank 0 writes the manifest;
+4. the folder gets its name; what `keep` does not cover is removed.
 
 Killed at any point, the checkpoints before it stand as they were. Loading trusts nothing: hashes first, then pickles
 read by unpicklers that know a fixed list of classes.
@@ -15,6 +16,7 @@ read by unpicklers that know a fixed list of classes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import io
@@ -23,9 +25,13 @@ import os
 import pickle
 import re
 import shutil
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +44,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
@@ -84,10 +91,68 @@ def save(
     `extra` is JSON-ready (random states, the loader's place, ...). All ranks call it. Where writing fails (a full
     disk: OSError) the error passes on and the checkpoints before it are intact. One process at a time saves here.
     """
-    assert keep >= 1, keep
+    return _write(folder, _manifest(step, extra), _state(model, optimizer), keep)
+
+
+class Saver:
+    """Saves a training's checkpoints while it goes on; use it in a `with` around the loop, on all ranks.
+
+    One save runs at a time. An error of one (as `save`) is raised at the next, or when the `with` ends. On SIGTERM the
+    step is finished, saved, and the signal raised again, to do what it did before.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module, optimizer: Optimizer, every: int, keep: int = 2) -> None:
+        self.folder, self.model, self.optimizer, self.every, self.keep = folder, model, optimizer, every, keep
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._running: Future[Path] | None = None
+        self._stopped = False
+        self._before: Any = None
+
+    def __enter__(self) -> Saver:
+        _group()  # made by all ranks together, before one is ahead of the others
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._stop)
+        return self
+
+    def after(self, step: int, extra: dict[str, Any] | None = None) -> None:
+        """`step` steps are done: save where one is due. All ranks call it after each step but the last."""
+        stopped = bool(parallel.largest(self._stopped))  # whoever heard it first, all stop after the same step
+        if stopped or (self.every and step % self.every == 0):
+            self._wait()
+            state = BlockingAsyncStager().stage(_state(self.model, self.optimizer))
+            self._running = self._thread.submit(_write, self.folder, _manifest(step, extra), state, self.keep)
+        if stopped:
+            self._wait()
+            signal.signal(signal.SIGTERM, self._before)
+            signal.raise_signal(signal.SIGTERM)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+        self._thread.shutdown()
+        self._wait()
+
+    def _stop(self, signum: int, frame: FrameType | None) -> None:
+        self._stopped = True
+
+    def _wait(self) -> None:
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+
+def _manifest(step: int, extra: dict[str, Any] | None) -> dict[str, Any]:
     manifest = {"step": step, "puna": _puna_version(), "torch": str(torch.__version__), "extra": extra or {}}
     json.dumps(manifest)  # What is not JSON must fail before anything is written.
-    final = folder / f"step_{step:06d}"
+    return manifest
+
+
+def _write(folder: Path, manifest: dict[str, Any], state: dict[str, Any], keep: int) -> Path:
+    """2 to 4, on all ranks, in any thread."""
+    assert keep >= 1, keep
+    final = folder / f"step_{manifest['step']:06d}"
     (pid,) = set(_on_all_ranks(lambda: os.getpid() if parallel.is_main() else None)) - {None}
     temporary = folder / f"{final.name}.tmp-{pid}"
     try:
@@ -95,7 +160,7 @@ def save(
             _remove_leftovers(folder)
         with _plain_errors():
             writer = _Writer(temporary, overwrite=False)
-            state_dict_saver.save(_state(model, optimizer), storage_writer=writer, no_dist=parallel.world_size() == 1)
+            state_dict_saver.save(state, storage_writer=writer, process_group=_group(), no_dist=_alone())
         hashes = _on_all_ranks(lambda: _hashes(temporary, sorted(path.name for path in _own_files(temporary))))
         files = {name: digest for part in hashes for name, digest in part.items()}
         _on_all_ranks(lambda: _publish(temporary, final, manifest | {"files": files}, keep))
@@ -122,8 +187,9 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> di
     reader, state = _Reader(path), _state(model, optimizer)
     try:
         with _plain_errors():
-            no_dist = parallel.world_size() == 1
-            state_dict_loader.load(state, storage_reader=reader, planner=_Planner(), no_dist=no_dist)
+            state_dict_loader.load(
+                state, storage_reader=reader, planner=_Planner(), process_group=_group(), no_dist=_alone()
+            )
     except pickle.UnpicklingError as error:
         raise DataError(f"{path}: refused, a setting of the optimizer is more than a plain value") from error
     except (RuntimeError, ValueError, KeyError) as error:
@@ -274,6 +340,17 @@ def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
     return digests
 
 
+def _alone() -> bool:
+    """Whether there is no process group, not even of one."""
+    return not dist.is_initialized()
+
+
+@functools.cache
+def _group() -> dist.ProcessGroup | None:
+    """All ranks, for what goes on beside the training's collectives."""
+    return None if parallel.world_size() == 1 else dist.new_group(backend="gloo")
+
+
 def _on_all_ranks(work: Callable[[], T]) -> list[T]:
     """Every rank's result; if the work fails on one rank it fails on all, so that none waits for another."""
     if parallel.world_size() == 1:
@@ -284,7 +361,7 @@ def _on_all_ranks(work: Callable[[], T]) -> list[T]:
     except Exception as error:  # noqa: BLE001  raised again below, on every rank
         outcome = error
     outcomes: list[Any] = [None] * parallel.world_size()
-    dist.all_gather_object(outcomes, outcome)
+    dist.all_gather_object(outcomes, outcome, group=_group())
     for other in outcomes:
         if isinstance(other, Exception):
             raise other
@@ -295,8 +372,10 @@ def _on_all_ranks(work: Callable[[], T]) -> list[T]:
 def _plain_errors() -> Iterator[None]:
     """torch's checkpoint calls as others are: the first rank's own error, no word about a missing process group."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        with contextlib.ExitStack() as stack:
+            if _alone():
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
             yield
     except CheckpointException as error:  # A BaseException, which no `except Exception` would see.
         cause, _ = next(iter(error.failures.values()))

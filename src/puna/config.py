@@ -39,8 +39,8 @@ ALIASES = {
 """What Hugging Face calls keys of ours that look like no key of ours: for the nearest valid key in messages."""
 
 
-NOT_RESULTS = ("out", "threads", "dry_run", "vllm", "workers", "cluster", "gpus")
-"""Keys that change nothing in what a run writes."""
+NOT_RESULTS = ("out", "threads", "dry_run", "vllm", "workers", "cluster", "gpus", "parallel")
+"""Keys, or tables of them, that change nothing in what a run writes."""
 
 
 class ConfigError(Exception):
@@ -113,13 +113,13 @@ def save(config: Any, path: Path) -> None:
 def keep(config: Any, path: Path, ignore: Sequence[str] = NOT_RESULTS) -> None:
     """`save`, or a ConfigError where the config saved there is another one: a folder holds one config's results.
 
-    What `ignore` names, in a nested table too, may differ, and so may the way a path is written.
+    What `ignore` names, a table or a key in one, may differ, and so may the way a path is written.
     """
     if path.exists():
         begun = load(type(config), [str(path)])
         for key in _leaves(type(config)):
             old, new = (functools.reduce(getattr, key.split("."), each) for each in (begun, config))
-            if key.rpartition(".")[2] not in ignore and _resolved(old) != _resolved(new):
+            if set(key.split(".")).isdisjoint(ignore) and _resolved(old) != _resolved(new):
                 raise ConfigError(
                     f"{path.parent} was begun with {key} {_said(old)}, not {_said(new)} ({path}): use another --out"
                 )

@@ -1,30 +1,93 @@
-"""Processes and devices: always a process group, one process or many, and the same calls at every size.
+"""Processes, devices and how they share a model: the same calls at every size, on a laptop and under torchrun.
 
-Under torchrun each process joins the group it describes; without it a group of one is made. Losses are divided by
-counts summed over all ranks; FSDP2 averages gradients, so `backward` scales by the number of ranks to make it a sum.
+There is always a process group; without torchrun it has one process. The processes make a mesh of data x tensor:
+- ranks of one tensor group see the same rows and hold a part of every matrix each; norms and the residual stream are
+  cut along the tokens (sequence parallelism);
+- groups along data see their own rows; each holds a share of all states and gathers a block when it needs it (FSDP2).
+
+Losses are divided by counts summed over the data dimension; FSDP2 averages gradients over it, so `backward` scales by
+its size to make them a sum. On one process nothing is wrapped, and a model is placed, filled and trained by the same
+calls.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import os
-from typing import TypeVar
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch._C._distributed_c10d import Store
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    PrepareModuleInputOutput,
+    PrepareModuleOutput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from puna import heartbeat
 from puna.config import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
+T = TypeVar("T")
+R = TypeVar("R")
 
 MALLOPT = ((-4, 0), (-1, 2**31 - 1), (-2, 2**28))  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+DIVIDED = ("n_heads", "n_kv_heads", "ffn_hidden", "vocab_size")
+"""What tensor parallelism cuts."""
+_aten = torch.ops.aten
+COSTLY = [
+    _aten.mm.default,
+    _aten.bmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+"""What selective checkpointing keeps: these take nearly all the time of a block, the rest most of the memory."""
 
 
-def start(threads: int = 0) -> torch.device:
-    """Join (or make) the process group and return this process's device. Calling it again is harmless."""
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes of a run share a model. Nothing of it changes a result: a run may go on with other values."""
+
+    tensor: int = 1
+    """ranks that share each matrix and each row's tokens, of one machine; all ranks over these share the batch."""
+    checkpointing: Literal["off", "selective", "full"] = "off"
+    """what the backward pass computes again: nothing; all of a block but its matrix products; or all of it."""
+    compile: bool = False
+    """torch.compile every block."""
+    heartbeat: float = 20.0
+    """seconds of silence after which a rank counts as dead and the others end; 0 waits for torch's time-outs."""
+
+
+_mesh: DeviceMesh | None = None  # data x tensor, or data alone; None on one process
+
+
+def start(threads: int = 0, cfg: ParallelConfig | None = None) -> torch.device:
+    """Join (or make) the process group and return this process's device. Calling it again is harmless.
+
+    ConfigError where the ranks do not make groups of `cfg.tensor`.
+    """
+    global _mesh
+    cfg = cfg or ParallelConfig()
     if threads:
         torch.set_num_threads(threads)
     if not dist.is_initialized():
@@ -33,12 +96,39 @@ def start(threads: int = 0) -> torch.device:
             dist.init_process_group(backend)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
+    if device:
         torch.cuda.set_device(device)
+    if world_size() % cfg.tensor:
+        raise ConfigError(f"parallel.tensor is {cfg.tensor}, which does not divide the {world_size()} processes")
+    if world_size() > 1:
+        _mesh = _made_mesh(cfg.tensor)
+        if cfg.heartbeat:
+            _begin_heartbeat(cfg.heartbeat)
+    if device:
         return device
     _keep_freed_memory()
     return torch.device("cpu")
+
+
+@functools.cache
+def _made_mesh(tensor: int) -> DeviceMesh:
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if tensor == 1:
+        return init_device_mesh(kind, (world_size(),), mesh_dim_names=("data",))
+    mesh = init_device_mesh(kind, (world_size() // tensor, tensor), mesh_dim_names=("data", "tensor"))
+    mesh._flatten("all")  # else a gradient norm is summed along one dimension after the other, not alike on all ranks
+    return mesh
+
+
+@functools.cache
+def _begin_heartbeat(limit: float) -> None:
+    heartbeat.begin(_store(), rank(), world_size(), limit)
+
+
+def _store() -> Store:
+    """Where the processes met."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def _keep_freed_memory() -> None:
@@ -51,6 +141,9 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in MALLOPT:
             mallopt(option, value)
+
+
+# Ranks ---------------------------------------------------------------------------------------------------------------
 
 
 def rank() -> int:
@@ -68,18 +161,39 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def data_rank() -> int:
+    """Which part of a batch is this process's, from 0."""
+    return _mesh.get_local_rank("data") if _mesh else 0
+
+
+def data_size() -> int:
+    """In how many parts a batch is cut."""
+    return _mesh.size(0) if _mesh else 1
+
+
+_barriers = itertools.count()
+
+
 def barrier() -> None:
-    """Wait until all processes are here."""
-    if world_size() > 1:
-        dist.barrier()
+    """Wait until all processes are here, however long that takes: the heartbeat knows if one never will be."""
+    if world_size() == 1:
+        return
+    store, key = _store(), f"puna/barrier/{next(_barriers)}"
+    here = store.add(key, 1)
+    while here < world_size():
+        time.sleep(0.02)
+        here = store.add(key, 0)
+
+
+# Reductions over what sees different rows ----------------------------------------------------------------------------
 
 
 def total(x: Tensor) -> Tensor:
-    """Sum over ranks; the tensor itself on one process. Carries no gradient."""
-    if world_size() == 1:
+    """Sum over the parts of a batch; the tensor itself where there is one. Carries no gradient."""
+    if data_size() == 1:
         return x
     x = x.detach().clone()
-    dist.all_reduce(x)
+    dist.all_reduce(x, group=_data_group())
     return x
 
 
@@ -92,35 +206,229 @@ def largest(number: int) -> int:
     return int(numbers)
 
 
+def _data_group() -> dist.ProcessGroup:
+    assert _mesh is not None
+    return _mesh.get_group("data")
+
+
 def share(n_items: int) -> slice:
-    """The consecutive part of a global batch that is this rank's. The batch must divide by the number of ranks."""
-    if n_items % world_size():
-        raise ConfigError(f"a batch of {n_items} does not divide over {world_size()} processes: change the batch size")
-    each = n_items // world_size()
-    return slice(rank() * each, (rank() + 1) * each)
+    """The consecutive part of a global batch that is this rank's. The batch must divide by the number of parts."""
+    if n_items % data_size():
+        raise ConfigError(f"a batch of {n_items} does not divide over {data_size()} processes: change the batch size")
+    each = n_items // data_size()
+    return slice(data_rank() * each, (data_rank() + 1) * each)
 
 
-def shard(model: M) -> M:
-    """FSDP2 over all ranks, a unit a block; the model as it is on one process, where sharding only costs."""
-    if world_size() > 1:
-        for module in model.modules():
-            if type(module).__name__ == "TransformerBlock":
-                fully_shard(module)
-        fully_shard(model)
-        if hasattr(model, "values"):
-            register_fsdp_forward_method(model, "values")
+def spread(work: Callable[[int, Sequence[T]], Sequence[R]], items: Sequence[T], *, everyone: bool = False) -> list[R]:
+    """The results of all items, in order, on all ranks; each computes `work(place of the first, its part)`.
+
+    The parts are those of a batch (a sharded model must pass over them), or one a process with `everyone`. They are
+    equal: where the items do not divide, the first stands in, so that all ranks make as many passes.
+    """
+    if world_size() == 1 or not items:
+        return list(work(0, items)) if items else []
+    size, mine = (world_size(), rank()) if everyone else (data_size(), data_rank())
+    each = -(-len(items) // size)
+    part = [*items[mine * each : (mine + 1) * each]]
+    part += [items[0]] * (each - len(part))
+    parts: list[Any] = [None] * size
+    dist.all_gather_object(parts, list(work(mine * each, part)), group=None if everyone else _data_group())
+    return [result for results in parts for result in results][: len(items)]
+
+
+# A model over the ranks ----------------------------------------------------------------------------------------------
+
+
+def place(
+    model: M,
+    weights: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+    cfg: ParallelConfig | None = None,
+    precision: str = "fp32",
+) -> M:
+    """A model made on the meta device, put on this process's device with its part of the weights.
+
+    `weights` are whole and come one by one, so that no rank ever holds more than its part and one of them. With
+    "bf16" a sharded model computes in bfloat16, over float32 weights and reductions; one process has `autocast`.
+    ConfigError where the model's shape does not divide by `cfg.tensor`.
+    """
+    cfg = cfg or ParallelConfig()
+    buffers = dict(model.named_buffers())
+    if _mesh is not None and cfg.tensor > 1:
+        _cut_matrices(model, _mesh["tensor"], cfg.tensor)
+    for block in _blocks(model):
+        _recompute(block, cfg)
+    if _mesh is not None:
+        _shard_states(model, _mesh["data"], dtype(precision, device))
+    model.to_empty(device=device)
+    _tie(model)
+    for name, buffer in buffers.items():  # they are no weights and know their values
+        model.get_buffer(name).copy_(buffer)
+    _fill(model, weights)
     return model
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, weights: Iterable[tuple[str, Tensor]]) -> None:
+    parameters = dict(model.named_parameters())
+    for name, whole in weights:
+        parameter = parameters.pop(name)
+        if isinstance(parameter, DTensor):
+            mesh, whole = parameter.device_mesh, whole.to(parameter.device)
+            whole = distribute_tensor(whole, mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(whole)
+    assert not parameters, f"no weights for {', '.join(parameters)}"
+
+
+def _tie(model: Any) -> None:
+    """Make a tied output the embeddings again, after either has become another parameter."""
+    if model.config.tie_embeddings and not hasattr(model, "body"):
+        model.output.weight = model.tok_embeddings.weight
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if type(module).__name__.endswith("TransformerBlock")]
+
+
+def _cut_matrices(model: nn.Module, mesh: DeviceMesh, n: int) -> None:
+    """Tensor parallelism: the first matrix of a pair by columns, the second by rows, norms by tokens.
+
+    Every parameter becomes a DTensor, norms and the reward head too, or no global gradient norm could be taken.
+    """
+    for name in DIVIDED:
+        if getattr(model.config, name) % n:
+            raise ConfigError(f"parallel.tensor is {n}, which does not divide {name} {getattr(model.config, name)}")
+    body: Any = getattr(model, "body", model)
+    whole, n_experts = Replicate(), body.config.moe.experts
+    block: dict[str, ParallelStyle] = {
+        "attention_norm": SequenceParallel(),
+        "attention": PrepareModuleInput(
+            input_layouts=(Shard(1), None, None, None, None), desired_input_layouts=(whole, None, None, None, None)
+        ),
+        "ffn_norm": SequenceParallel(),
+        "feed_forward": PrepareModuleInput(input_layouts=Shard(1), desired_input_layouts=whole),
+    }
+    block |= {f"attention.{name}": ColwiseParallel() for name in ("wq", "wk", "wv")}
+    block |= {"attention.wo": RowwiseParallel(output_layouts=Shard(1))}
+    if n_experts:
+        block |= _experts(n_experts)
+    else:
+        block |= {f"feed_forward.{name}": ColwiseParallel() for name in ("w1", "w3")}
+        block |= {"feed_forward.w2": RowwiseParallel(output_layouts=Shard(1))}
+    for layer in body.layers:
+        parallelize_module(layer, mesh, block)
+        if n_experts:
+            _replicate(layer.feed_forward.gate, mesh)
+    ends: dict[str, ParallelStyle] = {
+        "tok_embeddings": RowwiseParallel(input_layouts=whole, output_layouts=Shard(1)),
+        "norm": SequenceParallel(),
+        "output": ColwiseParallel(output_layouts=whole),
+    }
+    is_reward = body is not model
+    parallelize_module(body, mesh, {name: style for name, style in ends.items() if name != "output" or not is_reward})
+    parallelize_module(body.norm, mesh, PrepareModuleOutput(output_layouts=Shard(1), desired_output_layouts=whole))
+    if is_reward:
+        _replicate(model.score, mesh)  # type: ignore[arg-type]
+    _tie(model)
+    body.hidden = _in_multiples(body.hidden, n)
+    body.head = lambda: body.output.weight.redistribute(mesh, [whole]).to_local()
+
+
+def _experts(n: int) -> dict[str, ParallelStyle]:
+    """A mixture of n experts: every rank routes all tokens alike and computes its part of each expert."""
+    whole = Replicate()
+    styles: dict[str, ParallelStyle] = {
+        "feed_forward": PrepareModuleInputOutput(
+            input_layouts=Shard(1),
+            desired_input_layouts=whole,
+            use_local_input=True,
+            output_layouts=whole,
+            desired_output_layouts=Shard(1),
+        )
+    }
+    for i in range(n):
+        styles |= {f"feed_forward.experts.{i}.{name}": ColwiseParallel() for name in ("w1", "w3")}
+        styles |= {f"feed_forward.experts.{i}.w2": RowwiseParallel()}
+    return styles
+
+
+def _replicate(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Whole on every rank of the mesh, for input that is."""
+
+    def take(module: nn.Module, inputs: tuple[Tensor], mesh: DeviceMesh) -> DTensor:
+        return DTensor.from_local(inputs[0], mesh, [Replicate()], run_check=False)
+
+    def give(module: nn.Module, output: DTensor, mesh: DeviceMesh) -> Tensor:
+        return output.to_local()
+
+    distribute_module(module, mesh, None, take, give)  # type: ignore[arg-type]
+
+
+def _in_multiples(hidden: Callable[..., Tensor], n: int) -> Callable[..., Tensor]:
+    """`Transformer.hidden` over rows padded to a multiple of n tokens, for they are cut in n: the same (B, T, D).
+
+    No token looks at a pad; pads look everywhere, for a token must look somewhere.
+    """
+
+    def padded(tokens: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, **rest: Any) -> Tensor:
+        length = tokens.shape[1]
+        more = -length % n
+        tokens = nn.functional.pad(tokens, (0, more))
+        positions = None if positions is None else nn.functional.pad(positions, (0, more))
+        if mask is not None and more:
+            mask = nn.functional.pad(mask, (0, more, 0, more))
+            mask[:, :, length:] = True
+        return hidden(tokens, positions=positions, mask=mask, **rest)[:, :length]
+
+    return padded
+
+
+def _recompute(block: Any, cfg: ParallelConfig) -> None:
+    """Compile a block's forward pass, and have the backward pass compute again what `cfg.checkpointing` says.
+
+    A compiled block keeps and recomputes by the compiler's own choice, which is what "selective" asks for.
+    """
+    if cfg.compile:
+        block.forward = torch.compile(block.forward)
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # no dropout, nothing random
+    if cfg.checkpointing == "full":
+        block.forward = functools.partial(checkpoint, block.forward, **options)
+    elif cfg.checkpointing == "selective" and not cfg.compile:
+        context = functools.partial(create_selective_checkpoint_contexts, COSTLY)
+        block.forward = functools.partial(checkpoint, block.forward, context_fn=context, **options)
+
+
+def _shard_states(model: nn.Module, mesh: DeviceMesh, compute: torch.dtype) -> None:
+    """FSDP2: a unit a block, one for embeddings and head. A reward model's score is a unit in float32 always."""
+    # What a model returns may be a view; nothing here changes one in place, which would be the harm in it.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)  # inputs stay as they are: a rotary table needs float32
+    policy = exact if compute == torch.float32 else MixedPrecisionPolicy(compute, torch.float32, None, False)
+    for block in _blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    if hasattr(model, "body"):
+        body: Any = model.body
+        fully_shard(body, mesh=mesh, mp_policy=policy)
+        register_fsdp_forward_method(body, "hidden")
+        fully_shard(model, mesh=mesh, mp_policy=exact)
+        register_fsdp_forward_method(model, "values")
+    else:
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a pass of this model takes all ranks at once."""
+    return isinstance(model, FSDPModule)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `place` has put another forward pass in the place of the blocks' own."""
+    return any("forward" in vars(block) for block in _blocks(model))
 
 
 def backward(loss: Tensor) -> None:
     """Back-propagate a loss that was divided by a global count."""
-    torch.autograd.backward(loss * world_size())
-
-
-def only_one_process(stage: str) -> None:
-    """Refuse to run a stage that is not sharded yet."""
-    if world_size() > 1:
-        raise ConfigError(f"{stage} runs on one process today: start it without torchrun")
+    torch.autograd.backward(loss * data_size())
 
 
 def dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -163,8 +163,12 @@ class Engine(Protocol):
         top_k: int = 0,
         seed: int = 0,
         stop_ids: Sequence[int] = (),
+        first: int = 0,
     ) -> list[list[Completion]]:
-        """The same of prompts of token ids; one of `stop_ids` ends an answer as EOS does."""
+        """The same of prompts of token ids; one of `stop_ids` ends an answer as EOS does.
+
+        `first` is the place of the first prompt, where the list is part of a longer one: draws depend on the place.
+        """
         ...
 
     def update_weights(self, model: nn.Module) -> None:

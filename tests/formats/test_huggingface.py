@@ -14,16 +14,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from puna import parallel
 from puna.config import ConfigError, DataError
 from puna.formats import huggingface
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
+from tests import helpers
 
 pytestmark = pytest.mark.formats
 
@@ -262,17 +260,15 @@ def test_permutations_undo_each_other() -> None:
     assert huggingface.to_interleaved(huggingface.to_half_split(rows, 2), 2).equal(rows)
 
 
-def _save_sharded(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def _save_sharded(folder: Path) -> None:
     torch.manual_seed(0)
-    model = parallel.shard(Transformer(TINY))
-    huggingface.save_model(model, tokenizers.load(Path(folder)), Path(folder) / "model")
-    dist.destroy_process_group()
+    model = helpers.placed(Transformer(TINY))
+    huggingface.save_model(model, tokenizers.load(folder), folder / "model")
 
 
 @pytest.mark.distributed
 def test_a_sharded_model_is_gathered(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
-    mp.spawn(_save_sharded, (str(tmp_path),), nprocs=2)
+    helpers.in_processes(_save_sharded, tmp_path, tmp_path)
     torch.manual_seed(0)
     assert equal(huggingface.load_model(tmp_path / "model"), Transformer(TINY))

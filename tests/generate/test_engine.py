@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from puna import parallel
 from puna.config import ConfigError, DataError
 from puna.generate import scheduler
 from puna.generate.engine import LocalEngine
@@ -226,7 +225,7 @@ def test_new_weights_are_used_at_once() -> None:
 
 def _sharded(expected: list[list[list[int]]]) -> None:
     made = engine(model=helpers.model(seed=1))
-    made.update_weights(parallel.shard(helpers.model()))
+    made.update_weights(helpers.placed(helpers.model()))
     assert tokens(made.generate_ids(PROMPTS, max_new_tokens=20, temperature=0)) == expected
 
 

@@ -13,6 +13,7 @@ from puna.data import shards
 from puna.formats import huggingface
 from puna.model import transformer
 from puna.model.moe import MixtureOfExperts, MoEConfig
+from puna.parallel import ParallelConfig
 from puna.stages import pretrain
 from tests import helpers
 
@@ -25,11 +26,12 @@ def settings(folder: Path, **changes: Any) -> pretrain.PretrainConfig:
     return helpers.pretrain_config(folder, model=helpers.config(moe=moe), micro_batch_size=4, steps=4, **changes)
 
 
-def update(cfg: pretrain.PretrainConfig, data: Path, large: int) -> tuple[float, dict[str, torch.Tensor]]:
+def update(
+    cfg: pretrain.PretrainConfig, data: Path, large: int, tensor: int = 1
+) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and whole gradients of the first global batch; logits beyond `large` are made by chunks."""
     kept, transformer.LARGE = transformer.LARGE, large
-    model = helpers.model(moe=cfg.model.moe)
-    model = parallel.shard(model)
+    model = helpers.placed(helpers.model(moe=cfg.model.moe), ParallelConfig(tensor=tensor))
     loss = pretrain.update(cfg, model, shards.read_shard(data / "train", helpers.tokenizer()), 0, CPU)
     transformer.LARGE = kept
     grads: dict[str, Any] = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -37,22 +39,23 @@ def update(cfg: pretrain.PretrainConfig, data: Path, large: int) -> tuple[float,
 
 
 def work(cfg: pretrain.PretrainConfig, data: Path, out: Path) -> None:
-    found = update(cfg, data, 0)
+    found = {tensor: update(cfg, data, 0, tensor) for tensor in (1, 2)}
     if parallel.is_main():
         torch.save(found, out)
 
 
 @pytest.mark.distributed
 def test_two_processes_are_one(tmp_path: Path) -> None:
+    """Each with half of the batch, and each with half of every matrix."""
     helpers.tokenizer().save(tmp_path)
     cfg = settings(tmp_path, tokenizer=tmp_path / "tokenizer.model")
     pretrain.prepare(cfg, tmp_path / "data")
     loss, expected = update(cfg, tmp_path / "data", 2**24)
     helpers.in_processes(work, tmp_path, cfg, tmp_path / "data", tmp_path / "found.pt")
-    their_loss, found = torch.load(tmp_path / "found.pt", weights_only=True)
-    assert their_loss == pytest.approx(loss, rel=1e-6)
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    for their_loss, found in torch.load(tmp_path / "found.pt", weights_only=True).values():
+        assert their_loss == pytest.approx(loss, rel=1e-6)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_pretraining_balances_what_no_later_stage_drops(tmp_path: Path) -> None:

@@ -1,55 +1,96 @@
-"""Two processes are one: the same losses, gradients and models, whichever rank saw which part of a batch."""
+"""Many processes are one: the same losses, gradients, samples and models, however they share a batch and a model."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from puna import losses, parallel
+from puna import checkpoint, losses, parallel
 from puna.config import ConfigError
 from puna.data import shards
 from puna.formats import huggingface
+from puna.optim import OptimConfig
+from puna.parallel import ParallelConfig
 from puna.run_folder import read_metrics
-from puna.stages import pretrain, reward, sft
+from puna.stages import ppo, pretrain, rejection_sampling, reward, sample, sft
+from puna.stages.rejection_sampling import RejectionSamplingConfig
+from puna.stages.sample import SampleConfig
 from tests import helpers
 
 pytestmark = pytest.mark.distributed
 CPU = torch.device("cpu")
+STAGES = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo}
+LAYOUTS = {"two": (2, 1), "tensor": (2, 2), "two_by_two": (4, 2)}
+"""Processes, and those of a tensor group."""
 
 
-def configs(folder: Path, out: str) -> dict[str, Any]:
+def configs(folder: Path, out: str, tensor: int = 1) -> dict[str, Any]:
+    """About ten steps of each stage, of rows that divide by no number of ranks."""
+    rates = OptimConfig(lr=3e-4, warmup_steps=1)
+    how: dict[str, Any] = {"optim": rates, "parallel": ParallelConfig(tensor=tensor), "checkpoint_every": 5}
+
+    def at(name: str) -> dict[str, Any]:
+        return how | {"out": folder / out / name}
+
     return {
-        "pretrain": helpers.pretrain_config(folder, out=folder / out / "pretrain", micro_batch_size=2, steps=4),
-        "sft": helpers.sft_config(folder, out=folder / out / "sft", micro_batch_size=1, seq_len=230),
-        # So few tokens a pass that the ranks would make different numbers of them. Six full batches, for one process
+        "pretrain": helpers.pretrain_config(folder, micro_batch_size=4, seq_len=23, steps=10, **at("pretrain")),
+        "sft": helpers.sft_config(folder, micro_batch_size=2, seq_len=229, epochs=3, **at("sft")),
+        # So few tokens a pass that the ranks would make different numbers of them. Full batches, for one process
         # spreads the pairs of a short one over the steps in ones, two do in twos.
         "reward": helpers.reward_config(
-            folder, out=folder / out / "reward", test=(folder / "pairs.jsonl",), micro_batch_tokens=260, limit=48
+            folder, test=(folder / "pairs.jsonl",), micro_batch_tokens=700, limit=40, epochs=2, **at("reward")
+        ),
+        "ppo": helpers.ppo_config(folder, **at("ppo") | {"evaluate_every": 3}),
+    }
+
+
+def sampling(folder: Path, out: str) -> dict[str, Any]:
+    chat, prompts = folder / "chat", (folder / "prompts.jsonl",)
+    scorers = {"reward_helpfulness": folder / "helpfulness", "reward_safety": folder / "safety"}
+    shape: dict[str, Any] = {"prompts": prompts, "max_new_tokens": 8, "shard_size": 7}
+    return {
+        "sample": SampleConfig(out=folder / out / "sample", init=chat, n=2, **shape),
+        "rejection": RejectionSamplingConfig(
+            out=folder / out / "v1/rejection", init=chat, samples=3, search_prompts=5, **scorers, **shape
         ),
     }
+
+
+def run(cfgs: dict[str, Any], bulk: dict[str, Any] | None = None) -> None:
+    for stage, module in STAGES.items():
+        module.run(cfgs[stage])  # type: ignore[attr-defined]
+    if bulk:
+        sample.run(bulk["sample"])
+        rejection_sampling.run(bulk["rejection"])
+        first = bulk["rejection"].out
+        pooled = replace(
+            bulk["rejection"], out=first.parents[1] / "v2/rejection", earlier=(first / "best.jsonl",), seed=1
+        )
+        rejection_sampling.run(pooled)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Whole gradients, gathered where they are sharded."""
     grads = {name: p.grad for name, p in model.named_parameters()}
-    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items() if g is not None}
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items() if g is not None}
 
 
 def first_updates(cfgs: dict[str, Any], data: Path) -> dict[str, tuple[float, dict[str, Tensor]]]:
-    """Loss and gradients of each stage's first global batch."""
-    tokenizer, model = helpers.tokenizer(), parallel.shard(helpers.model())
-    train = shards.read_shard(data / "train", tokenizer)
-    results = {"pretrain": (pretrain.update(cfgs["pretrain"], model, train, 0, CPU), gradients(model))}
-    model = parallel.shard(helpers.model())
-    rows, _ = sft.prepare(cfgs["sft"], tokenizer)
-    assert len(rows.tokens) % 4 == 0, "else two processes cut the batches otherwise"
-    batch = sft.Packed(*(field[:4] for field in rows))
-    results["sft"] = (sft.update(cfgs["sft"], model, batch, CPU), gradients(model))
-    scorer = parallel.shard(helpers.reward_model())
+    """Loss and gradients of the first global batch, of embeddings that are the output too."""
+    how, tokenizer = cfgs["pretrain"].parallel, helpers.tokenizer()
+    results = {}
+    for tied in (False, True):
+        model = helpers.placed(helpers.model(tie_embeddings=tied), how)
+        train = shards.read_shard(data / "train", tokenizer)
+        results[f"tied {tied}"] = pretrain.update(cfgs["pretrain"], model, train, 0, CPU), gradients(model)
+    scorer = helpers.placed(helpers.reward_model(), how)
     pairs, _, _ = reward.prepare(cfgs["reward"], tokenizer)
     loss, _, _ = reward.update(cfgs["reward"], scorer, pairs[:8][parallel.share(8)], CPU)
     results["reward"] = (loss, gradients(scorer))
@@ -64,70 +105,131 @@ def whitened() -> Tensor:
     return losses.whiten(x[mine], mask[mine], parallel.total)
 
 
-def work(cfgs: dict[str, Any], folder: Path) -> None:
-    results: dict[str, Any] = dict(first_updates(cfgs, folder / "data"))
-    parts = [torch.empty(2, 6) for _ in range(2)]
-    torch.distributed.all_gather(parts, whitened())
-    results["whitened"] = torch.cat(parts)
-    for stage, module in (("pretrain", pretrain), ("sft", sft), ("reward", reward)):
-        module.run(cfgs[stage])
+def check_bfloat16() -> None:
+    """Activations and the weights they meet are bfloat16, what is kept and summed is float32."""
+    compute = parallel.dtype("bf16", CPU)
+    model = helpers.placed(helpers.model(), precision="bf16")
+    seen: list[torch.dtype] = []
+    model.layers[0].register_forward_hook(lambda module, inputs, output: seen.extend((output.dtype, inputs[1].dtype)))
+    model(torch.zeros(1, 4, dtype=torch.int64)).float().sum().backward()
+    assert seen == [compute, torch.float32], "a rotary table in bfloat16 would turn far positions wrongly"
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}  # type: ignore[union-attr]
+    scorer = helpers.placed(helpers.reward_model(), precision="bf16")
+    assert scorer.values(torch.zeros(1, 4, dtype=torch.int64)).dtype == torch.float32
+
+
+def two(folder: Path) -> None:
+    """Everything that two processes are asked for."""
+    results: dict[str, Any] = {}
+    for name in ("two", "tensor"):
+        cfgs = configs(folder, name, LAYOUTS[name][1])
+        parallel.start(cfg=cfgs["pretrain"].parallel)
+        results[name] = first_updates(cfgs, folder / "data")
+        run(cfgs, sampling(folder, name) if name == "two" else None)
+    parallel.start()
+    results["whitened"] = parallel.spread(lambda first, part: list(whitened()), range(4))
+    check_bfloat16()
+    model = helpers.placed(helpers.model())
+    held = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
+    assert held == pytest.approx(model.config.n_params() / 2, rel=0.01), "each rank holds its share"
     with pytest.raises(ConfigError, match="a batch of 3 does not divide over 2 processes"):
         parallel.share(3)
+    with pytest.raises(ConfigError, match=r"parallel\.tensor is 3, which does not divide the 2 processes"):
+        parallel.start(cfg=ParallelConfig(tensor=3))
+    with pytest.raises(ConfigError, match=r"parallel\.tensor is 2, which does not divide n_kv_heads 1"):
+        helpers.placed(helpers.model(n_kv_heads=1), ParallelConfig(tensor=2))
     if parallel.is_main():
-        torch.save(results, folder / "results.pt")
+        torch.save(results, folder / "two.pt")
+
+
+def four(folder: Path) -> None:
+    """Two by two; and pretraining over four, resumed as two by two."""
+    run(configs(folder, "two_by_two", 2))
+    flat = configs(folder, "four")["pretrain"]
+    pretrain.run(flat)
+    if parallel.is_main():
+        killed(folder / "four", folder / "four_as_two_by_two")
+    parallel.barrier()
+    pretrain.run(configs(folder, "four_as_two_by_two", 2)["pretrain"])
+
+
+def killed(run: Path, copy: Path) -> None:
+    """A copy of a pretraining run as if it had been killed after its last checkpoint."""
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "pretrain/model")
+    (copy / "pretrain/done/pretrain.json").unlink()
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any], Path]:
-    """What one process and what two found, and the folder with one/ and two/ of their runs."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """one/, two/, tensor/, two_by_two/: the same runs on so many processes; two.pt: what two found."""
     folder = tmp_path_factory.mktemp("processes")
     shards.write_shard(folder / "data/train", helpers.sentences(300), helpers.tokenizer())
-    cfgs = configs(folder, "one")
-    one: dict[str, Any] = dict(first_updates(cfgs, folder / "data"))
-    one["whitened"] = whitened()
-    for stage, module in (("pretrain", pretrain), ("sft", sft), ("reward", reward)):
-        module.run(cfgs[stage])
-    helpers.in_processes(work, folder, configs(folder, "two"), folder)
-    return one, torch.load(folder / "results.pt"), folder
+    run(configs(folder, "one"), sampling(folder, "one"))
+    helpers.in_processes(two, folder, folder)
+    (folder / "rendezvous").unlink()
+    helpers.in_processes(four, folder, folder, world_size=4)
+    return folder
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
-def test_o_two_processes_have_the_gradients_of_one(stage: str, both: Any) -> None:
-    one, two, _ = both
-    assert two[stage][0] == pytest.approx(one[stage][0], rel=1e-5)
-    assert two[stage][1].keys() == one[stage][1].keys()
-    for name, expected in one[stage][1].items():
-        torch.testing.assert_close(two[stage][1][name], expected, rtol=0, atol=1e-6, msg=name)
+@pytest.mark.parametrize("layout", ["two", "tensor"])
+def test_o_two_processes_have_the_gradients_of_one(layout: str, folder: Path) -> None:
+    one, many = first_updates(configs(folder, "one"), folder / "data"), torch.load(folder / "two.pt")[layout]
+    for name, (loss, expected) in one.items():
+        assert many[name][0] == pytest.approx(loss, rel=1e-5)
+        assert many[name][1].keys() == expected.keys()
+        for parameter, gradient in expected.items():
+            torch.testing.assert_close(many[name][1][parameter], gradient, rtol=0, atol=1e-6, msg=f"{name} {parameter}")
 
 
-def test_l_whitening_is_over_all_ranks(both: Any) -> None:
-    one, two, _ = both
-    torch.testing.assert_close(two["whitened"], one["whitened"], rtol=0, atol=1e-6)
+def test_l_whitening_is_over_all_ranks(folder: Path) -> None:
+    many = torch.stack(torch.load(folder / "two.pt")["whitened"])
+    torch.testing.assert_close(many, whitened(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft", "reward"])
-def test_two_processes_make_the_model_of_one(stage: str, both: Any) -> None:
-    *_, folder = both
-    lines = [read_metrics(folder / name / stage / "metrics.jsonl") for name in ("one", "two")]
-    assert len(lines[0]) == len(lines[1]) > 3
-    for one, two in zip(*lines, strict=True):
-        for name in set(one) - {"stage", "tokens_per_second"}:
-            assert two[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), (one["step"], name)
+def same_lines(folder: Path, one: str, many: str, stage: str) -> None:
+    lines = [read_metrics(folder / name / stage / "metrics.jsonl") for name in (one, many)]
+    assert len(lines[0]) == len(lines[1]) >= (5 if stage == "ppo" else 10)
+    for first, second in zip(*lines, strict=True):
+        for name in set(first) - {"stage", "tokens_per_second", "seconds_collect", "seconds_update"}:
+            assert second[name] == pytest.approx(first[name], rel=1e-5, abs=1e-5), (first["step"], name)
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_many_processes_go_the_way_of_one(layout: str, stage: str, folder: Path) -> None:
+    same_lines(folder, "one", layout, stage)
     load = huggingface.load_reward_model if stage == "reward" else huggingface.load_model
-    models = [load(folder / name / stage / "model").state_dict() for name in ("one", "two")]
+    models = [load(folder / name / stage / "model").state_dict() for name in ("one", layout)]
     for name in models[0]:
-        torch.testing.assert_close(models[1][name], models[0][name], rtol=0, atol=2e-3, msg=name)
+        torch.testing.assert_close(models[1][name], models[0][name], rtol=0, atol=1e-4, msg=name)
+
+
+def test_a_run_over_four_goes_on_as_two_by_two_and_on_one(folder: Path) -> None:
+    same_lines(folder, "one", "four_as_two_by_two", "pretrain")
+    killed(folder / "four", folder / "four_on_one")
+    assert checkpoint.latest(folder / "four_on_one/pretrain/checkpoints") is not None
+    pretrain.run(configs(folder, "four_on_one")["pretrain"])
+    same_lines(folder, "one", "four_on_one", "pretrain")
+
+
+@pytest.mark.parametrize(
+    "file", ["sample/dialogs.jsonl", "v1/rejection/curve.json", "v1/rejection/best.jsonl", "v2/rejection/pool.jsonl"]
+)
+def test_many_processes_write_the_samples_of_one(file: str, folder: Path) -> None:
+    one, many = ((folder / name / file).read_text() for name in ("one", "two"))
+    assert many == one
 
 
 def test_sharded_over_one_process_is_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parallel.start()
     cfg = configs(tmp_path, "one")["sft"]
     rows, _ = sft.prepare(cfg, helpers.tokenizer())
-    plain, sharded = helpers.model(), helpers.model()
+    plain = helpers.placed(helpers.model())
     with monkeypatch.context() as patch:
-        patch.setattr(parallel, "world_size", lambda: 2)  # so that it is sharded at all
-        parallel.shard(sharded)
-    assert hasattr(sharded.output.weight, "full_tensor")
+        patch.setattr(parallel, "_mesh", parallel._made_mesh(1))  # so that it is sharded at all
+        sharded = helpers.placed(helpers.model())
+    assert isinstance(sharded.output.weight, DTensor) and not isinstance(plain.output.weight, DTensor)
     batch = sft.Packed(*(field[:4] for field in rows))
     assert sft.update(cfg, sharded, batch, CPU) == sft.update(cfg, plain, batch, CPU)
     expected = gradients(plain)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puna import parallel
 from puna.text.chat import Encoded
 
 
@@ -203,6 +204,15 @@ def by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
             longest = lengths[i]
         batches[-1].append(i)
     return batches
+
+
+def passes(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """`by_length` of this rank's rows, in as many batches as on any other: of a sharded model, a pass takes all ranks.
+
+    Each rank has as many rows as the others.
+    """
+    batches = by_length(lengths, max_tokens)
+    return cut(batches, parallel.largest(len(batches)))
 
 
 def cut(batches: list[list[int]], n: int) -> list[list[int]]:

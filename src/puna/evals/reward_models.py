@@ -80,7 +80,6 @@ class Pairs(NamedTuple):
 def run(cfg: RewardEvaluateConfig) -> str:
     """Score, measure, write, and return the tables."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("reward evaluate")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         pairs, train = load(cfg)
@@ -98,8 +97,10 @@ def run(cfg: RewardEvaluateConfig) -> str:
         kept = [i for i, fits in enumerate(held.tolist()) if fits]
         pairs = pairs._replace(test=[pairs.test[i] for i in kept], sources=[pairs.sources[i] for i in kept])
         found = evaluate(cfg, pairs, scores, train) | {"left_out": len(held) - len(kept)}
-        readers.write_jsonl(folder.path / "scores.jsonl", told(pairs, kept, scores))
-        write_atomically(folder.path / "evaluation.json", json.dumps(found, indent=1) + "\n")
+        if parallel.is_main():
+            readers.write_jsonl(folder.path / "scores.jsonl", told(pairs, kept, scores))
+            write_atomically(folder.path / "evaluation.json", json.dumps(found, indent=1) + "\n")
+        parallel.barrier()
         return f"{tables(found)}\n\n{folder.path}"
 
 
@@ -136,7 +137,9 @@ def score(cfg: RewardEvaluateConfig, scorer: Scorer, test: Sequence[Preference])
     rows = [comparisons.tokens(preference, scorer.tokenizer) for preference in test]
     fitting = [i for i, row in enumerate(rows) if max(map(len, row)) <= longest]
     scores = torch.full((len(test), 2), torch.nan)
-    scores[fitting] = scorer.raw([answer for i in fitting for answer in rows[i]]).view(-1, 2)
+    answers = [answer for i in fitting for answer in rows[i]]
+    raw = parallel.spread(lambda first, part: scorer.raw(part).tolist(), answers, everyone=True)
+    scores[fitting] = torch.tensor(raw).view(-1, 2)
     return scores
 
 

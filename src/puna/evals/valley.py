@@ -81,7 +81,6 @@ class EvaluateConfig:
 def run(cfg: EvaluateConfig) -> Path:
     """Evaluate and return the folder."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("evaluate")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         judge = GoldJudge(read_world(cfg.world))
@@ -103,14 +102,16 @@ def run(cfg: EvaluateConfig) -> Path:
             "ghost_attention": obedience(scripts, carried),
             "attention": [] if cfg.plain else looks_back(cfg, engine.tokenizer, scripts, carried),
         }
-        readers.write_jsonl(folder.path / "answers.jsonl", answers)
-        write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=1))
-        if judges:
-            points = gains(judge, prompts, groups, rewards)
-            write_atomically(folder.path / "best_of_n.json", json.dumps(points, indent=1))
-        if cfg.held_out_answers:
-            gold = judge_held_out(judge, cfg.held_out_answers)
-            write_atomically(folder.path / "held_out.json", json.dumps(gold, indent=1))
+        if parallel.is_main():
+            readers.write_jsonl(folder.path / "answers.jsonl", answers)
+            write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=1))
+            if judges:
+                points = gains(judge, prompts, groups, rewards)
+                write_atomically(folder.path / "best_of_n.json", json.dumps(points, indent=1))
+            if cfg.held_out_answers:
+                gold = judge_held_out(judge, cfg.held_out_answers)
+                write_atomically(folder.path / "held_out.json", json.dumps(gold, indent=1))
+        parallel.barrier()
         return folder.path
 
 
@@ -144,7 +145,11 @@ def draw(
     }
     newline = engine.tokenizer.encode("x\n")[-1:] if cfg.plain else []
     prompts = [prompt_ids(cfg, engine, dialog) for dialog in dialogs]
-    groups = engine.generate_ids(prompts, n=cfg.best_of, stop_ids=newline, **settings)
+
+    def answer(first: int, part: Sequence[list[int]]) -> list[list[Completion]]:
+        return engine.generate_ids(part, n=cfg.best_of, stop_ids=newline, first=first, **settings)
+
+    groups = parallel.spread(answer, prompts, everyone=True)
     is_safety = [prompt["is_safety"] for prompt in tagged] or [False] * len(dialogs)
     return groups, best_of_n.rate(judges, prompts, groups, is_safety)
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from puna.config import ConfigError, DataError
 from puna.model.moe import MoEConfig
-from puna.model.transformer import ModelConfig, Transformer, rotary_table
+from puna.model.transformer import ModelConfig, Transformer
 from puna.types import Tokenizer
 
 LARGEST = {"n_layers": 1024, "max_seq_len": 1 << 24}
@@ -52,22 +52,28 @@ def build(config: ModelConfig, weights: dict[str, Tensor], source: Path, *, has_
     A tied model needs no "output.weight". With `has_output=False` the output head is left empty, for a reward model to
     drop. DataError, naming `source`, where a tensor is missing, of another shape, or unknown.
     """
-    with torch.device("meta"):
-        model = Transformer(config)
-    expected = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if not has_output:
-        expected.pop("output.weight", None)
-    for name, shape in expected.items():
-        if name not in weights:
-            raise DataError(f"{source}: the tensor {name} is missing")
-        if weights[name].shape != shape:
-            raise DataError(f"{source}: {name} has shape {tuple(weights[name].shape)}, its config says {tuple(shape)}")
-    if unknown := weights.keys() - expected.keys():
-        raise DataError(
-            f"{source}: tensors that a Llama of this config does not have: {', '.join(sorted(unknown)[:3])}"
-        )
+    check_shapes(config, {name: tensor.shape for name, tensor in weights.items()}, source, has_output=has_output)
+    model = Transformer.without_weights(config)
     model.load_state_dict(weights, strict=False, assign=True)
     if config.tie_embeddings:
         model.output.weight = model.tok_embeddings.weight
-    model.rotary = rotary_table(config.head_dim, config.max_seq_len, config.rope_theta)
     return model
+
+
+def check_shapes(
+    config: ModelConfig, shapes: Mapping[str, Sequence[int]], source: Path, *, has_output: bool = True
+) -> None:
+    """DataError, naming `source`, where a tensor (Meta's names) is missing, of another shape, or unknown."""
+    parameters = Transformer.without_weights(config).named_parameters()
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters}
+    if not has_output:
+        expected.pop("output.weight", None)
+    for name, shape in expected.items():
+        if name not in shapes:
+            raise DataError(f"{source}: the tensor {name} is missing")
+        if tuple(shapes[name]) != shape:
+            raise DataError(f"{source}: {name} has shape {tuple(shapes[name])}, its config says {shape}")
+    if unknown := shapes.keys() - expected.keys():
+        raise DataError(
+            f"{source}: tensors that a Llama of this config does not have: {', '.join(sorted(unknown)[:3])}"
+        )

@@ -14,9 +14,12 @@ head's numbers, Hugging Face the first half with the second, so that rows are re
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,19 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from puna import parallel
 from puna.config import ConfigError, DataError
-from puna.formats import LARGEST, build, shape_of
+from puna.formats import LARGEST, build, check_shapes, shape_of
 from puna.formats.folders import replacing, standing
 from puna.model.moe import MoEConfig
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text.tokenizer import Tokenizer
 
+Weights = Iterator[tuple[str, Tensor]]
+"""Names (Meta's) and whole tensors."""
+Stored = dict[str, tuple[str, tuple[int, ...]]]
+"""Hugging Face's name -> Meta's, and the shape."""
 CAUSAL, CLASSIFIER = "LlamaForCausalLM", "LlamaForSequenceClassification"
+SCORE = "score.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROVENANCE = "puna.json"
 REQUIRED = (
@@ -106,27 +114,49 @@ def save_reward_model(
     parallel.barrier()
 
 
-def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    """Read a Llama in a Hugging Face folder. ConfigError where it is another kind of model, DataError where damaged."""
+def open_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Weights]:
+    """A Llama of a Hugging Face folder without its weights, and these one by one, for `parallel.place`.
+
+    ConfigError where it is another kind of model, DataError where a tensor is missing or damaged.
+    """
     folder = standing(folder)
     config = read_config(folder, CAUSAL)
-    weights = _from_hugging_face(_read_weights(folder, dtype), config, folder)
-    if config.tie_embeddings:
-        weights.pop("output.weight", None)
-    return build(config, weights, folder)
+    names = _stored(folder, config)
+    check_shapes(config, dict(names.values()), folder)
+    return Transformer.without_weights(config), _stream(folder, config, names, dtype)
+
+
+def open_reward_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[RewardModel, Weights]:
+    """A reward model, a LlamaForSequenceClassification with one label, without its weights, and these one by one."""
+    folder = standing(folder)
+    config = read_config(folder, CLASSIFIER)
+    names = _stored(folder, config, {SCORE: SCORE})
+    shapes = dict(names.values())
+    if shapes.pop(SCORE, None) != (1, config.dim):
+        raise DataError(f"{folder}: {SCORE} is missing or not of shape (1, {config.dim}): a reward has one label")
+    check_shapes(config, shapes, folder, has_output=False)
+    weights = _stream(folder, config, names, dtype)
+    return RewardModel.without_weights(config), ((name if name == SCORE else f"body.{name}", w) for name, w in weights)
+
+
+def open_body(folder: Path, head: Tensor) -> tuple[RewardModel, Weights]:
+    """A reward model of a chat model's body and a new head (1, D), as `open_model`."""
+    body, weights = open_model(folder)
+    of_body = ((f"body.{name}", weight) for name, weight in weights if name != "output.weight")
+    return RewardModel.without_weights(body.config), itertools.chain(of_body, [(SCORE, head)])
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Read a Llama in a Hugging Face folder, whole. Errors as `open_model`."""
+    model, weights = open_model(folder, dtype)
+    return build(model.config, dict(weights), folder)
 
 
 def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32) -> RewardModel:
-    """Read a reward model: a LlamaForSequenceClassification with one label. Errors as `load_model`."""
-    folder = standing(folder)
-    config = read_config(folder, CLASSIFIER)
-    tensors = _read_weights(folder, dtype)
-    score = tensors.pop("score.weight", None)
-    if score is None or score.shape != (1, config.dim):
-        raise DataError(f"{folder}: score.weight is missing or not of shape (1, {config.dim}): a reward has one label")
-    model = RewardModel(build(config, _from_hugging_face(tensors, config, folder), folder, has_output=False))
-    model.score.weight = nn.Parameter(score)
-    return model
+    """Read a reward model, whole. Errors as `open_model`."""
+    model, weights = open_reward_model(folder, dtype)
+    model.load_state_dict(dict(weights), assign=True)
+    return model.requires_grad_()
 
 
 def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
@@ -241,17 +271,31 @@ def _to_hugging_face(weights: dict[str, Tensor], config: ModelConfig) -> dict[st
     return tensors
 
 
-def _from_hugging_face(tensors: dict[str, Tensor], config: ModelConfig, folder: Path) -> dict[str, Tensor]:
-    names = {theirs: ours for ours, theirs in _names(config).items()}
-    weights = {}
-    for theirs, tensor in tensors.items():
-        if theirs.endswith("rotary_emb.inv_freq"):
-            continue  # A table that early exports stored; it follows from rope_theta.
-        if theirs not in names:
-            raise DataError(f"{folder}: {theirs} is no tensor of a {config.n_layers}-layer Llama")
-        heads = _rotated_heads(names[theirs], config)
-        weights[names[theirs]] = to_interleaved(tensor, heads) if heads else tensor
-    return weights
+def _stored(folder: Path, config: ModelConfig, more: dict[str, str] | None = None) -> Stored:
+    """What the folder's files hold of this model, by Hugging Face's names; no weight is read."""
+    names = {theirs: ours for ours, theirs in _names(config).items()} | (more or {})
+    stored: Stored = {}
+    for path in weight_files(folder):
+        with _opened(path) as file:
+            for theirs in file.keys():  # noqa: SIM118  not a dict
+                if theirs.endswith("rotary_emb.inv_freq"):
+                    continue  # A table that early exports stored; it follows from rope_theta.
+                if theirs not in names:
+                    raise DataError(f"{folder}: {theirs} is no tensor of a {config.n_layers}-layer Llama")
+                if names[theirs] != "output.weight" or not config.tie_embeddings:
+                    stored[theirs] = names[theirs], tuple(file.get_slice(theirs).get_shape())
+    return stored
+
+
+def _stream(folder: Path, config: ModelConfig, stored: Stored, dtype: torch.dtype) -> Weights:
+    """Every tensor that is `stored`, by Meta's name, read when it is asked for."""
+    for path in weight_files(folder):
+        with _opened(path) as file:
+            for theirs in file.keys():  # noqa: SIM118  not a dict
+                if theirs in stored:
+                    ours = stored[theirs][0]
+                    tensor, heads = file.get_tensor(theirs).to(dtype), _rotated_heads(ours, config)
+                    yield ours, to_interleaved(tensor, heads) if heads else tensor
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -265,16 +309,14 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_weights(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Every tensor of the folder's safetensors files."""
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                tensors |= {key: file.get_tensor(key).to(dtype) for key in file.keys()}  # noqa: SIM118  not a dict
-        except safetensors.SafetensorError as error:
-            raise DataError(f"{path}: truncated or damaged: {error}") from error
-    return tensors
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file. DataError where it is truncated or damaged."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            yield file
+    except safetensors.SafetensorError as error:
+        raise DataError(f"{path}: truncated or damaged: {error}") from error
 
 
 def _indexed(path: Path) -> list[str]:

@@ -7,21 +7,24 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna import losses, parallel
+from puna.config import ConfigError
 from puna.data import packing, rollouts
 from puna.data.prompts import Prompt
 from puna.data.rollouts import Record
 from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import Scorer, combined_reward
+from puna.generate.weights import whole
 from puna.model.reward import RewardModel, ValueHead
 from puna.model.transformer import Transformer
+from puna.parallel import ParallelConfig
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
@@ -60,19 +63,25 @@ def load(
     kind: Critic,
     precision: str,
     device: torch.device,
+    cfg: ParallelConfig | None = None,
 ) -> Models:
-    """Policy and reference at `init`, the critic, and the frozen reward models: helpfulness, safety, perhaps gold."""
+    """Policy and reference at `init`, the critic, and the frozen reward models: helpfulness, safety, perhaps gold.
+
+    ConfigError where several processes are to share a critic that shares the policy's body.
+    """
     tokenizer = tokenizers.load(init)
-    policy = huggingface.load_model(init).to(device)
+    how: Any = (device, cfg, precision)
+    policy = parallel.place(*huggingface.open_model(init), *how)
 
     def scorer(path: Path) -> Scorer:
-        return Scorer(huggingface.load_reward_model(path).to(device), tokenizer, precision=precision)
+        model = parallel.place(*huggingface.open_reward_model(path), *how).requires_grad_(False)
+        return Scorer(model, tokenizer, precision=precision)
 
     helpfulness, safety, gold = rewards
     return Models(
         policy=policy,
-        value=critic(kind, init, helpfulness).to(device),
-        reference=huggingface.load_model(init).to(device).eval().requires_grad_(False),
+        value=critic(kind, init, helpfulness, how),
+        reference=parallel.place(*huggingface.open_model(init), *how).eval().requires_grad_(False),
         helpfulness=scorer(helpfulness),
         safety=scorer(safety),
         engine=LocalEngine(policy, tokenizer),
@@ -83,15 +92,16 @@ def load(
     )
 
 
-def critic(kind: Critic, init: Path, reward: Path) -> RewardModel | ValueHead:
-    """The value function that a policy at `init` begins with."""
+def critic(kind: Critic, init: Path, reward: Path, how: Any) -> RewardModel | ValueHead:
+    """The value function that a policy at `init` begins with; `how` it is placed (device, layout, precision)."""
     if kind == "reward":
-        return huggingface.load_reward_model(reward)
-    if kind == "shared":
-        return ValueHead(huggingface.read_config(init).dim)
-    model = RewardModel(huggingface.load_model(init))
-    nn.init.zeros_(model.score.weight)
-    return model
+        return parallel.place(*huggingface.open_reward_model(reward), *how)
+    dim = huggingface.read_config(init).dim
+    if kind == "zero_head":
+        return parallel.place(*huggingface.open_body(init, torch.zeros(1, dim)), *how)
+    if parallel.world_size() > 1:
+        raise ConfigError("critic 'shared' runs on one process: use another, or start without torchrun")
+    return ValueHead(dim).to(how[0])
 
 
 # Answers and their scores ---------------------------------------------------------------------------------------------
@@ -112,8 +122,13 @@ def sample(
     """One answer of the engine to each prompt, from the whole distribution, and its scores."""
     began = time.perf_counter()
     prompt_ids = [chat.encode_prompt(prompt["messages"], models.tokenizer) for prompt in prompts]
-    answers = models.engine.generate_ids(prompt_ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    completions = [of_prompt[0] for of_prompt in answers]
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+
+    def answer(first: int, part: Sequence[list[int]]) -> list[Completion]:
+        return [answers[0] for answers in models.engine.generate_ids(part, first=first, **settings)]
+
+    completions = parallel.spread(answer, prompt_ids, everyone=True)
+    release(models.engine, models.policy)
     seconds = time.perf_counter() - began
     rows = [ids + completion.tokens for ids, completion in zip(prompt_ids, completions, strict=True)]
     helpfulness, safety = models.helpfulness.score_tokens(rows), models.safety.score_tokens(rows)
@@ -129,10 +144,18 @@ def sampler(policy: Transformer, precision: str, device: torch.device) -> Transf
     dtype = parallel.dtype(precision, device)
     if dtype == torch.float32:
         return policy
+    if parallel.is_sharded(policy):
+        return whole(policy, dtype)
     made = copy.deepcopy(policy).requires_grad_(False)
     for parameter in made.parameters():
         parameter.data = parameter.data.to(dtype)
     return made
+
+
+def release(engine: Engine, policy: Transformer) -> None:
+    """Let go of the weights that were gathered for sampling (paper 3.2.3)."""
+    if isinstance(engine, LocalEngine) and parallel.is_sharded(policy):
+        engine.model = policy  # which samples nothing before it is gathered anew
 
 
 # Passes over rollouts -------------------------------------------------------------------------------------------------
@@ -172,17 +195,29 @@ def action_logprobs(model: Transformer, tokens: Tensor, mask: Tensor, temperatur
     return spread(losses.token_logprobs(logits, tokens[:, 1:][mask], temperature), mask)
 
 
-@torch.inference_mode()
 def read_rollout(
     models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_tokens: int, record: Record
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Before any training: log pi and log pi_0 of every action, and the values, (B, T - 1) each, on the CPU.
 
-    tokens (B, T), mask (B, T - 1). log pi is at the sampling temperature; what is no action has 0.
+    tokens (B, T), mask (B, T - 1). log pi is at the sampling temperature; what is no action has 0. All ranks have the
+    same rows; each reads its share.
     """
+
+    def read(first: int, rows: Sequence[int]) -> Sequence[Tensor]:
+        part = list(rows)
+        return _read(models, tokens[part], mask[part], temperature, max_tokens, record).unbind(1)
+
+    logprobs, reference, values = torch.stack(parallel.spread(read, range(len(tokens))), dim=1)
+    return logprobs, reference, values
+
+
+@torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
+def _read(models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_tokens: int, record: Record) -> Tensor:
+    """What `read_rollout` finds of this rank's rows, (3, B, T - 1)."""
     lengths = packing.acted_lengths(mask)
     logprobs, reference, values = (torch.zeros(mask.shape) for _ in range(3))
-    for members in packing.by_length(lengths, max_tokens):
+    for members in packing.passes(lengths, max_tokens):
         end = max(lengths[i] for i in members)
         part, acted = tokens[members, :end].to(models.device), mask[members, : end - 1].to(models.device)
         logits, value = forward(models, part, acted)
@@ -192,10 +227,10 @@ def read_rollout(
             told[members, : end - 1] = spread(of_actions, acted).cpu()
         values[members, : end - 1] = value.cpu()
         record(logits=logits[: rollouts.SHOWN], logits_at=rollouts.places(members, acted)[: rollouts.SHOWN])
-    return logprobs, reference, values
+    return torch.stack((logprobs, reference, values))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
 def read_alone(models: Models, tokens: Tensor, mask: Tensor, temperature: float, record: Record) -> None:
     """Record what a dump is checked against: a few rows read without pads, and the reward model's score of each state.
 
@@ -215,12 +250,13 @@ def read_alone(models: Models, tokens: Tensor, mask: Tensor, temperature: float,
 
 def accumulate_text(models: Models, inputs: Tensor, targets: Tensor, coefficient: float, max_tokens: int) -> float:
     """Back-propagate the policy's weighted next-token loss on windows of text (B, T); the loss in nats a token."""
-    rows, total = max(1, max_tokens // inputs.shape[1]), 0.0
-    for begin in range(0, len(inputs), rows):
-        x, y = (ids[begin : begin + rows].to(models.device) for ids in (inputs, targets))
+    rows, mine = max(1, max_tokens // inputs.shape[1]), parallel.share(len(inputs))
+    total = torch.zeros((), device=models.device)
+    for x, y in zip(torch.split(inputs[mine], rows), torch.split(targets[mine], rows), strict=True):
+        x, y = x.to(models.device), y.to(models.device)
         with parallel.autocast(models.precision, models.device):
             logits = models.policy(x)
         loss = -losses.token_logprobs(logits, y).sum() / inputs.numel()
         parallel.backward(coefficient * loss)
-        total += float(loss.detach())
-    return total
+        total += loss.detach()
+    return float(parallel.total(total))

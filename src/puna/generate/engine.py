@@ -99,17 +99,20 @@ class LocalEngine:
         top_k: int = 0,
         seed: int = 0,
         stop_ids: Sequence[int] = (),
+        first: int = 0,
     ) -> list[list[Completion]]:
         """n continuations of each prompt of token ids, in order, up to EOS, one of `stop_ids`, or the room there is.
 
+        `first` is the place of the first prompt, where the list is part of a longer one.
         Raises ConfigError where a prompt leaves no room in the model's context, or a setting is out of range.
         """
         settings = {"top_p": top_p, "top_k": top_k, "seed": seed, "max_new_tokens": max_new_tokens}
-        return self.complete(prompts, one_each(temperature, len(prompts), stop_ids=tuple(stop_ids), **settings), n=n)
+        samplings = one_each(temperature, len(prompts), stop_ids=tuple(stop_ids), **settings)
+        return self.complete(prompts, samplings, n=n, first=first)
 
     @torch.inference_mode()
     def complete(
-        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], *, n: int = 1
+        self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling], *, n: int = 1, first: int = 0
     ) -> list[list[Completion]]:
         """n continuations of each prompt, drawn by its own settings; errors as `generate_ids`.
 
@@ -118,7 +121,7 @@ class LocalEngine:
         scheduler = self._scheduler()
         answers: list[list[Answer]] = [[] for _ in prompts]
         for i in sorted(range(len(prompts)), key=lambda i: -len(prompts[i])):
-            answers[i] = scheduler.submit(Request(i, list(prompts[i]), samplings[i], n, place=i))
+            answers[i] = scheduler.submit(Request(i, list(prompts[i]), samplings[i], n, place=first + i))
         while scheduler.busy:
             scheduler.step()
         return [[self._completion(answer) for answer in row] for row in answers]

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from puna import parallel
 from puna.run_folder import write_atomically
 from puna.types import Completion
 
@@ -30,7 +31,9 @@ def kept_policy(folder: Path, iteration: int) -> Path:
 def keep_answers(
     prompts: Sequence[dict[str, Any]], completions: Sequence[Completion], rewards: Tensor, path: Path
 ) -> None:
-    """Write the answers to P prompts and their rewards (P,), a line each, for later judges."""
+    """Write the answers to P prompts and their rewards (P,), a line each, for later judges; of all ranks one does."""
+    if not parallel.is_main():
+        return
     lines = [
         {"prompt_id": prompt["id"], "answer": completion.text, "finished": completion.finished, "reward": reward}
         for prompt, completion, reward in zip(prompts, completions, rewards.tolist(), strict=True)

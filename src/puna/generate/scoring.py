@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -66,16 +66,26 @@ class Scorer:
         """Rows of ids, each ending with its answer, -> scores (N,). The ids are taken as they are."""
         return self.raw(rows).sigmoid()
 
-    @torch.inference_mode()
     def raw(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """The same before the sigmoid: what differences and margins speak of."""
+        """The same before the sigmoid: what differences and margins speak of.
+
+        Of a sharded model all ranks call it with the same rows, and each scores its share of them.
+        """
+        if parallel.is_sharded(self.model):
+            scores = torch.tensor(parallel.spread(lambda first, part: self._raw(part, packing.passes).tolist(), rows))
+        else:
+            scores = self._raw(rows, packing.by_length)
+        return scores if self.scale is None else (scores - self.scale.mean) / self.scale.deviation
+
+    @torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
+    def _raw(self, rows: Sequence[Sequence[int]], batches: Callable[[list[int], int], list[list[int]]]) -> Tensor:
         device = self.model.score.weight.device
         scores = torch.zeros(len(rows))
-        for members in packing.by_length([len(row) for row in rows], self.max_tokens):
+        for members in batches([len(row) for row in rows], self.max_tokens):
             tokens, lengths = packing.pad_right([rows[i] for i in members])
             with parallel.autocast(self.precision, device):
                 scores[members] = self.model(tokens.to(device), lengths.to(device)).cpu()
-        return scores if self.scale is None else (scores - self.scale.mean) / self.scale.deviation
+        return scores
 
 
 def open_scorer(path: Path, device: torch.device, *, precision: str = "fp32", normalise: bool = False) -> Scorer:

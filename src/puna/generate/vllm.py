@@ -93,6 +93,7 @@ class VLLMEngine:
         top_k: int = 0,
         seed: int = 0,
         stop_ids: Sequence[int] = (),
+        first: int = 0,
     ) -> list[list[Completion]]:
         """As `LocalEngine.generate_ids`; ConfigError also where the server refuses, OSError where it fails."""
         settings = {"top_p": top_p, "top_k": top_k, "seed": seed, "max_new_tokens": max_new_tokens}
@@ -101,7 +102,7 @@ class VLLMEngine:
             raise ConfigError(f"n is {n}: it must be at least 1")
         bodies = [
             self._request(list(prompt), sampling, n, room(prompt, self.context, f"prompt {i}"), i)
-            for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+            for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True), start=first)
         ]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(self._complete, bodies))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from puna import parallel
 from puna.config import ConfigError
 from puna.generate import kernel
 from puna.model.transformer import Cache, Transformer
@@ -196,12 +197,13 @@ class PackedTransformer(Transformer):
         return {name: value for name, value in self.__dict__.items() if name != "_pointers"}  # a copy's are others
 
 
-def whole(model: Transformer) -> Transformer:
-    """The model itself, or, where it is sharded over processes (FSDP2), a copy that has all its weights on each.
+def whole(model: Transformer, dtype: torch.dtype | None = None) -> Transformer:
+    """The model itself, or, where it is sharded over processes or compiled, a plain copy with all its weights.
 
-    They are gathered a parameter at a time, on every rank at once. Later changes to a sharded model are not seen.
+    They are gathered a parameter at a time, on every rank at once, in their own type or `dtype`. Later changes to the
+    model are not seen by the copy.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not parallel.is_sharded(model) and not parallel.is_compiled(model):
         return model
     with torch.device("meta"):
         made = Transformer(model.config)
@@ -209,6 +211,7 @@ def whole(model: Transformer) -> Transformer:
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
         full = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
+        full = full if dtype is None else full.to(dtype)
         made.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(full, requires_grad=False)
     if model.config.tie_embeddings:
         made.output.weight = made.tok_embeddings.weight

@@ -9,6 +9,22 @@ from torch import Tensor, nn
 from puna.model.transformer import ModelConfig, Transformer
 
 
+class ScalarHead(nn.Linear):
+    """Scores (...) of states (..., D), in float32 always: they differ by less than bfloat16 can tell."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 1, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.float(), self.weight.float()).squeeze(-1)
+
+
+def initial_head(dim: int, generator: torch.Generator | None = None) -> Tensor:
+    """A new head (1, D): deviation 1/sqrt(D + 1), so that scores start near unit size (Stiennon et al. 2020)."""
+    return torch.empty(1, dim).normal_(std=(dim + 1) ** -0.5, generator=generator)
+
+
 class RewardModel(nn.Module):
     """`forward(tokens (B, T), lengths (B,)) -> raw scores (B,)`, read at each row's last counted token.
 
@@ -21,28 +37,36 @@ class RewardModel(nn.Module):
         self.body = body
         # The language-model head is dropped: a parameter without a gradient has no place in the optimizer.
         self.body.output = nn.Identity()  # type: ignore[assignment]
-        self.score = nn.Linear(body.config.dim, 1, bias=False)
+        self.score = ScalarHead(body.config.dim)
         self.init_head()
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> RewardModel:
         return cls(Transformer(config))
 
+    @classmethod
+    def without_weights(cls, config: ModelConfig) -> RewardModel:
+        """As `Transformer.without_weights`."""
+        body = Transformer.without_weights(config)
+        with torch.device("meta"):
+            return cls(body)
+
     @property
     def config(self) -> ModelConfig:
         return self.body.config
 
     def init_head(self, generator: torch.Generator | None = None) -> None:
-        """Deviation 1/sqrt(D + 1), so that scores start near unit size (Stiennon et al. 2020)."""
-        nn.init.normal_(self.score.weight, std=(self.body.config.dim + 1) ** -0.5, generator=generator)
+        """Set `initial_head` on one process."""
+        with torch.no_grad():
+            self.score.weight.copy_(initial_head(self.config.dim, generator))
 
     def values(self, tokens: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """A score after every token, (B, T) float32; `positions` and `mask` as in `Transformer.forward`."""
-        return scalar(self.body.hidden(tokens, positions=positions, mask=mask), self.score.weight)
+        return self.score(self.body.hidden(tokens, positions=positions, mask=mask))  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         last = self.body.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)
-        return scalar(last, self.score.weight)
+        return self.score(last)  # type: ignore[no-any-return]
 
 
 class ValueHead(nn.Module):
@@ -50,14 +74,8 @@ class ValueHead(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.score = nn.Linear(dim, 1, bias=False)
+        self.score = ScalarHead(dim)
         nn.init.zeros_(self.score.weight)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return scalar(hidden, self.score.weight)
-
-
-def scalar(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Scores (...) of states (..., D), in float32 always: they differ by less than bfloat16 can tell."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), weight.float()).squeeze(-1)
+        return self.score(hidden)  # type: ignore[no-any-return]

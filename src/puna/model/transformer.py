@@ -9,6 +9,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -208,19 +209,33 @@ class Transformer(nn.Module):
         table = rotary_table(config.head_dim, config.max_seq_len, config.rope_theta)
         self.register_buffer("rotary", table, persistent=False)
 
-    def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Normal with deviation 1/sqrt(D); what adds to the residual stream is scaled by 1/sqrt(2 n_layers) more.
+    @classmethod
+    def without_weights(cls, config: ModelConfig) -> Transformer:
+        """A model whose weights are on the meta device, to be put there; its rotary table is as it should be."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.rotary = rotary_table(config.head_dim, config.max_seq_len, config.rope_theta)
+        return model
 
-        The paper does not say; ours, not yet compared with others.
+    def initial_weights(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's name and first value, on the generator's device, drawn one after the other.
+
+        Normal with deviation 1/sqrt(D); what adds to the residual stream is scaled by 1/sqrt(2 n_layers) more. The
+        paper does not say; ours, not yet compared with others.
         """
         std = self.config.dim**-0.5
         for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.ones_(parameter)
-            else:
+            value = torch.ones(parameter.shape, device=generator.device)
+            if parameter.ndim > 1:
                 residual = name.endswith(("wo.weight", "w2.weight"))
-                scale = std * (2 * self.config.n_layers) ** -0.5 if residual else std
-                nn.init.normal_(parameter, std=scale, generator=generator)
+                value.normal_(std=std * (2 * self.config.n_layers) ** -0.5 if residual else std, generator=generator)
+            yield name, value
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Set `initial_weights` on one process."""
+        for name, value in self.initial_weights(generator or torch.default_generator):
+            self.get_parameter(name).copy_(value)
 
     def hidden(
         self,
@@ -241,6 +256,10 @@ class Transformer(nn.Module):
             x = layer(x, table, mask, cache, i)
         return self.norm(x)  # type: ignore[no-any-return]
 
+    def head(self) -> Tensor:
+        """The output's weight (V, D), for a product that is not the output's own."""
+        return self.output.weight
+
     def forward(
         self,
         tokens: Tensor,
@@ -254,7 +273,7 @@ class Transformer(nn.Module):
         hidden = self.hidden(tokens, positions=positions, mask=mask, cache=cache)
         hidden = hidden if only is None else hidden[only]
         if targets is not None and targets.numel() * self.config.vocab_size > LARGE:
-            return chunked_loss(hidden.flatten(0, -2), self.output.weight, targets.flatten())
+            return chunked_loss(hidden.flatten(0, -2), self.head(), targets.flatten())
         logits: Tensor = self.output(hidden)
         if targets is None:
             return logits

@@ -80,7 +80,6 @@ ANNOTATORS: dict[str, Callable[[CollectConfig], list[Annotator]]] = {"valley": v
 def run(cfg: CollectConfig) -> Path:
     """Collect, and return the folder with helpfulness.jsonl, safety.jsonl and their held-out parts."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("collect")
     annotators = ANNOTATORS[cfg.annotators](cfg)
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
@@ -102,8 +101,10 @@ def run(cfg: CollectConfig) -> Path:
 
         records = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update)
         progress.close()
-        counts = write(folder.path, records, cfg)
-        folder.mark_done("collect", **counts, left_out=len(every) - len(prompts))
+        if parallel.is_main():
+            counts = write(folder.path, records, cfg)
+            folder.mark_done("collect", **counts, left_out=len(every) - len(prompts))
+        parallel.barrier()
         return folder.path
 
 

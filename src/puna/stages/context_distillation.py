@@ -102,7 +102,6 @@ PREPROMPTS: dict[str, Callable[[Prompt, bool, random.Random], str]] = {
 def run(cfg: ContextDistillationConfig) -> Path:
     """Sample, gate, and return the folder with dialogs.jsonl."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("context distillation")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("context_distillation"):
@@ -122,9 +121,11 @@ def run(cfg: ContextDistillationConfig) -> Path:
         records = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update)
         progress.close()
         kept = [record for record in records if record["kept"]]
-        readers.write_jsonl(folder.path / "dialogs.jsonl", kept)
-        write_atomically(folder.path / "gate.json", json.dumps(by_score(records), indent=1))
+        if parallel.is_main():
+            readers.write_jsonl(folder.path / "dialogs.jsonl", kept)
+            write_atomically(folder.path / "gate.json", json.dumps(by_score(records), indent=1))
         folder.mark_done("context_distillation", kept=len(kept), prompts=len(prompts), left_out=left_out)
+        parallel.barrier()
         return folder.path
 
 

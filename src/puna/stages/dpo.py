@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from puna import checkpoint, config, losses, optim, parallel
+from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive
 from puna.data import loader, packing, readers
 from puna.formats import huggingface
@@ -71,8 +72,9 @@ class DPOConfig:
     )
     """Rafailov et al., B: 1e-6 after 150 steps of warm-up."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 50
-    """steps between checkpoints; 0 writes none."""
+    """steps between checkpoints; 0 writes one on SIGTERM alone."""
     limit: int = 0
     """use at most so many training pairs; 0 uses all."""
     threads: int = 0
@@ -87,7 +89,7 @@ class DPOConfig:
 
 def run(cfg: DPOConfig) -> Path:
     """Train, measure, and return the model's folder."""
-    device = parallel.start(cfg.threads)
+    device = parallel.start(cfg.threads, cfg.parallel)
     with RunFolder(cfg.out) as folder:
         model_path = folder.path / "model"
         config.keep(cfg, folder.path / "config.json")
@@ -95,23 +97,25 @@ def run(cfg: DPOConfig) -> Path:
             return model_path
         tokenizer = tokenizers.load(cfg.init)
         train, test, counts = prepare(cfg, tokenizer)
-        policy = parallel.shard(huggingface.load_model(cfg.init).to(device))
-        reference = parallel.shard(huggingface.load_model(cfg.reference or cfg.init).to(device).requires_grad_(False))
+        how: Any = (device, cfg.parallel, cfg.precision)
+        policy = parallel.place(*huggingface.open_model(cfg.init), *how)
+        reference = parallel.place(*huggingface.open_model(cfg.reference or cfg.init), *how).requires_grad_(False)
         optimizer = optim.adamw(cfg.optim, optim.groups(policy, cfg.optim))
-        steps = loader.steps_of_epochs(len(train), cfg.batch_size, cfg.epochs, cfg.seed, parallel.world_size())
+        steps = loader.steps_of_epochs(len(train), cfg.batch_size, cfg.epochs, cfg.seed, parallel.data_size())
         start, _ = checkpoint.resume(folder.path / "checkpoints", policy, optimizer)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="dpo")
         progress = Progress("dpo", len(steps), start=start)
-        for step in range(start, len(steps)):
-            began = time.perf_counter()
-            pairs = [train[i] for i in steps[step][parallel.share(len(steps[step]))]]
-            numbers = update(cfg, policy, reference, pairs, device)
-            norm, lr = optim.clip_and_step([policy], optimizer, cfg.optim, step, len(steps))
-            rate = sum(len(chosen) + len(rejected) for chosen, rejected in pairs) / (time.perf_counter() - began)
-            metrics.log(step=step, **numbers, lr=lr, grad_norm=norm, tokens_per_second=rate)
-            progress.update(loss=numbers["loss"], tokens_per_second=rate)
-            if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0 and step + 1 < len(steps):
-                checkpoint.save(folder.path / "checkpoints", step + 1, policy, optimizer)
+        with Saver(folder.path / "checkpoints", policy, optimizer, cfg.checkpoint_every) as saver:
+            for step in range(start, len(steps)):
+                began = time.perf_counter()
+                pairs = [train[i] for i in steps[step][parallel.share(len(steps[step]))]]
+                numbers = update(cfg, policy, reference, pairs, device)
+                norm, lr = optim.clip_and_step([policy], optimizer, cfg.optim, step, len(steps))
+                rate = sum(len(chosen) + len(rejected) for chosen, rejected in pairs) / (time.perf_counter() - began)
+                metrics.log(step=step, **numbers, lr=lr, grad_norm=norm, tokens_per_second=rate)
+                progress.update(loss=numbers["loss"], tokens_per_second=rate)
+                if step + 1 < len(steps):
+                    saver.after(step + 1)
         evaluation = evaluate(cfg, policy, reference, test, device)
         progress.close(accuracy=evaluation["accuracy"] or 0.0)
         write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))
@@ -158,11 +162,8 @@ def update(
 ) -> dict[str, float]:
     """2: accumulate the gradients of one global batch; its mean loss, rewards, and share of pairs that it has right."""
     count = parallel.total(torch.tensor(len(pairs), device=device, dtype=torch.float32))
-    micro_batches = packing.by_length([packing.pair_length(*pair) for pair in pairs], cfg.micro_batch_tokens)
-    # A sharded forward pass gathers weights from all ranks: each rank must make as many.
-    micro_batches = packing.cut(micro_batches, parallel.largest(len(micro_batches)))
     sums = torch.zeros(4, device=device)
-    for members in micro_batches:
+    for members in packing.passes([packing.pair_length(*pair) for pair in pairs], cfg.micro_batch_tokens):
         chosen, rejected = log_ratios(cfg, policy, reference, [pairs[i] for i in members], device)
         loss = losses.dpo_loss(chosen, rejected, cfg.beta, cfg.label_smoothing).sum() / count
         parallel.backward(loss)
@@ -202,7 +203,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """3: the share of held-out pairs whose chosen answer has the higher reward, and both answers' mean rewards."""
     chosen, rejected = torch.zeros(len(test)), torch.zeros(len(test))
-    with torch.inference_mode():
+    with torch.no_grad():
         for members in packing.by_length([packing.pair_length(*pair) for pair in test], cfg.micro_batch_tokens):
             ratios = log_ratios(cfg, policy, reference, [test[i] for i in members], device)
             chosen[members], rejected[members] = (cfg.beta * ratio.cpu() for ratio in ratios)

@@ -90,7 +90,6 @@ LONGEST = 5  # words of an item
 def run(cfg: GhostAttentionConfig) -> Path:
     """Sample the dialogs and return the folder with dialogs.jsonl."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("ghost attention")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("ghost_attention"):
@@ -98,8 +97,11 @@ def run(cfg: GhostAttentionConfig) -> Path:
         scripts = read_scripts(cfg.scripts, instructed=not cfg.invent)
         engine = open_engine(cfg.init, device, cfg.vllm)
         if cfg.invent:
-            lists = invent(cfg, engine)
-            write_atomically(folder.path / "lists.json", json.dumps(lists, indent=1, ensure_ascii=False))
+            if parallel.is_main():
+                lists = invent(cfg, engine)
+                write_atomically(folder.path / "lists.json", json.dumps(lists, indent=1, ensure_ascii=False))
+            parallel.barrier()
+            lists = json.loads((folder.path / "lists.json").read_text(encoding="utf-8"))
             scripts = [script | drawn(cfg, lists, random.Random(f"{cfg.seed} {script['id']}")) for script in scripts]
         progress = Progress("ghost attention", len(scripts), unit="dialog")
 
@@ -115,8 +117,10 @@ def run(cfg: GhostAttentionConfig) -> Path:
 
         dialogs = map_shards(work, scripts, cfg.shard_size, folder.path / "parts", progress.update)
         progress.close()
-        readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
+        if parallel.is_main():
+            readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
         folder.mark_done("ghost_attention", dialogs=len(dialogs), left_out=len(scripts) - len(dialogs))
+        parallel.barrier()
         return folder.path
 
 

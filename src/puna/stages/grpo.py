@@ -20,18 +20,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from puna import checkpoint, config, losses, optim, parallel
+from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError
 from puna.data import loader, packing
 from puna.data.prompts import Prompt, apart, fitting, read_prompts
 from puna.formats import huggingface
-from puna.generate.actor_critic import action_logprobs
+from puna.generate.actor_critic import action_logprobs, release
 from puna.generate.engine import LocalEngine
 from puna.generate.held_out import Best, keep_answers, kept_policy, mean_score
 from puna.generate.scoring import Judges, Scorer
@@ -92,13 +93,14 @@ class GRPOConfig:
     )
     """Shao et al.: 1e-6."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     evaluate_every: int = 10
     """iterations between held-out measurements."""
     held_out_prompts: int = 64
     patience: int = 4
     """stop after so many measurements without a new best; 0 never stops early."""
     checkpoint_every: int = 10
-    """iterations between checkpoints; 0 keeps none."""
+    """iterations between checkpoints; 0 writes one on SIGTERM alone."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -137,8 +139,7 @@ class Rollout(NamedTuple):
 
 def run(cfg: GRPOConfig) -> Path:
     """Train and return the best policy's folder."""
-    device = parallel.start(cfg.threads)
-    parallel.only_one_process("GRPO")
+    device = parallel.start(cfg.threads, cfg.parallel)
     with RunFolder(cfg.out) as folder:
         model_path = folder.path / "model"
         config.keep(cfg, folder.path / "config.json")
@@ -157,36 +158,39 @@ def run(cfg: GRPOConfig) -> Path:
         best = Best(**kept)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="grpo")
         progress = Progress(cfg.advantage, len(batches), unit="iteration", start=start)
-        for iteration in range(start, len(batches)):
-            if iteration % cfg.evaluate_every == 0:
-                best = measure(cfg, models, held_out, iteration, best, folder.path)
-                if cfg.patience and iteration - best.iteration >= cfg.patience * cfg.evaluate_every:
-                    break
-            rollout, numbers = collect(cfg, models, [prompts[i] for i in batches[iteration]], iteration)
-            numbers |= update(cfg, models, optimizer, rollout, iteration, len(batches))
-            metrics.log(step=iteration, **numbers)
-            progress.update(reward=numbers["reward"], kl=numbers["kl"])
-            if cfg.checkpoint_every and (iteration + 1) % cfg.checkpoint_every == 0:
-                checkpoint.save(folder.path / "checkpoints", iteration + 1, trained, optimizer, best._asdict())
-        else:
-            best = measure(cfg, models, held_out, len(batches), best, folder.path)
+        with Saver(folder.path / "checkpoints", trained, optimizer, cfg.checkpoint_every) as saver:
+            for iteration in range(start, len(batches)):
+                if iteration % cfg.evaluate_every == 0:
+                    best = measure(cfg, models, held_out, iteration, best, folder.path)
+                    if cfg.patience and iteration - best.iteration >= cfg.patience * cfg.evaluate_every:
+                        break
+                rollout, numbers = collect(cfg, models, [prompts[i] for i in batches[iteration]], iteration)
+                numbers |= update(cfg, models, optimizer, rollout, iteration, len(batches))
+                metrics.log(step=iteration, **numbers)
+                progress.update(reward=numbers["reward"], kl=numbers["kl"])
+                saver.after(iteration + 1, best._asdict())
+            else:
+                best = measure(cfg, models, held_out, len(batches), best, folder.path)
         progress.close()
         if best.reward == -math.inf:
             raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
-        shutil.copytree(kept_policy(folder.path, best.iteration), model_path, dirs_exist_ok=True)
         told = {"best_iteration": best.iteration, "held_out_reward": best.reward, "left_out": len(every) - len(fit)}
-        folder.mark_done("grpo", **told)
-        shutil.rmtree(folder.path / "best")
+        if parallel.is_main():
+            shutil.copytree(kept_policy(folder.path, best.iteration), model_path, dirs_exist_ok=True)
+            folder.mark_done("grpo", **told)
+            shutil.rmtree(folder.path / "best")
+        parallel.barrier()
         return model_path
 
 
 def load(cfg: GRPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, both reward models frozen."""
     tokenizer = tokenizers.load(cfg.init)
-    policy = huggingface.load_model(cfg.init).to(device)
-    reference = huggingface.load_model(cfg.init).to(device).eval().requires_grad_(False)
+    how: Any = (device, cfg.parallel, cfg.precision)
+    policy = parallel.place(*huggingface.open_model(cfg.init), *how)
+    reference = parallel.place(*huggingface.open_model(cfg.init), *how).eval().requires_grad_(False)
     helpfulness, safety = (
-        Scorer(huggingface.load_reward_model(path).to(device), tokenizer, precision=cfg.precision)
+        Scorer(parallel.place(*huggingface.open_reward_model(path), *how), tokenizer, precision=cfg.precision)
         for path in (cfg.reward_helpfulness, cfg.reward_safety)
     )
     judges = Judges(helpfulness, safety, cfg.threshold)
@@ -199,9 +203,13 @@ def sample(
     """1 and 2: prompt ids, answers and scores (P n,) of n answers to each of P prompts, each's side by side."""
     models.engine.update_weights(models.policy)
     asked = [chat.encode_prompt(prompt["messages"], models.tokenizer) for prompt in prompts]
-    groups = models.engine.generate_ids(
-        asked, n=n, max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature, seed=seed
-    )
+    settings: dict[str, Any] = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "seed": seed}
+
+    def answer(first: int, part: Sequence[list[int]]) -> list[list[Completion]]:
+        return models.engine.generate_ids(part, n=n, first=first, **settings)
+
+    groups = parallel.spread(answer, asked, everyone=True)
+    release(models.engine, models.policy)
     completions = [completion for group in groups for completion in group]
     prompt_ids = [ids for ids in asked for _ in range(n)]
     rows = [ids + completion.tokens for ids, completion in zip(prompt_ids, completions, strict=True)]
@@ -215,14 +223,9 @@ def collect(
     began = time.perf_counter()
     prompt_ids, completions, scores = sample(cfg, models, prompts, cfg.group_size, cfg.seed + 1 + iteration)
     answers = [completion.tokens for completion in completions]
-    tokens, lengths, action_mask = packing.pad_answers(prompt_ids, answers, models.tokenizer.pad_id)
-    logprobs, reference = torch.zeros(action_mask.shape), torch.zeros(action_mask.shape)
-    with torch.inference_mode():
-        for members in packing.by_length(lengths.tolist(), cfg.micro_batch_tokens):
-            end = int(lengths[members].max())
-            part, mask = tokens[members, :end].to(models.device), action_mask[members, : end - 1].to(models.device)
-            for kept, model in ((logprobs, models.policy), (reference, models.reference)):
-                kept[members, : end - 1] = action_logprobs(model, part, mask, cfg.temperature, cfg.precision).cpu()
+    tokens, _, action_mask = packing.pad_answers(prompt_ids, answers, models.tokenizer.pad_id)
+    read = parallel.spread(lambda first, rows: reread(cfg, models, tokens, action_mask, rows), range(len(tokens)))
+    logprobs, reference = torch.stack(read, dim=1)
     finished = torch.tensor([completion.finished for completion in completions])
     whitened = losses.whiten(losses.logit(scores["reward"])) - cfg.missing_eos_penalty * ~finished
     kl = losses.sequence_kl(logprobs, reference, action_mask)
@@ -235,6 +238,21 @@ def collect(
         "seconds_collect": time.perf_counter() - began,
     }
     return rollout, numbers
+
+
+@torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
+def reread(
+    cfg: GRPOConfig, models: Models, tokens: Tensor, action_mask: Tensor, rows: Sequence[int]
+) -> Sequence[Tensor]:
+    """log pi and log pi_0 of every action of some rows, (2, T - 1) each, 0 elsewhere, on the CPU."""
+    found = torch.zeros(2, len(rows), action_mask.shape[1])
+    lengths = packing.acted_lengths(action_mask[list(rows)])
+    for members in packing.passes(lengths, cfg.micro_batch_tokens):
+        end, part = max(lengths[i] for i in members), [rows[i] for i in members]
+        ids, mask = tokens[part, :end].to(models.device), action_mask[part, : end - 1].to(models.device)
+        for kept, model in zip(found, (models.policy, models.reference), strict=True):
+            kept[members, : end - 1] = action_logprobs(model, ids, mask, cfg.temperature, cfg.precision).cpu()
+    return found.unbind(1)
 
 
 def advantages(cfg: GRPOConfig, scores: Tensor, kl: Tensor) -> Tensor:
@@ -265,11 +283,12 @@ def update(
 
 def accumulate(cfg: GRPOConfig, models: Models, rollout: Rollout, members: list[int]) -> dict[str, float]:
     """Back-propagate one mini-batch, however its answers are cut into passes; its losses and how far it has moved."""
-    lengths = packing.acted_lengths(rollout.action_mask[members])
-    weights = losses.token_weights(rollout.action_mask[members], cfg.average)
-    sums: dict[str, float] = {}
-    for part in packing.by_length(lengths, cfg.micro_batch_tokens):
-        rows, end = [members[i] for i in part], max(lengths[i] for i in part)
+    share = parallel.share(len(members))
+    mine, weights = members[share], losses.token_weights(rollout.action_mask[members], cfg.average)[share]
+    lengths = packing.acted_lengths(rollout.action_mask[mine])
+    sums: dict[str, Tensor] = {}
+    for part in packing.passes(lengths, cfg.micro_batch_tokens):
+        rows, end = [mine[i] for i in part], max(lengths[i] for i in part)
         tokens, advantage = rollout.tokens[rows, :end].to(models.device), rollout.advantages[rows].to(models.device)
         weight = weights[part, : end - 1].to(models.device)
         mask, old, reference = (
@@ -283,8 +302,9 @@ def accumulate(cfg: GRPOConfig, models: Models, rollout: Rollout, members: list[
         with torch.no_grad():
             moved = losses.clip_numbers(logprobs, old, weight, cfg.clip)
         for name, number in (moved | {"policy_loss": policy_loss, "kl_loss": kl_loss}).items():
-            sums[name] = sums.get(name, 0.0) + float(number.detach())
-    return sums
+            sums[name] = sums[name] + number.detach() if name in sums else number.detach()
+    totals = parallel.total(torch.stack(list(sums.values())))
+    return dict(zip(sums, totals.tolist(), strict=True))
 
 
 def measure(

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from puna import checkpoint, config, losses, monitors, optim, parallel
+from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError
 from puna.data import loader, packing, prompts, rollouts, shards
 from puna.data.prompts import Prompt
@@ -130,6 +131,7 @@ class PPOConfig:
     """paper 3.2.3: constant 1e-6, weight decay 0.1, clip 1.0."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32 keeps the first ratio of an iteration at 1 to the last digits."""
+    parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     sample_precision: Literal["fp32", "bf16"] = "fp32"
     """of the weights that sample; bf16 is faster, and draws from what is scored to about two digits."""
     evaluate_every: int = 10
@@ -146,7 +148,7 @@ class PPOConfig:
     dump_iteration: int = 1
     """which one; at 0 the policy is the reference."""
     checkpoint_every: int = 10
-    """iterations between checkpoints; 0 keeps none."""
+    """iterations between checkpoints; 0 writes one on SIGTERM alone."""
     vllm: str = ""
     """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in this process."""
     threads: int = 0
@@ -172,8 +174,7 @@ class State:
 
 def run(cfg: PPOConfig) -> Path:
     """Train and return the best policy's folder."""
-    device = parallel.start(cfg.threads)
-    parallel.only_one_process("PPO")
+    device = parallel.start(cfg.threads, cfg.parallel)
     with RunFolder(cfg.out) as folder:
         model_path = folder.path / "model"
         config.keep(cfg, folder.path / "config.json")
@@ -193,40 +194,43 @@ def run(cfg: PPOConfig) -> Path:
         start, kept = checkpoint.resume(folder.path / "checkpoints", models.trained, optimizer)
         state = State(**kept | {"moments": Moments(**kept["moments"])}) if kept else State(cfg.beta)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="ppo")
+        parallel.barrier()  # all ranks know the same lines, or they might not stop together
         history = read_metrics(metrics.path) if start else []
         progress = Progress("ppo", len(batches), unit="iteration", start=start)
-        for iteration in range(start, len(batches)):
-            if iteration % cfg.evaluate_every == 0:
-                state = measure(cfg, models, held_out, iteration, state, folder.path)
-                if cfg.patience and iteration - state.best_iteration >= cfg.patience * cfg.evaluate_every:
+        with Saver(folder.path / "checkpoints", models.trained, optimizer, cfg.checkpoint_every) as saver:
+            for iteration in range(start, len(batches)):
+                if iteration % cfg.evaluate_every == 0:
+                    state = measure(cfg, models, held_out, iteration, state, folder.path)
+                    if cfg.patience and iteration - state.best_iteration >= cfg.patience * cfg.evaluate_every:
+                        break
+                record = rollouts.Recorder() if cfg.dump and iteration == cfg.dump_iteration else rollouts.ignore
+                now, batch = replace(cfg, beta=state.beta), [asked[i] for i in batches[iteration]]
+                rollout, numbers, moments = collect(now, models, batch, iteration, state.moments, record)
+                numbers |= update(now, models, optimizer, rollout, iteration, len(batches), record, text)
+                beta = losses.adapted_beta(state.beta, numbers["kl"], cfg.kl_target, cfg.kl_horizon, size)
+                state = replace(state, beta=beta, moments=moments)
+                if cfg.dump and isinstance(record, rollouts.Recorder):
+                    record.write(cfg.dump, now, models.tokenizer, iteration=iteration, beta_after=beta)
+                history.append(numbers)
+                for sentence in monitors.begun(history):
+                    progress.warn(sentence)
+                signs = monitors.signs(history)
+                metrics.log(step=iteration, **numbers, warnings=" ".join(signs.values()))
+                progress.update(reward=numbers["reward"], kl=numbers["kl"])
+                saver.after(iteration + 1, asdict(state))
+                if cfg.stop_on_hacking and signs:
                     break
-            record = rollouts.Recorder() if cfg.dump and iteration == cfg.dump_iteration else rollouts.ignore
-            now, batch = replace(cfg, beta=state.beta), [asked[i] for i in batches[iteration]]
-            rollout, numbers, moments = collect(now, models, batch, iteration, state.moments, record)
-            numbers |= update(now, models, optimizer, rollout, iteration, len(batches), record, text)
-            beta = losses.adapted_beta(state.beta, numbers["kl"], cfg.kl_target, cfg.kl_horizon, size)
-            state = replace(state, beta=beta, moments=moments)
-            if cfg.dump and isinstance(record, rollouts.Recorder):
-                record.write(cfg.dump, now, models.tokenizer, iteration=iteration, beta_after=beta)
-            history.append(numbers)
-            for sentence in monitors.begun(history):
-                progress.warn(sentence)
-            signs = monitors.signs(history)
-            metrics.log(step=iteration, **numbers, warnings=" ".join(signs.values()))
-            progress.update(reward=numbers["reward"], kl=numbers["kl"])
-            if cfg.checkpoint_every and (iteration + 1) % cfg.checkpoint_every == 0:
-                checkpoint.save(folder.path / "checkpoints", iteration + 1, models.trained, optimizer, asdict(state))
-            if cfg.stop_on_hacking and signs:
-                break
-        else:
-            state = measure(cfg, models, held_out, len(batches), state, folder.path)
+            else:
+                state = measure(cfg, models, held_out, len(batches), state, folder.path)
         progress.close()
         if state.best_reward == -math.inf:
             raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
-        shutil.copytree(kept_policy(folder.path, state.best_iteration), model_path, dirs_exist_ok=True)
         best = {"best_iteration": state.best_iteration, "held_out_reward": state.best_reward}
-        folder.mark_done("ppo", **best, left_out=left_out)
-        shutil.rmtree(folder.path / "best")
+        if parallel.is_main():
+            shutil.copytree(kept_policy(folder.path, state.best_iteration), model_path, dirs_exist_ok=True)
+            folder.mark_done("ppo", **best, left_out=left_out)
+            shutil.rmtree(folder.path / "best")
+        parallel.barrier()
         return model_path
 
 
@@ -248,7 +252,7 @@ def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Promp
 def load(cfg: PPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, the critic that is asked for, all reward models frozen."""
     rewards = cfg.reward_helpfulness, cfg.reward_safety, cfg.gold
-    models = actor_critic.load(cfg.init, rewards, cfg.critic, cfg.precision, device)
+    models = actor_critic.load(cfg.init, rewards, cfg.critic, cfg.precision, device, cfg.parallel)
     if cfg.vllm:
         return replace(models, engine=VLLMEngine(cfg.vllm, models.tokenizer, cfg.out / "sampled_with"))
     return models
@@ -370,11 +374,12 @@ def accumulate(
     record: Record = rollouts.ignore,
 ) -> dict[str, float]:
     """Back-propagate one mini-batch: both losses, summed over its action tokens and divided by their number."""
-    lengths = packing.acted_lengths(rollout.action_mask[members])
     count = int(rollout.action_mask[members].sum())
-    sums: dict[str, float] = {}
-    for part in packing.by_length(lengths, cfg.micro_batch_tokens):
-        rows, end = [members[i] for i in part], max(lengths[i] for i in part)
+    mine = members[parallel.share(len(members))]
+    lengths = packing.acted_lengths(rollout.action_mask[mine])
+    sums: dict[str, Tensor] = {}
+    for part in packing.passes(lengths, cfg.micro_batch_tokens):
+        rows, end = [mine[i] for i in part], max(lengths[i] for i in part)
         tokens = rollout.tokens[rows, :end].to(models.device)
         mask, old, old_values, advantage, target = (
             field[rows, : end - 1].to(models.device)
@@ -390,11 +395,12 @@ def accumulate(
             moved = losses.clip_numbers(logprobs, old, mask, cfg.clip) | {"entropy": entropies.sum()}
         parts = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
         for name, number in (parts | {name: x / count for name, x in moved.items()}).items():
-            sums[name] = sums.get(name, 0.0) + float(number)
+            sums[name] = sums[name] + number if name in sums else number
         record(pass_at=rollouts.places(rows, mask), pass_size=mask.sum()[None], pass_values=values[mask])
         record(pass_logprobs=of_actions, pass_entropies=entropies)
     record(update_size=torch.tensor([count]))
-    return sums
+    totals = parallel.total(torch.stack(list(sums.values())))
+    return dict(zip(sums, totals.tolist(), strict=True))
 
 
 def measure(

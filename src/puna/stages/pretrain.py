@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from puna import checkpoint, config, losses, optim, parallel
+from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive
 from puna.data import loader, readers, shards
 from puna.formats import huggingface
@@ -59,9 +60,10 @@ class PretrainConfig:
     """share of documents held out; a prepared folder has its own."""
     optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=3e-3, warmup_steps=40))
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: matrix products in bfloat16 over float32 weights."""
+    """bf16: matrix products in bfloat16 over float32 weights; over several processes all between them too."""
+    parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 100
-    """steps between checkpoints; 0 writes none."""
+    """steps between checkpoints; 0 writes one on SIGTERM alone."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -72,7 +74,7 @@ class PretrainConfig:
 
 def run(cfg: PretrainConfig) -> Path:
     """Train and return the model's folder."""
-    device = parallel.start(cfg.threads)
+    device = parallel.start(cfg.threads, cfg.parallel)
     with RunFolder(cfg.out) as folder:
         model_path = folder.path / "model"
         config.keep(cfg, folder.path / "config.json")
@@ -82,23 +84,24 @@ def run(cfg: PretrainConfig) -> Path:
             prepare(cfg, folder.path / "data")
         parallel.barrier()
         tokenizer, train, validation = prepare(cfg, folder.path / "data")
-        model = Transformer(cfg.model).to(device)
-        model.init_weights(torch.Generator(device).manual_seed(cfg.seed))
-        model = parallel.shard(model)
+        model = Transformer.without_weights(cfg.model)
+        weights = model.initial_weights(torch.Generator(device).manual_seed(cfg.seed))
+        model = parallel.place(model, weights, device, cfg.parallel, cfg.precision)
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
         start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="pretrain")
         n_tokens = cfg.batch_size * cfg.seq_len
         progress = Progress("pretrain", cfg.steps, start=start)
-        for step in range(start, cfg.steps):
-            began = time.perf_counter()
-            loss = update(cfg, model, train, step, device)
-            norm, lr = optim.clip_and_step([model], optimizer, cfg.optim, step, cfg.steps)
-            rate = n_tokens / (time.perf_counter() - began)
-            metrics.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
-            progress.update(loss=loss, tokens_per_second=rate)
-            if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0 and step + 1 < cfg.steps:
-                checkpoint.save(folder.path / "checkpoints", step + 1, model, optimizer)
+        with Saver(folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every) as saver:
+            for step in range(start, cfg.steps):
+                began = time.perf_counter()
+                loss = update(cfg, model, train, step, device)
+                norm, lr = optim.clip_and_step([model], optimizer, cfg.optim, step, cfg.steps)
+                rate = n_tokens / (time.perf_counter() - began)
+                metrics.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
+                progress.update(loss=loss, tokens_per_second=rate)
+                if step + 1 < cfg.steps:
+                    saver.after(step + 1)
         loss = evaluate(cfg, model, validation, device)
         metrics.log(step=cfg.steps, validation_loss=loss)
         progress.close(validation_loss=loss)
@@ -180,7 +183,7 @@ def balance(cfg: PretrainConfig, model: Transformer) -> Tensor | float:
     return cfg.model.moe.balance * torch.stack(terms).mean() if terms else 0.0
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
 def evaluate(cfg: PretrainConfig, model: Transformer, data: loader.Data, device: torch.device) -> float:
     """Mean validation loss in nats a token over at most 64 windows."""
     n_windows = min(64, loader.n_windows(data, cfg.seq_len))

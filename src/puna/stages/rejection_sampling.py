@@ -96,7 +96,6 @@ class Models:
 def run(cfg: RejectionSamplingConfig) -> Path:
     """Sample, select, pool, and return the folder with best.jsonl, pool.jsonl and curve.json."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("rejection sampling")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("rejection_sampling"):
@@ -109,7 +108,9 @@ def run(cfg: RejectionSamplingConfig) -> Path:
         prompts = random.Random(cfg.seed).sample(prompts, len(prompts))[: cfg.limit or None]
         if not (folder.path / "curve.json").exists():
             curve = search(cfg, models, prompts[: cfg.search_prompts])
-            write_atomically(folder.path / "curve.json", json.dumps(curve, indent=1))
+            if parallel.is_main():
+                write_atomically(folder.path / "curve.json", json.dumps(curve, indent=1))
+            parallel.barrier()
         temperature = json.loads((folder.path / "curve.json").read_text())["temperature"]
         progress = Progress(f"sampling {cfg.out.parent.name}", len(prompts), unit="prompt")
 
@@ -127,10 +128,12 @@ def run(cfg: RejectionSamplingConfig) -> Path:
             )
         every_round = pooled(cfg, models, best)
         pool = distinct(every_round)
-        readers.write_jsonl(folder.path / "best.jsonl", best)
-        readers.write_jsonl(folder.path / "pool.jsonl", pool)
+        if parallel.is_main():
+            readers.write_jsonl(folder.path / "best.jsonl", best)
+            readers.write_jsonl(folder.path / "pool.jsonl", pool)
         counts = {"best": len(best), "pool": len(pool), "doubles": len(every_round) - len(pool), "left_out": left_out}
         folder.mark_done("rejection_sampling", temperature=temperature, **counts, **gained(best))
+        parallel.barrier()
         return folder.path
 
 
@@ -146,9 +149,13 @@ def load(cfg: RejectionSamplingConfig, device: torch.device) -> Models:
 
 def search(cfg: RejectionSamplingConfig, models: Models, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """1: rewards against temperature and K; the temperature whose best of K is highest on average."""
+
+    def drawn(first: int, temperatures: Sequence[float]) -> list[Tensor]:
+        return [draw(cfg, models, prompts, temperature, cfg.seed)[1] for temperature in temperatures]
+
     points = []
-    for temperature in cfg.temperatures:
-        _, rewards = draw(cfg, models, prompts, temperature, cfg.seed)  # (P, K)
+    rewards_of_all = parallel.spread(drawn, cfg.temperatures, everyone=True)
+    for temperature, rewards in zip(cfg.temperatures, rewards_of_all, strict=True):  # (P, K)
         for k in sorted({2**i for i in range(10) if 2**i < cfg.samples} | {cfg.samples}):
             first = rewards[:, :k]
             points.append(
@@ -219,8 +226,12 @@ def pooled(cfg: RejectionSamplingConfig, models: Models, best: list[dict[str, An
     earlier = [record for path in cfg.earlier for record in readers.read((path,), "dialogs").records]
     pool = {record["prompt_id"]: record for record in best}
     if earlier:
-        rewards = models.reward([r["messages"] for r in earlier], [r["is_safety"] for r in earlier])
-        for record, reward in zip(earlier, rewards.tolist(), strict=True):
+
+        def judged(first: int, part: Sequence[dict[str, Any]]) -> list[float]:
+            rewards: list[float] = models.reward([r["messages"] for r in part], [r["is_safety"] for r in part]).tolist()
+            return rewards
+
+        for record, reward in zip(earlier, parallel.spread(judged, earlier, everyone=True), strict=True):
             mine = pool.get(record["prompt_id"])
             if mine is None or reward > mine["reward"]:
                 pool[record["prompt_id"]] = record | {"reward": reward}

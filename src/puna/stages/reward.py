@@ -18,7 +18,7 @@ import functools
 import json
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 
 from puna import checkpoint, config, losses, optim, parallel
+from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive
 from puna.data import comparisons, loader, packing, readers
 from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.generate.scoring import Scorer, scale_of
-from puna.model.reward import RewardModel
+from puna.model.reward import RewardModel, initial_head
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
@@ -74,8 +75,9 @@ class RewardConfig:
     optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=1e-5))
     """paper: 1e-5 (70B: 5e-6); its warmup_steps is replaced by 3 % of the steps, at least 5."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 50
-    """steps between checkpoints; 0 writes none."""
+    """steps between checkpoints; 0 writes one on SIGTERM alone."""
     limit: int = 0
     """use at most so many training pairs; 0 uses all."""
     reference: tuple[Path, ...] = ()
@@ -103,7 +105,7 @@ class Pair(NamedTuple):
 
 def run(cfg: RewardConfig) -> Path:
     """Train, measure, and return the reward model's folder."""
-    device = parallel.start(cfg.threads)
+    device = parallel.start(cfg.threads, cfg.parallel)
     with RunFolder(cfg.out) as folder:
         model_path = folder.path / "model"
         config.keep(cfg, folder.path / "config.json")
@@ -111,25 +113,24 @@ def run(cfg: RewardConfig) -> Path:
             return model_path
         tokenizer = tokenizers.load(cfg.init)
         train, test, counts = prepare(cfg, tokenizer)
-        model = RewardModel(huggingface.load_model(cfg.init))
-        model.init_head(torch.Generator().manual_seed(cfg.seed))
-        model = parallel.shard(model.to(device))
+        model = parallel.place(*begin(cfg), device, cfg.parallel, cfg.precision)
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
-        steps = loader.steps_of_epochs(len(train), cfg.batch_size, cfg.epochs, cfg.seed, parallel.world_size())
+        steps = loader.steps_of_epochs(len(train), cfg.batch_size, cfg.epochs, cfg.seed, parallel.data_size())
         schedule = optim.with_warmup(cfg.optim, 0.03, len(steps))
         start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="reward")
         progress = Progress(f"reward {cfg.out.name}", len(steps), start=start)
-        for step in range(start, len(steps)):
-            began = time.perf_counter()
-            pairs = [train[i] for i in steps[step][parallel.share(len(steps[step]))]]
-            loss, accuracy, n_tokens = update(cfg, model, pairs, device)
-            norm, lr = optim.clip_and_step([model], optimizer, schedule, step, len(steps))
-            rate = n_tokens / (time.perf_counter() - began)
-            metrics.log(step=step, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, tokens_per_second=rate)
-            progress.update(loss=loss, tokens_per_second=rate)
-            if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0 and step + 1 < len(steps):
-                checkpoint.save(folder.path / "checkpoints", step + 1, model, optimizer)
+        with Saver(folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every) as saver:
+            for step in range(start, len(steps)):
+                began = time.perf_counter()
+                pairs = [train[i] for i in steps[step][parallel.share(len(steps[step]))]]
+                loss, accuracy, n_tokens = update(cfg, model, pairs, device)
+                norm, lr = optim.clip_and_step([model], optimizer, schedule, step, len(steps))
+                rate = n_tokens / (time.perf_counter() - began)
+                metrics.log(step=step, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, tokens_per_second=rate)
+                progress.update(loss=loss, tokens_per_second=rate)
+                if step + 1 < len(steps):
+                    saver.after(step + 1)
         chosen, rejected = held_out_scores(model, tokenizer, test)
         evaluation = evaluate(test, chosen, rejected)
         progress.close(accuracy=evaluation["accuracy"] or 0.0)
@@ -142,6 +143,12 @@ def run(cfg: RewardConfig) -> Path:
         huggingface.save_reward_model(model, tokenizer, model_path, provenance=provenance)
         folder.mark_done("reward", pairs=len(train), **counts, accuracy=evaluation["accuracy"])
         return model_path
+
+
+def begin(cfg: RewardConfig) -> tuple[RewardModel, Iterator[tuple[str, Tensor]]]:
+    """The chat model's body under a new head, without its weights, and these one by one."""
+    dim = huggingface.read_config(cfg.init).dim
+    return huggingface.open_body(cfg.init, initial_head(dim, torch.Generator().manual_seed(cfg.seed)))
 
 
 def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Preference], dict[str, float]]:
@@ -215,13 +222,11 @@ def _fits(pair: Pair, max_len: int) -> bool:
 def update(cfg: RewardConfig, model: RewardModel, pairs: list[Pair], device: torch.device) -> tuple[float, float, int]:
     """2: accumulate the gradients of one global batch; its mean loss, ranking accuracy and number of tokens."""
     labelled = sum(label is not None for pair in pairs for label in pair.is_safe)
-    counts = parallel.total(torch.tensor([len(pairs), labelled], device=device, dtype=torch.float32))
+    n_tokens = sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    counts = parallel.total(torch.tensor([len(pairs), labelled, n_tokens], device=device, dtype=torch.float64))
     sums = torch.zeros(2, device=device)
     lengths = [packing.pair_length(pair.chosen, pair.rejected) for pair in pairs]
-    micro_batches = packing.by_length(lengths, cfg.micro_batch_tokens)
-    # A sharded forward pass gathers weights from all ranks: each rank must make as many.
-    micro_batches = packing.cut(micro_batches, parallel.largest(len(micro_batches)))
-    for members in micro_batches:
+    for members in packing.passes(lengths, cfg.micro_batch_tokens):
         batch = [pairs[i] for i in members]
         with parallel.autocast(cfg.precision, device):
             chosen, rejected = scores(model, batch, device)
@@ -232,7 +237,7 @@ def update(cfg: RewardConfig, model: RewardModel, pairs: list[Pair], device: tor
         parallel.backward(loss)
         sums += torch.stack((loss.detach(), (chosen > rejected).sum() / counts[0]))
     sums = parallel.total(sums)
-    return float(sums[0]), float(sums[1]), sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+    return float(sums[0]), float(sums[1]), int(counts[2])
 
 
 def scores(model: RewardModel, batch: Sequence[Pair], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,6 @@ class SampleConfig:
 def run(cfg: SampleConfig) -> Path:
     """Sample, and return the folder with dialogs.jsonl."""
     parallel.start(cfg.threads)
-    parallel.only_one_process("sample")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("sample"):
@@ -83,9 +82,11 @@ def run(cfg: SampleConfig) -> Path:
         finally:
             _engine.cache_clear()  # the next run may find another model under this name
         progress.close()
-        readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
+        if parallel.is_main():
+            readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
         unusable = cfg.n * len(prompts) - len(dialogs)
         folder.mark_done("sample", dialogs=len(dialogs), unusable=unusable, left_out=len(read) - len(prompts))
+        parallel.barrier()
         return folder.path
 
 

@@ -64,7 +64,6 @@ class ScoreConfig:
 def run(cfg: ScoreConfig) -> Path:
     """Score, and return the folder with dialogs.jsonl."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("score")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("score"):
@@ -81,9 +80,11 @@ def run(cfg: ScoreConfig) -> Path:
 
         records = map_shards(work, dialogs, cfg.shard_size, folder.path / "parts", progress.update)
         progress.close()
-        readers.write_jsonl(folder.path / "dialogs.jsonl", records)
+        if parallel.is_main():
+            readers.write_jsonl(folder.path / "dialogs.jsonl", records)
         left_out = len(read.records) - len(dialogs)
         folder.mark_done("score", dialogs=len(records), left_out=left_out, set_aside=len(read.bad))
+        parallel.barrier()
         return folder.path
 
 

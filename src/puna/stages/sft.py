@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from puna import checkpoint, config, optim, parallel
+from puna.checkpoint import Saver
 from puna.config import DataError, positive
 from puna.data import loader, packing, readers
 from puna.data.packing import Packed
@@ -55,8 +56,9 @@ class SFTConfig:
     optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=2e-5, warmup_steps=20))
     """paper 3.1: 2e-5, cosine, weight decay 0.1."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 200
-    """steps between checkpoints; 0 writes none."""
+    """steps between checkpoints; 0 writes one on SIGTERM alone."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
@@ -67,7 +69,7 @@ class SFTConfig:
 
 def run(cfg: SFTConfig) -> Path:
     """Fine-tune and return the model's folder."""
-    device = parallel.start(cfg.threads)
+    device = parallel.start(cfg.threads, cfg.parallel)
     with RunFolder(cfg.out) as folder:
         model_path = folder.path / "model"
         config.keep(cfg, folder.path / "config.json")
@@ -75,23 +77,24 @@ def run(cfg: SFTConfig) -> Path:
             return model_path
         tokenizer = tokenizers.load(cfg.init)
         rows, counts = prepare(cfg, tokenizer)
-        model = parallel.shard(huggingface.load_model(cfg.init).to(device))
+        model = parallel.place(*huggingface.open_model(cfg.init), device, cfg.parallel, cfg.precision)
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
-        steps = loader.steps_of_epochs(len(rows.tokens), cfg.batch_size, cfg.epochs, cfg.seed, parallel.world_size())
+        steps = loader.steps_of_epochs(len(rows.tokens), cfg.batch_size, cfg.epochs, cfg.seed, parallel.data_size())
         start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="sft")
         progress = Progress("sft", len(steps), start=start)
-        for step in range(start, len(steps)):
-            began = time.perf_counter()
-            batch = Packed(*(tensor[steps[step]] for tensor in rows))
-            loss = update(cfg, model, batch, device)
-            norm, lr = optim.clip_and_step([model], optimizer, cfg.optim, step, len(steps))
-            n_tokens = int((batch.documents >= 0).sum())
-            rate = n_tokens / (time.perf_counter() - began)
-            metrics.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
-            progress.update(loss=loss, tokens_per_second=rate)
-            if cfg.checkpoint_every and (step + 1) % cfg.checkpoint_every == 0 and step + 1 < len(steps):
-                checkpoint.save(folder.path / "checkpoints", step + 1, model, optimizer)
+        with Saver(folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every) as saver:
+            for step in range(start, len(steps)):
+                began = time.perf_counter()
+                batch = Packed(*(tensor[steps[step]] for tensor in rows))
+                loss = update(cfg, model, batch, device)
+                norm, lr = optim.clip_and_step([model], optimizer, cfg.optim, step, len(steps))
+                n_tokens = int((batch.documents >= 0).sum())
+                rate = n_tokens / (time.perf_counter() - began)
+                metrics.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
+                progress.update(loss=loss, tokens_per_second=rate)
+                if step + 1 < len(steps):
+                    saver.after(step + 1)
         progress.close()
         huggingface.save_model(model, tokenizer, model_path, provenance={"stage": "sft", "parent": str(cfg.init)})
         folder.mark_done("sft", steps=len(steps), **counts)
