@@ -98,6 +98,7 @@ def test_only_rank_0_locks_and_writes(
             assert not (tmp_path / "metrics.jsonl").exists()
             progress = Progress("sft", 1)
             progress.update()
+            progress.warn("answers grow")
             progress.close()
             assert capsys.readouterr().err == ""
 
@@ -140,11 +141,13 @@ def test_progress_in_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     for _ in range(25):
         now += 1.0
         progress.update(loss=1.23456, tokens_per_second=1000.0)
+    progress.warn("answers grow")
     progress.close(loss=2.0)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "sft 60/100 steps  loss 1.235  tokens per second 1000  0:40 left",
         "sft 70/100 steps  loss 1.235  tokens per second 1000  0:30 left",
+        "sft: warning: answers grow",
         "sft 75/100 steps  loss 2  0:25 left",
     ]
 
@@ -153,7 +156,9 @@ def test_progress_as_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress = Progress("ppo", 3, unit="update")
     progress.update(reward=0.5)
+    progress.warn("answers [bold]grow[/bold]")
     progress.update(2, reward=0.75)
     progress.close(reward=0.875)
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
     assert "ppo (updates)" in shown and "3/3" in shown and "reward 0.875" in shown
+    assert "ppo: warning: answers [bold]grow[/bold]" in shown

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from puna import losses
 from puna.data.packing import (
+    acted_lengths,
     answer_steps,
     by_length,
     common,
@@ -19,6 +20,7 @@ from puna.data.packing import (
     pack,
     pack_pairs,
     pack_plan,
+    pad_answers,
     pad_right,
     pair_length,
     tree_mask,
@@ -186,3 +188,12 @@ def test_cut_halves_the_largest() -> None:
     assert cut([[4, 5, 6, 7], [1]], 2) == [[4, 5, 6, 7], [1]]
     assert sorted(map(sorted, cut([[4, 5, 6, 7], [1, 2, 3]], 4))) == [[1], [2, 3], [4, 5], [6, 7]]
     assert sorted(cut([[0, 1, 2]], 3)) == [[0], [1], [2]]
+
+
+def test_answers_are_actions() -> None:
+    tokens, lengths, mask = pad_answers([[1, 5], [1, 6, 7]], [[8, 9, 2], [2]], pad=0)
+    assert tokens.tolist() == [[1, 5, 8, 9, 2], [1, 6, 7, 2, 0]] and lengths.tolist() == [5, 4]
+    # Action t emits token t + 1: the answer's first token is emitted at the prompt's last.
+    assert mask.tolist() == [[False, True, True, True], [False, False, True, False]]
+    assert acted_lengths(mask) == [5, 4]
+    assert acted_lengths(torch.nn.functional.pad(mask, (0, 3))) == [5, 4]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from puna.config import ConfigError, DataError
-from puna.data.prompts import fitting, read_prompts
+from puna.data.prompts import apart, fitting, read_prompts
 from puna.text import chat
 from tests import helpers
 
@@ -71,3 +71,13 @@ def test_texts_give_no_prompts(tmp_path: Path) -> None:
     path = helpers.write_lines(tmp_path / "texts.jsonl", [{"text": "The llama."}])
     with pytest.raises(ConfigError, match="does not give prompts, which are needed here; prompts, dialogs, alpaca"):
         read_prompts((path,), "jsonl_text")
+
+
+def test_some_are_kept_apart() -> None:
+    every = helpers.prompts(20)
+    rest, some = apart(every, 6, seed=3)
+    assert len(some) == 6 and sorted(p["id"] for p in [*rest, *some]) == sorted(p["id"] for p in every)
+    assert apart(every, 6, seed=3) == (rest, some) != apart(every, 6, seed=4)
+    for n in (0, 20):
+        with pytest.raises(ConfigError, match=f"held_out_prompts is {n} of 20 prompts"):
+            apart(every, n, seed=3)
