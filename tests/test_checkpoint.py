@@ -10,6 +10,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import nn
 from torch.distributed.checkpoint import filesystem
 
 from puna import checkpoint, parallel
+from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
@@ -244,6 +246,76 @@ def test_saving_is_quick(tmp_path: Path) -> None:
     began = time.perf_counter()
     checkpoint.save(tmp_path, 2, model, optimizer)
     assert time.perf_counter() - began < 3  # 0.2 s on an idle core; a busy one may take longer.
+
+
+def changed(model: nn.Module, by: float) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(by)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy is of the step that was saved, whatever becomes of the weights; one save waits for the other."""
+    model, optimizer = model_and_optimizer()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    may_go_on, running = threading.Event(), []
+    write = checkpoint._write
+
+    def slow(*arguments: Any) -> Path:
+        running.append(arguments[1]["step"])
+        assert may_go_on.wait(10)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    with Saver(tmp_path, model, optimizer, every=2) as saver:
+        for step in (1, 2, 3):
+            saver.after(step, {"step": step})
+            changed(model, 1.0)
+        assert checkpoint.latest(tmp_path) is None and running == [2]
+        threading.Timer(0.2, may_go_on.set).start()
+        saver.after(4)
+        assert checkpoint.latest(tmp_path) == tmp_path / "step_000002", "the second waited for the first"
+    assert running == [2, 4]
+    again, _ = model_and_optimizer(seed=1)
+    assert checkpoint.load(tmp_path / "step_000002", again) == {"step": 2}
+    for name, value in kept.items():
+        torch.testing.assert_close(again.state_dict()[name], value + 1.0)
+
+
+def test_an_error_of_a_save_is_raised_at_the_next_or_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model, optimizer = model_and_optimizer()
+    monkeypatch.setattr(checkpoint, "write_atomically", full)
+    with pytest.raises(OSError, match="No space left"), Saver(tmp_path, model, optimizer, every=1) as saver:
+        saver.after(1)
+    with Saver(tmp_path, model, optimizer, every=1) as saver:
+        saver.after(1)
+        with pytest.raises(OSError, match="No space left"):
+            saver.after(2)
+    assert checkpoint.latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("every", [0, 100])
+def test_on_sigterm_the_step_is_saved_and_the_signal_does_what_it_did(tmp_path: Path, every: int) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    try:
+        model, optimizer = model_and_optimizer()
+        with Saver(tmp_path, model, optimizer, every) as saver:
+            saver.after(6)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not heard, "not in the middle of a step"
+            saver.after(7)
+            assert heard == [signal.SIGTERM]
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert len(heard) == 2, "after training it is as before"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000007"]
 
 
 def _two_ranks(folder: Path) -> None:
