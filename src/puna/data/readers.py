@@ -124,7 +124,8 @@ def check_files(files: Sequence[Path], format: str) -> None:
 
 def _read_file(path: Path, reader: Reader, result: ReadResult, check: Callable[[Any], object]) -> Iterator[Any]:
     """A file's records; the rest of what a reader yields is sorted into `result`."""
-    bad, n_good = [], 0
+    bad: list[BadLine] = []
+    n_good = 0
     try:
         for item in reader(path):
             if n_good == 0 and len(bad) == LINES_TRIED:

@@ -102,7 +102,7 @@ class Threads {
   public:
     std::mutex mutex;
 
-    // Of `count` threads as many as are not displaced, `most` of them: what is too short for all says nothing of others.
+    // `count` threads less those that sit out, `most` of them: where fewer suffice, nobody was displaced.
     void begin(int count, int most) {
         if (late > 1) sharing = std::max(1, std::min(sharing, count) / 2), calm = 0;
         else if (++calm % STEPS == 0) sharing = std::min(count, 2 * std::min(sharing, count));
