@@ -115,7 +115,6 @@ PRINCIPLES: dict[str, Callable[[], Sequence[Principle]]] = {"general": lambda: G
 def run(cfg: CritiqueConfig) -> Path:
     """Write dialogs.jsonl or safety.jsonl and safety_test.jsonl, and return the folder."""
     device = parallel.start(cfg.threads)
-    parallel.only_one_process("critique")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("critique"):
@@ -135,8 +134,10 @@ def run(cfg: CritiqueConfig) -> Path:
         progress.close()
         if not records:
             raise DataError(f"no prompt got answers that ended: raise max_new_tokens ({cfg.max_new_tokens})")
-        write(cfg, folder.path, records)
+        if parallel.is_main():
+            write(cfg, folder.path, records)
         folder.mark_done("critique", prompts=len(prompts), written=len(records))
+        parallel.barrier()
         return folder.path
 
 
