@@ -375,7 +375,8 @@ def _given(cfg: RecipeConfig, start: Path, steps: list[Step]) -> list[str]:
     if not path.exists():
         raise ConfigError(f"start {start} is no run (no {path}): `puna run RECIPE.toml --out {start}` makes one")
     theirs = config.load(RecipeConfig, [str(path)])
-    alike = [f.name for f in dataclasses.fields(cfg)] if cfg.only else ["valley", "pretrain", "sft", "base", "seed"]
+    copied = ["valley", "pretrain", "sft", "evaluate", "base", "seed"]
+    alike = [f.name for f in dataclasses.fields(cfg)] if cfg.only else copied
     for name in (name for name in alike if name not in ("out", "dry_run", "smoke", "start", "only", "threads")):
         if getattr(theirs, name) != getattr(cfg, name):
             raise ConfigError(f"start {start} has another {name} than this recipe: give both the same")
