@@ -136,6 +136,8 @@ def plan(cfg: RecipeConfig) -> list[Step]:
     """
     if cfg.versions < 0:
         raise ConfigError(f"versions is {cfg.versions}: it must be at least 0")
+    if cfg.ppo.pretrain_data == NOT_SET and cfg.method != "instructgpt":
+        raise ConfigError(f"ppo.pretrain_data: the method {cfg.method!r} sets none: name a token shard")
     if cfg.base and cfg.method != "llama2":
         raise ConfigError(f"a base has the Llama 2 method alone, not {cfg.method!r}: start that stage by its command")
     if cfg.base:

@@ -19,6 +19,7 @@ from puna.data import loader
 from puna.formats import huggingface
 from puna.generate import actor_critic
 from puna.generate.scoring import Scorer
+from puna.model.reward import RewardModel
 from puna.run_folder import read_metrics
 from puna.stages import ppo
 from puna.stages.ppo import Models, PPOConfig
@@ -278,3 +279,16 @@ def test_patience_and_beta_wait_for_the_critic(tmp_path: Path, monkeypatch: pyte
 def test_settings_that_cannot_be_meant_are_refused(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=said):
         helpers.ppo_config(tmp_path, **changes)
+
+
+def test_text_without_a_window_is_refused(tmp_path: Path) -> None:
+    cfg = helpers.ppo_config(tmp_path, pretrain_data=tmp_path / "text", pretrain_coefficient=1.0)
+    with pytest.raises(ConfigError, match="no token shard"):
+        ppo.read_text(cfg, helpers.tokenizer())
+
+
+def test_a_reward_model_of_a_shorter_context_is_refused(tmp_path: Path) -> None:
+    short = RewardModel(helpers.model(max_seq_len=128))
+    huggingface.save_reward_model(short, helpers.tokenizer(), tmp_path / "short")
+    with pytest.raises(ConfigError, match="short: this model's context is 128 tokens, .* 256"):
+        ppo.load(helpers.ppo_config(tmp_path, gold=tmp_path / "short"), torch.device("cpu"))

@@ -193,6 +193,8 @@ def load(cfg: GRPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, both reward models frozen."""
     tokenizer = tokenizers.load(cfg.init)
     how: Any = (device, cfg.parallel, cfg.precision)
+    for path in (cfg.reward_helpfulness, cfg.reward_safety):
+        huggingface.check_alike(path, tokenizer, huggingface.read_config(cfg.init).max_seq_len)
     policy = parallel.place(*huggingface.open_model(cfg.init), *how)
     reference = parallel.place(*huggingface.open_model(cfg.init), *how).eval().requires_grad_(False)
     helpfulness, safety = (

@@ -192,7 +192,7 @@ def run(cfg: PPOConfig) -> Path:
             return model_path
         models = load(cfg, device)
         asked, held_out, left_out = read(cfg, models.tokenizer)
-        text = shards.read_shard(cfg.pretrain_data, models.tokenizer) if cfg.pretrain_data else None
+        text = read_text(cfg, models.tokenizer) if cfg.pretrain_data else None
         optimizer = optim.adamw(
             cfg.optim,
             optim.groups(models.policy, cfg.optim),
@@ -259,6 +259,18 @@ def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Promp
     left_out += len(every) - len(held_out)
     order = np.random.default_rng(cfg.seed).permutation(len(held_out))
     return fit, [held_out[i] for i in order[: cfg.held_out_prompts]], left_out
+
+
+def read_text(cfg: PPOConfig, tokenizer: Tokenizer) -> Shard:
+    """The text of PPO-ptx. ConfigError where it, or the model's context, holds no window of it."""
+    assert cfg.pretrain_data is not None
+    text, context = shards.read_shard(cfg.pretrain_data, tokenizer), huggingface.read_config(cfg.init).max_seq_len
+    if cfg.pretrain_seq_len > min(context, len(text.tokens) - 1):
+        raise ConfigError(
+            f"pretrain_seq_len is {cfg.pretrain_seq_len}: {cfg.pretrain_data} has {len(text.tokens)} tokens, the model's "
+            f"context {context}"
+        )
+    return text
 
 
 def load(cfg: PPOConfig, device: torch.device) -> Models:
