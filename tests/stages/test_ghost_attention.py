@@ -203,3 +203,8 @@ def test_lists_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="lists nothing of the kind 'figure'"):
         silent.generate = lambda dialogs, **settings: [[Completion("", [5], [-1.0], True)]]  # type: ignore[method-assign]
         ghost_attention.invent(config(tmp_path, scripts(1), invent=("figure",)), silent)
+
+
+@pytest.mark.parametrize("answer", ["**Napoleon**", "- *Napoleon*.", "1. __Napoleon__", "Napoleon\nfor one"])
+def test_an_item_is_bare(answer: str) -> None:
+    assert ghost_attention.item(answer) == "Napoleon"
