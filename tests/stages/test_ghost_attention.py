@@ -184,7 +184,7 @@ def test_the_model_lists_what_instructions_are_made_of(tmp_path: Path) -> None:
 def test_invented_instructions_take_the_place_of_the_scripts_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ghost_attention, "open_engine", lambda path, device: Lister())
+    monkeypatch.setattr(ghost_attention, "open_engine", lambda *_: Lister())
     rows = [{"id": row["id"], "turns": row["turns"]} for row in scripts(12)]
     cfg = config(tmp_path, rows, invent=("figure", "hobby"), short_share=1.0)
     ghost_attention.run(cfg)

@@ -290,5 +290,5 @@ def test_text_without_a_window_is_refused(tmp_path: Path) -> None:
 def test_a_reward_model_of_a_shorter_context_is_refused(tmp_path: Path) -> None:
     short = RewardModel(helpers.model(max_seq_len=128))
     huggingface.save_reward_model(short, helpers.tokenizer(), tmp_path / "short")
-    with pytest.raises(ConfigError, match="short: this model's context is 128 tokens, .* 256"):
+    with pytest.raises(ConfigError, match=r"short: this model's context is 128 tokens, .* 256"):
         ppo.load(helpers.ppo_config(tmp_path, gold=tmp_path / "short"), torch.device("cpu"))

@@ -167,7 +167,9 @@ class PPOConfig:
         if self.pretrain_coefficient < 0:
             raise ConfigError(f"pretrain_coefficient is {self.pretrain_coefficient}: it may not be negative")
         if self.dump and not 0 <= self.dump_iteration < self.iterations:
-            raise ConfigError(f"dump_iteration is {self.dump_iteration} of {self.iterations} iterations, counted from 0")
+            raise ConfigError(
+                f"dump_iteration is {self.dump_iteration} of {self.iterations} iterations, counted from 0"
+            )
         if (self.pretrain_data is None) != (self.pretrain_coefficient == 0):
             raise ConfigError("pretrain_data and pretrain_coefficient go together: give both or neither")
 
