@@ -89,7 +89,7 @@ def write_documents(path: Path, documents: Iterable[Tokens], tokenizer: Tokenize
 
 
 def read_shard(path: Path, tokenizer: Tokenizer) -> Shard:
-    """Map a shard. Raises DataError where it is incomplete, ConfigError where there is none or another tokenizer wrote it."""
+    """Map a shard. DataError where it is incomplete, ConfigError where there is none or of another tokenizer."""
     if not path.with_suffix(".json").is_file():
         raise ConfigError(f"{path}: no token shard (no {path.with_suffix('.json')})")
     description = json.loads(path.with_suffix(".json").read_text())

@@ -67,7 +67,8 @@ def load(
 ) -> Models:
     """Policy and reference at `init`, the critic, and the frozen reward models: helpfulness, safety, perhaps gold.
 
-    ConfigError where a reward model cannot read what the policy writes, or several processes are to share a critic that shares the policy's body.
+    ConfigError where a reward model cannot read what the policy writes, or
+    several processes are to share a critic that shares the policy's body.
     """
     tokenizer = tokenizers.load(init)
     how: Any = (device, cfg, precision)

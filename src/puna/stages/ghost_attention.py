@@ -165,7 +165,7 @@ def invent(cfg: GhostAttentionConfig, engine: Engine) -> dict[str, list[str]]:
 
 
 def item(answer: str) -> str:
-    """What an answer names: its first line without a bullet or number before it, a stop after or emphasis; "" if it is long."""
+    """What an answer names: its first line without a bullet or number before it, a stop after, emphasis; "" if long."""
     named = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", answer.strip().split("\n")[0]).strip(" .\"'*_")
     return named if len(named.split()) <= LONGEST else ""
 

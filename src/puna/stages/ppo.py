@@ -161,8 +161,8 @@ class PPOConfig:
         config.positive(self, "inner_epochs", "held_out_prompts")
         if self.kl_target < 0 or (self.kl_target and self.kl_horizon < self.batch_size):
             raise ConfigError(
-                f"kl_target is {self.kl_target}, kl_horizon {self.kl_horizon}: a target is positive, its horizon at least "
-                f"batch_size ({self.batch_size}), or beta would turn negative"
+                f"kl_target is {self.kl_target}, kl_horizon {self.kl_horizon}: a target is positive, its "
+                f"horizon at least batch_size ({self.batch_size}), or beta would turn negative"
             )
         if self.pretrain_coefficient < 0:
             raise ConfigError(f"pretrain_coefficient is {self.pretrain_coefficient}: it may not be negative")
@@ -269,8 +269,8 @@ def read_text(cfg: PPOConfig, tokenizer: Tokenizer) -> Shard:
     text, context = shards.read_shard(cfg.pretrain_data, tokenizer), huggingface.read_config(cfg.init).max_seq_len
     if cfg.pretrain_seq_len > min(context, len(text.tokens) - 1):
         raise ConfigError(
-            f"pretrain_seq_len is {cfg.pretrain_seq_len}: {cfg.pretrain_data} has {len(text.tokens)} tokens, the model's "
-            f"context {context}"
+            f"pretrain_seq_len is {cfg.pretrain_seq_len}: {cfg.pretrain_data} has {len(text.tokens)} tokens, "
+            f"the model's context {context}"
         )
     return text
 

@@ -2,7 +2,8 @@
 
 1. Leave out, and count, the dialogs that a model's context cannot hold.
 2. `scores` of each dialog: "score" is the sigmoid of the mean raw score of the models of `model`, as `puna reward
-   evaluate --ensemble` measures it, with the deviation of their scores beside it where they are several; "helpfulness" and "safety" are those models', and with both "reward" is the paper's R_c (3.2.3).
+   evaluate --ensemble` measures it, with the deviation of their scores beside it where they are
+   several; "helpfulness" and "safety" are those models', and with both "reward" is the paper's R_c (3.2.3).
 
 All are in (0, 1), after the sigmoid.
 """
