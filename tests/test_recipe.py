@@ -149,9 +149,7 @@ def test_a_killed_run_ends_with_the_same_bytes(run: Path, tmp_path: Path) -> Non
         before[stage] = lines(tmp_path / "run" / stage / "metrics.jsonl")
         assert [line["step"] for line in before[stage]] == list(range(step + 1))
         assert not (tmp_path / f"run/done/{stage}.json").exists()
-        kept = checkpoint.latest(
-            tmp_path / "run" / stage / "checkpoints"
-        )  # one that was being written is not among them
+        kept = checkpoint.latest(tmp_path / "run" / stage / "checkpoints")  # none that was still being written
         before[stage] = before[stage][: int(kept.name.removeprefix("step_")) if kept else 0]
     done = tiny_run.start(tmp_path)
     assert done.returncode == 0, done.stderr

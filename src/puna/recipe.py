@@ -138,6 +138,8 @@ def plan(cfg: RecipeConfig) -> list[Step]:
     """
     if cfg.versions < 0:
         raise ConfigError(f"versions is {cfg.versions}: it must be at least 0")
+    if cfg.ppo.pretrain_data == NOT_SET and cfg.method != "instructgpt":
+        raise ConfigError(f"ppo.pretrain_data: the method {cfg.method!r} sets none: name a token shard")
     if cfg.base and cfg.method != "llama2":
         raise ConfigError(f"a base has the Llama 2 method alone, not {cfg.method!r}: start that stage by its command")
     if cfg.base:
@@ -377,7 +379,8 @@ def _given(cfg: RecipeConfig, start: Path, steps: list[Step]) -> list[str]:
     if not path.exists():
         raise ConfigError(f"start {start} is no run (no {path}): `puna run RECIPE.toml --out {start}` makes one")
     theirs = config.load(RecipeConfig, [str(path)])
-    alike = [f.name for f in dataclasses.fields(cfg)] if cfg.only else ["valley", "pretrain", "sft", "base", "seed"]
+    copied = ["valley", "pretrain", "sft", "evaluate", "base", "seed"]
+    alike = [f.name for f in dataclasses.fields(cfg)] if cfg.only else copied
     for name in (name for name in alike if name not in ("out", "dry_run", "smoke", "start", "only", "threads")):
         if getattr(theirs, name) != getattr(cfg, name):
             raise ConfigError(f"start {start} has another {name} than this recipe: give both the same")

@@ -89,7 +89,9 @@ def write_documents(path: Path, documents: Iterable[Tokens], tokenizer: Tokenize
 
 
 def read_shard(path: Path, tokenizer: Tokenizer) -> Shard:
-    """Map a shard. Raises DataError where it is incomplete, ConfigError where another tokenizer wrote it."""
+    """Map a shard. DataError where it is incomplete, ConfigError where there is none or of another tokenizer."""
+    if not path.with_suffix(".json").is_file() and not path.with_suffix(".tokens").is_file():
+        raise ConfigError(f"{path}: no token shard (no {path.with_suffix('.json')})")
     description = _description(path.with_suffix(".json"))
     if description["tokenizer"] != tokenizer.sha256:
         raise ConfigError(f"{path}: these tokens were written with another tokenizer: prepare the data again")
