@@ -72,6 +72,7 @@ def baseline(method: Any, out: Path, begun: Path | None) -> RecipeConfig:
         start=begun,
         ppo=replace(cfg.ppo, **text) if method == "instructgpt" else cfg.ppo,
         critique=replace(cfg.critique, principles="valley", max_new_tokens=120),
+        rejection_sampling=replace(cfg.rejection_sampling, temperatures=(1.0,)),  # where the KL of a best of n is known
         dpo=replace(cfg.dpo, batch_size=16),
         grpo=replace(cfg.grpo, advantage="rloo", held_out_prompts=4, evaluate_every=2, checkpoint_every=2, **groups),
     )
