@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from puna.config import ConfigError, DataError
@@ -64,8 +65,8 @@ def check_shapes(
     config: ModelConfig, shapes: Mapping[str, Sequence[int]], source: Path, *, has_output: bool = True
 ) -> None:
     """DataError, naming `source`, where a tensor (Meta's names) is missing, of another shape, or unknown."""
-    parameters = Transformer.without_weights(config).named_parameters()
-    expected = {name: tuple(parameter.shape) for name, parameter in parameters}
+    with torch.device("meta"):
+        expected = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
     if not has_output:
         expected.pop("output.weight", None)
     for name, shape in expected.items():
