@@ -1,6 +1,7 @@
 """What the paper reports, held against finished laptop runs of several seeds.
 
     python benchmarks/findings.py runs/laptop-seeds/0 runs/laptop-seeds/1 runs/laptop-seeds/2
+    python benchmarks/findings.py --measures margins,auxiliary runs/laptop-seeds/0    # some of them
 
 A finding is a claim with two figures of a run, the first of which should be the larger. Beside what the run measured
 itself, about a dozen models are trained with one setting changed, in DIR/findings; what stands there is not trained
@@ -344,8 +345,12 @@ def markdown(rows: list[dict[str, Any]], n_seeds: int) -> str:
 
 
 def main(runs: list[str]) -> None:
-    """Measure every finding in every run and write the table."""
-    seeds = [[finding for measure in MEASURES for finding in measure(Lab(Path(run)))] for run in runs]
+    """Measure the findings in every run and write the table."""
+    measures = MEASURES
+    if runs[0] == "--measures":
+        named = runs[1].split(",")
+        measures, runs = tuple(measure for measure in MEASURES if measure.__name__ in named), runs[2:]
+    seeds = [[finding for measure in measures for finding in measure(Lab(Path(run)))] for run in runs]
     rows = gather(seeds)
     (RESULTS / "findings.json").write_text(json.dumps(rows, indent=1) + "\n")
     (RESULTS / "findings.md").write_text(markdown(rows, len(seeds)))

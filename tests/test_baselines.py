@@ -23,6 +23,8 @@ STEPS = {
     "best_of_n": "v1/preferences v1/reward_helpfulness v1/reward_safety v1/rejection_sampling v1/best_of_n/evaluation",
     "dpo": "v1/preferences v1/dpo v1/dpo/evaluation",
     "grpo": "v1/preferences v1/reward_helpfulness v1/reward_safety v1/grpo v1/grpo/evaluation",
+    "constitutional": "v1/preferences v1/critique v1 v1/evaluation v1/ai_preferences v1/reward_helpfulness "
+    "v1/reward_safety v1/ppo v1/ppo/evaluation",
 }
 BEGINNING = ["valley", "pretrain", "pretrain/evaluation", "sft", "sft/evaluation"]
 
@@ -52,12 +54,17 @@ def test_the_plans(method: str) -> None:
     assert collected.models == (Path("run/sft/model"),)
     assert [path.name for path in collected.prompts] == ["v1_preferences.jsonl", "v2_preferences.jsonl"]
     trained = next((by_name[f"v1/{name}"] for name in ("ppo", "dpo", "grpo") if f"v1/{name}" in by_name), None)
-    if trained:
+    if trained and method != "constitutional":
         assert trained.init == Path("run/sft/model")
     if method == "instructgpt":
         assert by_name["v1/reward"].margin == "none" and len(by_name["v1/reward"].data) == 2
         assert by_name["v1/ppo"].pretrain_data == Path("run/pretrain/data/train")
         assert by_name["v1/ppo"].reward_helpfulness == by_name["v1/ppo"].reward_safety == Path("run/v1/reward/model")
+    if method == "constitutional":
+        assert by_name["v1/ppo"].init == by_name["v1/ai_preferences"].init == Path("run/v1/model")
+        assert by_name["v1"].data[-1] == Path("run/v1/critique/dialogs.jsonl")
+        assert by_name["v1/reward_safety"].data == (Path("run/v1/ai_preferences/safety.jsonl"),)
+        assert by_name["v1/reward_helpfulness"].data == (Path("run/v1/preferences/helpfulness.jsonl"),)
     if method == "best_of_n":
         measured = by_name["v1/best_of_n/evaluation"]
         assert (measured.model, measured.best_of) == (Path("run/sft/model"), 4)
@@ -80,7 +87,9 @@ def test_a_baseline_begins_with_another_runs_models(method: str, runs: dict[str,
 def test_baselines_have_the_same_comparisons_and_reward_models(runs: dict[str, Path]) -> None:
     for name in ("preferences/safety.jsonl", "reward_safety/model/model.safetensors"):
         contents = {
-            (run / "v1" / name).read_bytes() for run in runs.values() if (run / "v1" / name.split("/")[0]).exists()
+            (run / "v1" / name).read_bytes()
+            for method, run in runs.items()
+            if method != "constitutional" and (run / "v1" / name.split("/")[0]).exists()
         }
         assert len(contents) == 1, name
 
@@ -92,6 +101,7 @@ def test_the_model_of_a_baseline_is_found(runs: dict[str, Path]) -> None:
         "best_of_n": "sft",
         "dpo": "v1/dpo",
         "grpo": "v1/grpo",
+        "constitutional": "v1/ppo",
     }
 
 
@@ -108,7 +118,7 @@ def test_runs_compare(runs: dict[str, Path], llama2: Path, tmp_path: Path, capsy
     names = [str(llama2), *map(str, runs.values())]
     assert cli.main(["compare", *names, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in printed[:6]] == ["Run", "run", *STEPS]
+    assert [line.split()[0] for line in printed[: 2 + len(STEPS)]] == ["Run", "run", *STEPS]
     told = json.loads((tmp_path / "compare.json").read_text())
     lines = read_metrics(runs["grpo"] / "v1/grpo/metrics.jsonl")
     curve = told["reward_against_kl"]["grpo, RLOO"]

@@ -151,6 +151,21 @@ def test_a_folder_keeps_one_config(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert path.read_bytes() == kept
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """A stage that may sample on a server."""
+
+    vllm: str = ""
+
+
+def test_a_servers_address_may_change_and_not_whether_there_is_one(tmp_path: Path) -> None:
+    path = tmp_path / "run/config.json"
+    config.keep(Sampled("http://a"), path)
+    config.keep(Sampled("http://b"), path)
+    with pytest.raises(ConfigError, match=r'was begun with vllm "http://b", not "" '):
+        config.keep(Sampled(), path)
+
+
 def test_known() -> None:
     config.known(replace(Config((Path("a"),)), limit=2), "limit", {2: "two"})
     with pytest.raises(ConfigError, match=r"^unknown kind 'larg'; did you mean 'large'\?$"):

@@ -86,3 +86,9 @@ def test_lines_without_a_number_are_left_out() -> None:
     lines: list[dict[str, Any]] = [{"kl": None}, {}, {"kl": float("nan")}, {"kl": 2.0}]
     assert monitors.series(lines, "kl") == [2.0]
     assert not monitors.signs(lines)
+
+
+def test_a_gold_score_that_is_no_number_is_left_out() -> None:
+    reward, gold = CALM["reward"], CALM["gold"]
+    assert not monitors.gold_parts(history(reward=reward, gold=[float("nan")] * 20))
+    assert not monitors.gold_parts(history(reward=reward, gold=[*gold[:9], *[float("nan")] * 11]))

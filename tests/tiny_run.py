@@ -17,7 +17,7 @@ import pytest
 from puna import config, recipe
 from puna.recipe import RecipeConfig
 
-BASELINES = ("instructgpt", "best_of_n", "dpo", "grpo")
+BASELINES = ("instructgpt", "best_of_n", "dpo", "grpo", "constitutional")
 RECIPE = Path(__file__).with_name("tiny.toml")
 
 KILLED = """
@@ -65,11 +65,13 @@ def baseline(method: Any, out: Path, begun: Path | None) -> RecipeConfig:
     """The tiny recipe by another method."""
     cfg = config.load(RecipeConfig, [str(RECIPE), "--out", str(out)])
     groups = {"iterations": 3, "batch_size": 8, "group_size": 4, "mini_batch_size": 4, "max_new_tokens": 24}
+    text: dict[str, Any] = {"pretrain_data": recipe.NOT_SET, "pretrain_coefficient": 0.5, "pretrain_windows": 2}
     return replace(
         cfg,
         method=method,
         start=begun,
-        ppo=replace(cfg.ppo, pretrain_data=recipe.NOT_SET, pretrain_coefficient=0.5, pretrain_windows=2),
+        ppo=replace(cfg.ppo, **text) if method == "instructgpt" else cfg.ppo,
+        critique=replace(cfg.critique, principles="valley", max_new_tokens=120),
         dpo=replace(cfg.dpo, batch_size=16),
         grpo=replace(cfg.grpo, advantage="rloo", held_out_prompts=4, evaluate_every=2, checkpoint_every=2, **groups),
     )

@@ -8,6 +8,8 @@ sampling prompts. Nothing is distilled, selected or pooled.
     best_of_n    both reward models; no training: of n answers the best is given (Stiennon et al. 2020)
     dpo          no reward model: the policy learns from the comparisons (Rafailov et al. 2023)
     grpo         both reward models; PPO without a critic, on groups of answers (GRPO, or RLOO by `grpo.advantage`)
+    constitutional  the model revises its answers by principles and compares them for the safety model; PPO (Bai et al.
+                    2022)
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 
 from puna.evals import valley as evaluations
 from puna.recipe import PreferenceFiles, RecipeConfig, Step, collected, evaluation, reward_models, rewarded
-from puna.stages import collect, dpo, grpo, ppo, rejection_sampling, reward
+from puna.stages import collect, critique, dpo, grpo, ppo, rejection_sampling, reward, sft
 
 
 def plan(cfg: RecipeConfig) -> list[Step]:
@@ -70,11 +72,31 @@ def _grpo(cfg: RecipeConfig) -> list[Step]:
     ]
 
 
+def _constitutional(cfg: RecipeConfig) -> list[Step]:
+    """People compare helpfulness alone: the safety model learns from the comparisons of the revised model."""
+    out, tuned = cfg.out / "v1", cfg.out / "v1/model"
+    data = (cfg.out / "valley/demonstrations.jsonl", out / "critique/dialogs.jsonl")
+    compare = replace(cfg.critique, task="compare")
+    people, told = collected([out]), out / "ai_preferences"
+    given = replace(people, safety=(told / "safety.jsonl",), safety_test=(told / "safety_test.jsonl",))
+    sampling = _prompts(cfg, "sampling")
+    return [
+        _step(cfg, "critique", critique.run, cfg.critique, init=_sft(cfg), prompts=sampling),
+        Step("v1", sft.run, replace(cfg.version, out=out, init=cfg.out / "pretrain/model", data=data, seed=_seed(cfg))),
+        evaluation(cfg, "v1"),
+        _step(cfg, "ai_preferences", critique.run, compare, init=tuned, prompts=_prompts(cfg, "preferences")),
+        *reward_models(cfg, out, tuned, given, _seed(cfg)),
+        _step(cfg, "ppo", ppo.run, rewarded(cfg.ppo, by=out), init=tuned, prompts=sampling),
+        evaluation(cfg, "v1/ppo"),
+    ]
+
+
 METHODS: dict[str, Callable[[RecipeConfig], list[Step]]] = {
     "instructgpt": _instructgpt,
     "best_of_n": _best_of_n,
     "dpo": _dpo,
     "grpo": _grpo,
+    "constitutional": _constitutional,
 }
 
 

@@ -69,6 +69,9 @@ COMMANDS = {
     "conformance": Command(
         "puna.evals.conformance", "ConformanceConfig", "conformance", "check a PPO trainer's dump", "rollout"
     ),
+    "critique": Command(
+        "puna.stages.critique", "CritiqueConfig", "critique", "revise or compare answers by principles"
+    ),
     "ghost-attention": Command(
         "puna.stages.ghost_attention",
         "GhostAttentionConfig",

@@ -39,8 +39,12 @@ ALIASES = {
 """What Hugging Face calls keys of ours that look like no key of ours: for the nearest valid key in messages."""
 
 
-NOT_RESULTS = ("out", "threads", "dry_run", "vllm", "workers", "cluster", "gpus", "parallel")
+NOT_RESULTS = ("out", "threads", "dry_run", "workers", "cluster", "gpus", "parallel")
 """Keys, or tables of them, that change nothing in what a run writes."""
+
+
+ADDRESSES = ("vllm",)
+"""Keys of which it matters whether they are given, and not what they say: a server's draws are not this process's."""
 
 
 class ConfigError(Exception):
@@ -113,13 +117,15 @@ def save(config: Any, path: Path) -> None:
 def keep(config: Any, path: Path, ignore: Sequence[str] = NOT_RESULTS) -> None:
     """`save`, or a ConfigError where the config saved there is another one: a folder holds one config's results.
 
-    What `ignore` names, a table or a key in one, may differ, and so may the way a path is written.
+    What `ignore` names, a table or a key in one, may differ, and so may an address and the way a path is written.
     """
     if path.exists():
         begun = load(type(config), [str(path)])
         for key in _leaves(type(config)):
             old, new = (functools.reduce(getattr, key.split("."), each) for each in (begun, config))
-            if set(key.split(".")).isdisjoint(ignore) and _resolved(old) != _resolved(new):
+            parts = key.split(".")
+            same = bool(old) == bool(new) if parts[-1] in ADDRESSES else _resolved(old) == _resolved(new)
+            if set(parts).isdisjoint(ignore) and not same:
                 raise ConfigError(
                     f"{path.parent} was begun with {key} {_said(old)}, not {_said(new)} ({path}): use another --out"
                 )

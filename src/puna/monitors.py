@@ -103,7 +103,7 @@ def entropy_collapses(history: History) -> str:
 
 def gold_parts(history: History) -> str:
     """The training reward against that of the model that nothing is trained on, over the lines that have both."""
-    both = [line for line in history if line.get("reward") is not None and line.get("gold") is not None]
+    both = [line for line in history if series([line], "reward") and series([line], "gold")]
     if len(both) < 2 * WINDOW:
         return ""
     (early, late), (gold_early, gold_late) = ends(series(both, "reward")), ends(series(both, "gold"))

@@ -36,6 +36,7 @@ from puna.run_folder import RunFolder, write_atomically
 from puna.stages import collect, context_distillation, ghost_attention, ppo, pretrain, rejection_sampling, reward, sft
 from puna.stages.collect import CollectConfig
 from puna.stages.context_distillation import ContextDistillationConfig
+from puna.stages.critique import CritiqueConfig
 from puna.stages.dpo import DPOConfig
 from puna.stages.ghost_attention import GhostAttentionConfig
 from puna.stages.grpo import GRPOConfig
@@ -76,7 +77,7 @@ class RecipeConfig:
     """print the plan and stop."""
     smoke: bool = False
     """use the recipe's [smoke] overrides: minutes instead of hours, to see that everything works."""
-    method: Literal["llama2", "instructgpt", "best_of_n", "dpo", "grpo"] = "llama2"
+    method: Literal["llama2", "instructgpt", "best_of_n", "dpo", "grpo", "constitutional"] = "llama2"
     """what follows SFT: the versions, or a baseline (puna.baselines)."""
     versions: int = 5
     """rounds of RLHF (paper: V1 to V5); a baseline has their prompts in one."""
@@ -108,6 +109,7 @@ class RecipeConfig:
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ()))
     dpo: DPOConfig = field(default_factory=lambda: DPOConfig(NOT_SET, NOT_SET, ()))
     grpo: GRPOConfig = field(default_factory=lambda: GRPOConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ()))
+    critique: CritiqueConfig = field(default_factory=lambda: CritiqueConfig(NOT_SET, NOT_SET, ()))
     evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(NOT_SET, NOT_SET))
     threads: int = 0
     """torch threads of every stage; 0 leaves torch's choice."""
@@ -136,6 +138,8 @@ def plan(cfg: RecipeConfig) -> list[Step]:
     """
     if cfg.versions < 0:
         raise ConfigError(f"versions is {cfg.versions}: it must be at least 0")
+    if cfg.ppo.pretrain_data == NOT_SET and cfg.method != "instructgpt":
+        raise ConfigError(f"ppo.pretrain_data: the method {cfg.method!r} sets none: name a token shard")
     if cfg.base and cfg.method != "llama2":
         raise ConfigError(f"a base has the Llama 2 method alone, not {cfg.method!r}: start that stage by its command")
     if cfg.base:
@@ -375,7 +379,8 @@ def _given(cfg: RecipeConfig, start: Path, steps: list[Step]) -> list[str]:
     if not path.exists():
         raise ConfigError(f"start {start} is no run (no {path}): `puna run RECIPE.toml --out {start}` makes one")
     theirs = config.load(RecipeConfig, [str(path)])
-    alike = [f.name for f in dataclasses.fields(cfg)] if cfg.only else ["valley", "pretrain", "sft", "base", "seed"]
+    copied = ["valley", "pretrain", "sft", "evaluate", "base", "seed"]
+    alike = [f.name for f in dataclasses.fields(cfg)] if cfg.only else copied
     for name in (name for name in alike if name not in ("out", "dry_run", "smoke", "start", "only", "threads")):
         if getattr(theirs, name) != getattr(cfg, name):
             raise ConfigError(f"start {start} has another {name} than this recipe: give both the same")

@@ -63,3 +63,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "CHUNK", 7)
     assert np.array_equal(near_duplicates.signature(text, seed=5), whole)
     assert not np.array_equal(near_duplicates.signature(text, seed=6), whole)
+
+
+def test_texts_without_a_word_are_not_all_alike() -> None:
+    assert near_duplicates.find(signatures(["!?", "...", "***", "!?"]), 0.8).tolist() == [False, False, False, True]

@@ -161,7 +161,39 @@ def test_a_finished_run_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.M
         prepare.run(replace(cfg, sources=heavier))
 
 
+def test_killed_before_its_pieces_were_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = recipe(tmp_path, repeated_tokens=12)
+    with monkeypatch.context() as patch:
+        patch.delattr(prepare.shutil, "rmtree")
+        with pytest.raises(AttributeError, match="rmtree"):
+            prepare.run(cfg)
+    assert (cfg.out / "pieces").exists()
+    prepare.run(cfg)
+    assert not (cfg.out / "pieces").exists() and read(cfg.out)
+
+
+def test_not_under_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="data prepare runs on one process"):
+        prepare.run(recipe(tmp_path))
+
+
 # Hostile files
+
+
+def test_no_text_at_all(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the sources hold no text"):
+        prepare.run(replace(source(tmp_path, []), near_duplicates=0.9))
+
+
+def test_a_source_of_one_document_is_trained_on(tmp_path: Path) -> None:
+    cfg = recipe(tmp_path)
+    book = helpers.write_lines(tmp_path / "book.jsonl", [{"text": "the llama"}])
+    folder = prepare.run(replace(cfg, sources={**cfg.sources, "book": Source((book,))}))
+    assert documents(folder, "train")["book"] == ["the llama"]
+    assert "book" not in documents(folder, "validation")
+    counts = done(folder)["sources"]["book"]
+    assert (counts["train"], counts["validation"]) == (counts["tokens"], 0)
 
 
 def test_bad_lines_are_set_aside_with_their_place(tmp_path: Path) -> None:

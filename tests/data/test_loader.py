@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from puna.data import loader
 from puna.data.loader import Joined, Mixture, n_windows, smallest, steps_of_epochs, windows
 from puna.data.shards import Shard
 
@@ -145,3 +146,14 @@ def test_processes_share_the_batch_of_one(processes: int) -> None:
         parts = [windows(data, 10, 8, step, 1, slice(i * each, (i + 1) * each)) for i in range(processes)]
         assert torch.equal(torch.cat([inputs for inputs, _ in parts]), whole)
         assert torch.equal(torch.cat([out for _, out in parts]), targets)
+
+
+def test_an_order_is_drawn_once_an_epoch_however_many_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[object] = []
+    monkeypatch.setattr(loader, "_latest", {})
+    draw = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: (drawn.append(seed), draw(seed))[1])
+    for epoch in (0, 0, 1, 0):
+        orders = [loader._permutation(9, source, epoch).tolist() for source in range(40)]
+        assert orders == [draw((source, epoch, 1)).permutation(9).tolist() for source in range(40)]
+    assert len(drawn) == 3 * 40

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from puna.config import DataError
+from puna.config import ConfigError, DataError
+from puna.data import map_shards as module
 from puna.data.map_shards import Workers, map_each, map_shards
 from tests import helpers, work
 
@@ -92,3 +93,24 @@ def test_shards_are_made_as_they_are_needed(tmp_path: Path) -> None:
 
     records = map_each(partial(work.squares, tmp_path), shards(), tmp_path / "parts", said, Workers(2))
     assert records == [{"x": x * x} for x in range(9)] and done == 9
+
+
+class SmallRay:
+    """A cluster of two CPUs that is up."""
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
+
+def test_more_workers_than_ray_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ray", SmallRay)
+    many, gpus = Workers(3, "ray"), Workers(2, "ray", 1)
+    for workers, message in (
+        (many, "3 workers ask for a CPU each, Ray has 2"),
+        (gpus, "2 workers ask for 1 GPUs each"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            map_shards(partial(work.squares, tmp_path), (1, 2), 1, tmp_path / "parts", workers=workers)

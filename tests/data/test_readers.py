@@ -135,6 +135,16 @@ def test_bad_preferences(tmp_path: Path, change: dict[str, Any], reason: str) ->
     assert [line.reason for line in result.bad] == [reason]
 
 
+def test_a_file_without_a_good_line_is_given_up_early(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="1000 of 1000 lines are bad"):
+        readers.read(jsonl(tmp_path, *[{}] * 3000), "dialogs")
+
+
+def test_of_a_long_bad_line_the_beginning_is_kept(tmp_path: Path) -> None:
+    (bad,) = readers.read(jsonl(tmp_path, GOOD, {"x": "a" * 100_000}), "dialogs").bad
+    assert 1000 < len(bad.text) < 10_000
+
+
 def test_more_than_one_percent_bad_stops(tmp_path: Path) -> None:
     assert len(readers.read(jsonl(tmp_path, *[GOOD] * 198, {}, {}), "dialogs").bad) == 2
     with pytest.raises(DataError, match=r"x\.jsonl: 3 of 200 lines are bad; line 198: 'messages' is missing"):

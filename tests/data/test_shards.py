@@ -41,6 +41,16 @@ def test_a_truncated_shard_is_refused(lost: int, tmp_path: Path) -> None:
         read_shard(tmp_path / "train", helpers.tokenizer())
 
 
+@pytest.mark.parametrize("damage", [None, b"", b"[]", b'{"dtype": "<u2"}'])
+@pytest.mark.parametrize("suffix", [".json", ".tokens", ".offsets"])
+def test_a_missing_or_damaged_file_is_named(suffix: str, damage: bytes | None, tmp_path: Path) -> None:
+    write_shard(tmp_path / "train", helpers.sentences(3), helpers.tokenizer())
+    file = tmp_path / f"train{suffix}"
+    file.unlink() if damage is None else file.write_bytes(damage)
+    with pytest.raises(DataError, match=rf"train\{suffix}"):
+        read_shard(tmp_path / "train", helpers.tokenizer())
+
+
 def test_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no tokens"):
         write_shard(tmp_path / "train", [], helpers.tokenizer())
@@ -96,5 +106,5 @@ def test_one_flipped_bit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train/00001\.tokens: \d+ bytes, expected"):
         read_prepared(folder, "train", helpers.tokenizer())
     file.with_suffix(".json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"train/00001\.json"):
+    with pytest.raises(DataError, match=r"train/00001\.json"):
         read_prepared(folder, "train", helpers.tokenizer())

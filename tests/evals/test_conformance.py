@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
@@ -354,6 +355,16 @@ def test_files_that_are_no_dump(tmp_path: Path, folder: Path) -> None:
     np.savez(tmp_path / "rollout.npz", tokens=np.array([{"a": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(DataError, match="damaged, or not tensors alone"):
         rollouts.read(tmp_path)
+    sound = io.BytesIO()
+    np.savez_compressed(sound, x=np.arange(1000))
+    one = io.BytesIO()
+    np.save(one, np.arange(3))
+    torn, flipped = sound.getvalue()[:-50], bytearray(sound.getvalue())
+    flipped[200:260] = bytes(60)
+    for damaged in (b"", torn, bytes(flipped), one.getvalue()):
+        (tmp_path / "rollout.npz").write_bytes(damaged)
+        with pytest.raises(DataError, match="damaged, or not tensors alone"):
+            rollouts.read(tmp_path)
     whole = (folder / "dump/rollout.safetensors").read_bytes()
     (tmp_path / "rollout.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match="damaged, or not tensors alone"):

@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from puna.config import ConfigError
 from puna.generate.engine import LocalEngine
 from puna.generate.live import Event, LiveEngine
 from puna.generate.sampling import Sampling
+from puna.model.moe import MoEConfig
 from puna.model.transformer import Transformer
 from tests import helpers
 
@@ -126,6 +128,16 @@ def test_new_weights_come_between_two_steps(engine: LiveEngine) -> None:
         finishes += [event.finish] if event.finish else []
     assert finishes == ["length"] * 6
     assert engine._scheduler.model is new
+
+
+def test_weights_of_another_shape_are_refused_in_the_callers_thread(engine: LiveEngine) -> None:
+    with pytest.raises(ConfigError, match="new weights must be of the engine's shape"):
+        engine.update_weights(Transformer(replace(helpers.config(), n_layers=1)))
+    assert engine.alive
+    # A folder keeps neither: what pretraining was told of its experts is no other shape.
+    engine.update_weights(Transformer(replace(helpers.config(), moe=MoEConfig(balance=0.5, capacity_factor=1.5))))
+    ask(engine, PROMPTS[0], Sampling(max_new_tokens=3))
+    assert engine.alive
 
 
 def test_a_callback_that_raises_ends_its_own_request_alone(engine: LiveEngine, monkeypatch: pytest.MonkeyPatch) -> None:

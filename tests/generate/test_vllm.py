@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,18 @@ def test_stages_sample_on_a_server(url: str, known: StandIn, tmp_path: Path) -> 
     assert paths.count("/v1/completions") == 2 * 8 + 2 * 6
 
 
+def test_prompts_must_fit_the_servers_context(known: StandIn, tmp_path: Path) -> None:
+    init = helpers.talker_folder(tmp_path / "chat", seed=1)
+    prompts = helpers.write_lines(
+        tmp_path / "prompts.jsonl", [{"id": f"{n}", "messages": [helpers.user("a " * n)]} for n in (1, 60)]
+    )
+    known.card["max_model_len"] = 40
+    with serving(known) as url:
+        cfg = SampleConfig(out=tmp_path / "sample", init=init, prompts=(prompts,), max_new_tokens=4, vllm=url)
+        folder = sample.run(cfg)
+    assert json.loads((folder / "done/sample.json").read_text())["left_out"] == 1
+
+
 def test_the_local_engine_is_opened_without_a_server(tmp_path: Path, url: str) -> None:
     folder = helpers.talker_folder(tmp_path / "chat")
     assert isinstance(open_engine(folder, start()), LocalEngine)
@@ -129,6 +142,8 @@ def test_servers_that_are_none_are_named(known: StandIn, tmp_path: Path) -> None
         VLLMEngine("http://127.0.0.1:9", helpers.tokenizer())
     with pytest.raises(ConfigError, match="unknown url type"):
         VLLMEngine("127.0.0.1:9", helpers.tokenizer())
+    with pytest.raises(ConfigError, match="nonnumeric port"):
+        VLLMEngine("http://127.0.0.1:port", helpers.tokenizer())
     with serving(StandIn(known.engine, card={"id": "gpt"})) as url, pytest.raises(ConfigError, match="max_model_len"):
         VLLMEngine(url, helpers.tokenizer())
     huggingface.save_model(helpers.model(), helpers.tokenizer(), tmp_path / "model")
@@ -146,6 +161,9 @@ def test_servers_that_are_none_are_named(known: StandIn, tmp_path: Path) -> None
             engine.generate_ids(PROMPTS)
         known.post = lambda path, body: (404, "Not Found")  # type: ignore[method-assign]
         with pytest.raises(ConfigError, match=r"/pause.* refused: 404 .*VLLM_SERVER_DEV_MODE"):
+            engine.load(tmp_path / "model")
+        known.post = lambda path, body: (200, [])  # type: ignore[method-assign]
+        with pytest.raises(ConfigError, match="no vLLM server's address: it answers a list"):
             engine.load(tmp_path / "model")
         known.post = lambda path, body: (500, "out of memory")  # type: ignore[method-assign]
         with pytest.raises(OSError, match=r"failed: 500 .*out of memory"):

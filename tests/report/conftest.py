@@ -77,6 +77,7 @@ def evaluation(run: Path, name: str, level: float, *, ghost: bool) -> None:
         "myth_rate": interval(bad / 2),
         "win_rate_vs_sft": None if name in ("pretrain", "sft") else interval(0.4 + 0.4 * level, 600),
         "ghost_attention": [{"turn": t, "obeys": interval(0.9 if ghost else 0.9 / t**2, 100)} for t in range(1, 7)],
+        "attention": [{"turn": t, "attention": 0.6 if ghost else 0.6 / t} for t in range(1, 7)],
         "words": 17.3,
         "finished": 0.97,
     }

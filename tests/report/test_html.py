@@ -62,7 +62,7 @@ def test_a_finished_run(reported: Path) -> None:
     page, text = Page(path), path.read_text(encoding="utf-8")
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
     assert "Not there yet" not in text and "Nothing of this" not in text
-    assert page.tags.count("svg") == 6 + 5 + 3 + 5 + 3 + 1 + 3 + 1
+    assert page.tags.count("svg") == 6 + 5 + 3 + 5 + 3 + 2 + 3 + 1
     assert page.tags.count("details") == 8
     assert json.loads((reported / "report/summary.json").read_text())["name"] == "laptop"
 

@@ -64,6 +64,7 @@ def test_every_variant_has_a_process_a_line_and_a_bar(tmp_path: Path, monkeypatc
         ({"model": helpers.config()}, "as many n_kv_heads as n_heads"),
         ({"kv_heads": 3}, "n_heads 4 is not a multiple of n_kv_heads 3"),
         ({"context": 1000}, "1000 tokens do not fit the model's context of 256"),
+        ({"context": 3}, "context is 3: a prompt and its answer need at least 4"),
         ({"steps": 0}, "steps is 0"),
         ({"experts": 1}, "top_k is 2 of 1 experts"),
     ],

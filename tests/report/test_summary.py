@@ -149,6 +149,7 @@ def test_a_broken_file_is_named(finished: Path) -> None:
         {"method": "best_of_n"},
         {"method": "dpo"},
         {"method": "grpo"},
+        {"method": "constitutional"},
         {"base": Path("a-model"), "preferences": PreferenceFiles(helpfulness=(Path("h"),), safety=(Path("s"),))},
     ],
 )

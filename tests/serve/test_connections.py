@@ -6,12 +6,14 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from puna.serve import connections, guard
 from puna.serve.app import State
+from puna.serve.connections import Connection
 from tests import helpers
 from tests.serve.stand_in import Script, StandIn, serving, state_of, until
 
@@ -112,3 +114,28 @@ def test_a_client_that_does_not_read_loses_its_place(monkeypatch: pytest.MonkeyP
         until(lambda: state.samples == 0)
         assert engine.cancelled
         assert httpx.get(f"{url}/health").status_code == 200
+
+
+class Transport:
+    """Holds so many bytes at each look, and may be cut off."""
+
+    def __init__(self, *held: int) -> None:
+        self.held, self.aborted = list(held), False
+
+    def get_write_buffer_size(self) -> int:
+        return self.held.pop(0) if len(self.held) > 1 else self.held[0]
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.mark.parametrize(("held", "looks"), [((900, 900), 1), ((900, 500, 500, 100, 100, 100), 3)])
+def test_a_reader_is_cut_off_once_it_takes_no_more(held: tuple[int, ...], looks: int) -> None:
+    connection, timers = Connection.__new__(Connection), list[Callable[[], None]]()
+    connection.transport = transport = Transport(*held)  # type: ignore[assignment]
+    connection.loop = SimpleNamespace(call_later=lambda seconds, look: timers.append(look))  # type: ignore[assignment]
+    connection._await_reader()
+    for look in range(looks):
+        assert not transport.aborted
+        timers[look]()
+    assert transport.aborted and len(timers) == looks

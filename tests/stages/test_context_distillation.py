@@ -100,7 +100,7 @@ def test_kinds_of_preprompts(kind: Any, targeted: int, tmp_path: Path) -> None:
 
 
 def test_what_the_gate_decided_by_score() -> None:
-    scores = [(0.1, 0.9, True), (0.15, 0.05, False), (0.2, 0.6, True), (1.0, 0.4, False)]
+    scores = [(0.0, 0.9, True), (0.1, 0.9, True), (0.15, 0.05, False), (0.2, 0.6, True), (1.0, 0.4, False)]
     records = [{"score_before": before, "score_after": after, "kept": kept} for before, after, kept in scores]
     low, next_fifth, high = context_distillation.by_score(records)
     assert low == {

@@ -184,7 +184,7 @@ def test_the_model_lists_what_instructions_are_made_of(tmp_path: Path) -> None:
 def test_invented_instructions_take_the_place_of_the_scripts_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ghost_attention, "open_engine", lambda path, device: Lister())
+    monkeypatch.setattr(ghost_attention, "open_engine", lambda *_: Lister())
     rows = [{"id": row["id"], "turns": row["turns"]} for row in scripts(12)]
     cfg = config(tmp_path, rows, invent=("figure", "hobby"), short_share=1.0)
     ghost_attention.run(cfg)
@@ -203,3 +203,8 @@ def test_lists_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="lists nothing of the kind 'figure'"):
         silent.generate = lambda dialogs, **settings: [[Completion("", [5], [-1.0], True)]]  # type: ignore[method-assign]
         ghost_attention.invent(config(tmp_path, scripts(1), invent=("figure",)), silent)
+
+
+@pytest.mark.parametrize("answer", ["**Napoleon**", "- *Napoleon*.", "1. __Napoleon__", "Napoleon\nfor one"])
+def test_an_item_is_bare(answer: str) -> None:
+    assert ghost_attention.item(answer) == "Napoleon"

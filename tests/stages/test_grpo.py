@@ -188,3 +188,21 @@ def test_settings_out_of_range_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             helpers.grpo_config(tmp_path, **changes)
+
+
+def test_how_tokens_weigh_follows_the_advantage(tmp_path: Path) -> None:
+    for advantage, average in (("grpo", "answer"), ("rloo", "token")):
+        cfg = helpers.grpo_config(tmp_path, advantage=advantage)
+        models = grpo.load(cfg, CPU)
+        rollout, _ = grpo.collect(cfg, models, helpers.prompts(2), 0)
+        rollout = rollout._replace(logprobs=rollout.logprobs - 0.1)
+        numbers = [grpo.accumulate(c, models, rollout, list(range(8))) for c in (cfg, replace(cfg, average=average))]
+        assert numbers[0] == pytest.approx(numbers[1])
+        other = replace(cfg, average="token" if average == "answer" else "answer")
+        assert grpo.accumulate(other, models, rollout, list(range(8)))["policy_loss"] != numbers[0]["policy_loss"]
+
+
+@pytest.mark.parametrize("name", ["temperature", "inner_epochs", "held_out_prompts"])
+def test_what_must_be_positive(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=name):
+        helpers.grpo_config(tmp_path, **{name: 0})

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from puna.data import readers
+from puna.data.map_shards import Workers
 from puna.formats import huggingface
 from puna.stages import sample
 from puna.stages.sample import SampleConfig
@@ -47,6 +48,12 @@ def test_a_lost_shard_alone_is_sampled_again(tmp_path: Path, model: Path) -> Non
     sample.run(config(tmp_path, model, "out"))
     assert (first / "dialogs.jsonl").read_text() == whole
     assert (first / "parts" / "00000.jsonl").stat().st_mtime_ns == kept
+
+
+def test_local_workers_share_the_cores_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "n_cores", lambda: 8)
+    of = [Workers(0), Workers(1), Workers(3), Workers(16), Workers(4, "ray")]
+    assert [sample._threads(workers) for workers in of] == [0, 0, 2, 1, 0]
 
 
 @pytest.mark.distributed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ def test_several_models_mean_and_deviation(tmp_path: Path) -> None:
     folders = tuple(helpers.reward_folder(tmp_path / f"{seed}", seed) for seed in (1, 2))
     folder = score.run(config(tmp_path, model=folders))
     for record, a, b in zip(helpers.read_lines(folder / "dialogs.jsonl"), *map(alone, folders), strict=True):
-        assert record["scores"] == pytest.approx({"score": (a + b) / 2, "deviation": abs(a - b) / 2}, abs=1e-6)
+        odds = math.sqrt(a / (1 - a) * b / (1 - b))  # of the mean logit
+        expected = {"score": odds / (1 + odds), "deviation": abs(a - b) / 2}
+        assert record["scores"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_lost_shard_alone_is_scored_again(tmp_path: Path) -> None:

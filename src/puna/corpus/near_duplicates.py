@@ -20,8 +20,8 @@ Signatures = npt.NDArray[np.uint32]
 
 
 def signature(text: str, seed: int = 0) -> Signatures:
-    """The MinHash (128,) of a text's runs of five words; case and punctuation do not count."""
-    words = re.findall(r"\w+", text.lower())
+    """The MinHash (128,) of a text's runs of five words; case and punctuation do not count, unless there is no word."""
+    words = re.findall(r"\w+", text.lower()) or [text]
     runs = {" ".join(words[i : i + SHINGLE]).encode() for i in range(max(1, len(words) - SHINGLE + 1))}
     minhash, listed = _datasketch().MinHash(PERMUTATIONS, seed, scheme=SCHEME), list(runs)
     for begin in range(0, len(listed), CHUNK):

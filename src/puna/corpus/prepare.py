@@ -26,12 +26,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from puna import config
-from puna.config import ConfigError, positive
+from puna.config import ConfigError, DataError, positive
 from puna.corpus import near_duplicates, repeated_spans
 from puna.corpus.encode import encoder
 from puna.corpus.repeated_spans import Bools
 from puna.data import readers, shards
-from puna.data.map_shards import Records, Workers, map_each
+from puna.data.map_shards import Records, Workers, map_each, n_cores
 from puna.data.readers import ReadResult
 from puna.data.shards import Entry, Tokens
 from puna.run_folder import Progress, RunFolder, write_atomically
@@ -125,28 +125,33 @@ class Kept(NamedTuple):
 
 def run(cfg: PrepareConfig) -> Path:
     """Prepare, and return the folder."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError("data prepare runs on one process: start it without torchrun (workers share the text out)")
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("prepare"):
+            shutil.rmtree(folder.path / "pieces", ignore_errors=True)  # it may have been killed before it did this
             return folder.path
         tokenizer = tokenizers.load(cfg.tokenizer)
         (folder.path / "tokenizer").mkdir(exist_ok=True)
         tokenizer.save(folder.path / "tokenizer")
         shared = replace(cfg, out=cfg.out.absolute())  # a worker may stand elsewhere
-        n = cfg.workers or (len(os.sched_getaffinity(0)) if cfg.cluster == "local" else 0)
+        n = cfg.workers or (n_cores() if cfg.cluster == "local" else 0)
         workers, parts = Workers(n, cfg.cluster), folder.path / "parts"
         result = ReadResult()
         _encoder.cache_clear()  # another run may have had another tokenizer under this name
         records = map_each(partial(encode, shared), pieces(cfg, result), parts / "encoded", workers=workers)
         if result.bad:
             readers.keep_bad_lines(result.bad, folder.path / "bad_lines.jsonl")
+        if not records:
+            raise DataError("the sources hold no text")
         if cfg.compares:
             kept = compare(cfg, tokenizer, records)
             written = map_each(partial(select, shared), kept, parts / "selected", workers=workers)
             records = [{**record, **counts} for record, counts in zip(records, written, strict=True)]
         shards.write_index(folder.path, index(cfg, records))
-        shutil.rmtree(folder.path / "pieces", ignore_errors=True)
         folder.mark_done("prepare", bad_lines=len(result.bad), skipped=dict(result.skipped), sources=totals(records))
+        shutil.rmtree(folder.path / "pieces", ignore_errors=True)
         return folder.path
 
 
@@ -244,11 +249,15 @@ def write(cfg: PrepareConfig, number: int, tokenizer: Tokenizer, documents: Sequ
 
 
 def index(cfg: PrepareConfig, records: Records) -> dict[str, Entry]:
-    """4: of each source its weight and the shards that hold anything."""
-    return {
-        name: Entry(source.weight, *(_names(records, name, part) for part in ("train", "validation")))
-        for name, source in cfg.all_sources.items()
-    }
+    """4: of each source its weight and the shards that hold anything.
+
+    A source of which nothing but held-out documents is left, such as a single book, is trained on: it would be missed.
+    """
+    entries = {}
+    for name, source in cfg.all_sources.items():
+        train, validation = (_names(records, name, part) for part in ("train", "validation"))
+        entries[name] = Entry(source.weight, *((train, validation) if train else (validation, [])))
+    return entries
 
 
 def _names(records: Records, source: str, part: str) -> list[str]:
@@ -264,4 +273,7 @@ def totals(records: Records) -> dict[str, Counts]:
         for key, value in record.items():
             if key not in ("source", "first"):
                 mine[key] = mine.get(key, 0) + value
+    for mine in sums.values():
+        if not mine["train"]:  # as in the index
+            mine["train"], mine["validation"] = mine["validation"], 0
     return sums

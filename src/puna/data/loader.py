@@ -148,7 +148,14 @@ def _per_epoch(source: Joined, seq_len: int) -> int:
     return max(1, (len(source) - 1) // seq_len - 1)
 
 
-@functools.lru_cache(maxsize=16)
+_latest: dict[tuple[int, int], tuple[int, npt.NDArray[np.int64]]] = {}
+"""By number of windows and seed, of which each source has its own: the epoch that was last read, and its order."""
+
+
 def _permutation(n: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
     """The order of an epoch's windows: eight bytes a window."""
-    return np.random.default_rng((seed, epoch, 1)).permutation(n)
+    held, order = _latest.get((n, seed), (-1, np.zeros(0, np.int64)))
+    if held != epoch:
+        order = np.random.default_rng((seed, epoch, 1)).permutation(n)
+        _latest[n, seed] = epoch, order
+    return order

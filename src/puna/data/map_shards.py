@@ -37,6 +37,11 @@ class Workers(NamedTuple):
     """GPUs that each asks Ray for."""
 
 
+def n_cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def map_shards(
     work: Callable[[int, Sequence[T]], Records],
     items: Sequence[T],
@@ -139,7 +144,10 @@ def _on_ray(work: Work, jobs: Iterator[Job], workers: Workers) -> Iterator[tuple
         here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers.n or None, "include_dashboard": False}
         ray.init(log_to_driver=False, **here)
     has = ray.cluster_resources()
-    n = workers.n or max(1, int(has.get("GPU", 0) / workers.gpus if workers.gpus else has["CPU"]))
+    room = min(has.get("CPU", 0), has.get("GPU", 0) / workers.gpus if workers.gpus else float("inf"))
+    n = workers.n or max(1, int(room))
+    if n > has.get("CPU", 0):
+        raise ConfigError(f"{n} workers ask for a CPU each, Ray has {has.get('CPU', 0):g}")
     if workers.gpus * n > has.get("GPU", 0):
         raise ConfigError(f"{n} workers ask for {workers.gpus:g} GPUs each, Ray has {has.get('GPU', 0):g}")
     actor = ray.remote(num_cpus=1, num_gpus=workers.gpus)(_Worker)

@@ -27,7 +27,7 @@ import logging
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +39,8 @@ from puna.types import Dialog, Preference, Reader
 
 LARGEST_BAD_SHARE = 0.01
 LINES_NAMED = 5  # of a file's bad lines, in the log; the quarantine holds all
+LINES_TRIED = 1000  # a file none of whose first lines is good is given up
+LONGEST_KEPT = 4000  # characters of a bad line: a folder of the wrong files would fill the memory
 COMPRESSED = {".gz": "gzip", ".bz2": "bzip2", ".zst": "zstd"}
 
 log = logging.getLogger(__name__)
@@ -122,11 +124,14 @@ def check_files(files: Sequence[Path], format: str) -> None:
 
 def _read_file(path: Path, reader: Reader, result: ReadResult, check: Callable[[Any], object]) -> Iterator[Any]:
     """A file's records; the rest of what a reader yields is sorted into `result`."""
-    bad, n_good = [], 0
+    bad: list[BadLine] = []
+    n_good = 0
     try:
         for item in reader(path):
+            if n_good == 0 and len(bad) == LINES_TRIED:
+                break
             if isinstance(item, BadLine):
-                bad.append(item)
+                bad.append(replace(item, text=item.text[:LONGEST_KEPT]))
                 continue
             try:
                 if isinstance(item, Skipped):
@@ -134,7 +139,9 @@ def _read_file(path: Path, reader: Reader, result: ReadResult, check: Callable[[
                 else:
                     check(item)
             except DataError as reason:
-                bad.append(BadLine(path, n_good + len(bad) + 1, str(reason), json.dumps(to_record(item))))
+                bad.append(
+                    BadLine(path, n_good + len(bad) + 1, str(reason), json.dumps(to_record(item))[:LONGEST_KEPT])
+                )
                 continue
             n_good += 1
             if not isinstance(item, Skipped):

@@ -6,6 +6,8 @@ A dump is a folder of two files: tensors by name (rollout.safetensors or rollout
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,7 +120,10 @@ def _tensors(folder: Path) -> dict[str, npt.NDArray[Any]]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.numpy.load_file(path)
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise ValueError("one array without a name")
             return dict(file)
-    except (safetensors.SafetensorError, ValueError, OSError) as error:
+    except (safetensors.SafetensorError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: damaged, or not tensors alone: {error}") from error

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -89,20 +89,37 @@ def write_documents(path: Path, documents: Iterable[Tokens], tokenizer: Tokenize
 
 
 def read_shard(path: Path, tokenizer: Tokenizer) -> Shard:
-    """Map a shard. Raises DataError where it is incomplete, ConfigError where another tokenizer wrote it."""
-    description = json.loads(path.with_suffix(".json").read_text())
+    """Map a shard. DataError where it is incomplete, ConfigError where there is none or of another tokenizer."""
+    if not path.with_suffix(".json").is_file() and not path.with_suffix(".tokens").is_file():
+        raise ConfigError(f"{path}: no token shard (no {path.with_suffix('.json')})")
+    description = _description(path.with_suffix(".json"))
     if description["tokenizer"] != tokenizer.sha256:
         raise ConfigError(f"{path}: these tokens were written with another tokenizer: prepare the data again")
     if description["tokens"] == 0:
         raise DataError(f"{path}: the data holds no tokens")
-    file, dtype = path.with_suffix(".tokens"), np.dtype(description["dtype"])
-    expected, size = description["tokens"] * dtype.itemsize, file.stat().st_size
-    if size != expected:
-        raise DataError(
-            f"{file}: {size} bytes, expected {expected}: remove {path.with_suffix('.json')} to write it anew"
-        )
-    tokens = np.memmap(file, dtype=dtype, mode="r")
-    return Shard(tokens, np.fromfile(path.with_suffix(".offsets"), dtype="<i8"))
+    dtype, begins = np.dtype(description["dtype"]), np.dtype("<i8")
+    sizes = {".tokens": description["tokens"] * dtype.itemsize}
+    sizes[".offsets"] = (description["documents"] + 1) * begins.itemsize
+    for suffix, expected in sizes.items():
+        file = path.with_suffix(suffix)
+        size = file.stat().st_size if file.is_file() else 0
+        if size != expected:
+            raise DataError(
+                f"{file}: {size} bytes, expected {expected}: remove {path.with_suffix('.json')} to write it anew"
+            )
+    tokens = np.memmap(path.with_suffix(".tokens"), dtype=dtype, mode="r")
+    return Shard(tokens, np.fromfile(path.with_suffix(".offsets"), dtype=begins))
+
+
+def _description(file: Path) -> dict[str, Any]:
+    """What `name.json` says; DataError where it is missing or torn."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise DataError(f"{file}: missing or damaged ({error}): prepare the data again") from None
+    if not isinstance(found, dict) or not {"dtype", "documents", "tokens", "sha256", "tokenizer"} <= found.keys():
+        raise DataError(f"{file}: not a shard's description: prepare the data again")
+    return found
 
 
 # Prepared folders

@@ -174,7 +174,8 @@ def raw_scores(s: Shown) -> Array:
     """The combined rewards (B,) in the space in which they are whitened."""
     if not s.fact("logit_scores"):
         return s["combined"]
-    p = np.clip(s["combined"], 1e-6, 1 - 1e-6)
+    stored = s.dump.tensors["combined"] if "combined" in s.dump.tensors else s["combined"]
+    p = np.clip(stored, stored.dtype.type(1e-6), stored.dtype.type(1 - 1e-6)).astype(np.float64)  # as it was computed
     return np.asarray(np.log(p / (1 - p)))
 
 
@@ -328,7 +329,7 @@ def kl_estimator(s: Shown) -> Finding:
 
 def sampler(s: Shown) -> Finding:
     """q: the sampler draws from what is scored."""
-    if s.fact("top_p") < 1 or s.fact("top_k"):
+    if s.fact("top_p") < 1 or s.fact("top_k") > 0:
         return False, f"top_p {s.fact('top_p')}, top_k {s.fact('top_k')} cut the distribution"
     drawn, scored = s["sampled_logprobs"], s["logprobs"][s.mask]
     if len(drawn) != len(scored):
@@ -477,6 +478,28 @@ def check_shapes(dump: Dump) -> None:
         at = dump.tensors.get(name, np.zeros((0, 2)))
         if at.size and ((at < 0).any() or (at >= (sizes["B"][0], sizes["T"][0] - 1)).any()):
             raise DataError(f"{name} names places outside the rollout of {sizes['B'][0]} rows")
+
+    check_kinds(dump)
+
+
+INTEGERS = "tokens sampled logits_at alone_at pass_at pass_size update_size".split()
+NUMBERS = "temperature gamma lam beta kl_target kl_horizon clip value_clip score_clip advantage_clip".split()
+NUMBERS += "missing_eos_penalty critic_warmup iteration top_p top_k pad_id eos_id lr adam_eps beta_after".split()
+"""Tensors of ids, places and counts; facts that are numbers."""
+
+
+def check_kinds(dump: Dump) -> None:
+    """DataError where ids, places or counts are no integers, an id is outside the vocabulary, a fact is no number."""
+    for name in (name for name in INTEGERS if name in dump.tensors):
+        if dump.tensors[name].dtype.kind not in "iu":
+            raise DataError(f"{name} is {dump.tensors[name].dtype}: expected integers")
+    for name in (name for name in ("tokens", "sampled") if name in dump.tensors and "logits" in dump.tensors):
+        ids, size = dump.tensors[name], dump.tensors["logits"].shape[1]
+        if ids.size and (ids.min() < 0 or ids.max() >= size):
+            raise DataError(f"{name} has ids outside the vocabulary of {size} (logits)")
+    for name in (name for name in NUMBERS if name in dump.facts):
+        if isinstance(dump.facts[name], bool) or not isinstance(dump.facts[name], int | float):
+            raise DataError(f"rollout.json: {name} is {dump.facts[name]!r}: expected a number")
 
 
 def table(verdicts: list[Verdict]) -> str:

@@ -4,7 +4,7 @@
    decide: helpfulness, violations on adversarial prompts, refusals of borderline ones, slurs, myths.
 2. Compare with a baseline's answers to the same prompts: the better one wins, ties are halved.
 3. Carry instructions through dialogs of held-out questions, given in the first turn only, and see at which turns the
-   answer obeys (paper A.3.5, Table 30).
+   answer obeys (paper A.3.5, Table 30), and how strongly it looks back at the instruction (Figure 10).
 
 Many prompts ask about one thing (a myth, a wrong, a people): intervals of 1 and 2 are over these things, not prompts.
 The judge stands for people: no training reward ever comes from it.
@@ -25,7 +25,7 @@ from torch import Tensor
 from puna import config, parallel
 from puna.config import ConfigError, positive
 from puna.data import readers
-from puna.evals import best_of_n, intervals
+from puna.evals import attention, best_of_n, intervals
 from puna.formats import huggingface
 from puna.generate.engine import open_engine
 from puna.generate.scoring import Judges, Scorer
@@ -100,6 +100,7 @@ def run(cfg: EvaluateConfig) -> Path:
             **summary(answers),
             "win_rate_vs_sft": compare(answers, cfg.baseline),
             "ghost_attention": obedience(scripts, carried),
+            "attention": [] if cfg.plain else looks_back(cfg, engine.tokenizer, scripts, carried),
         }
         if parallel.is_main():
             readers.write_jsonl(folder.path / "answers.jsonl", answers)
@@ -283,6 +284,13 @@ def obedience(scripts: Sequence[dict[str, Any]], answers: Sequence[Sequence[str]
         for turn, answer in enumerate(given, start=1):
             turns[turn].append(bool(answer) and obeys(script["constraint"], answer))
     return [{"turn": turn, "obeys": intervals.rate(values)} for turn, values in sorted(turns.items())]
+
+
+def looks_back(
+    cfg: EvaluateConfig, tokenizer: Tokenizer, scripts: Sequence[dict[str, Any]], answers: Sequence[Sequence[str]]
+) -> list[dict[str, Any]]:
+    """How strongly the answers look back at the first turn's instruction, by turn (Figure 10)."""
+    return attention.to_instruction(huggingface.load_model(cfg.model), tokenizer, scripts, answers)
 
 
 def judge_held_out(judge: GoldJudge, ppo: Path) -> list[dict[str, Any]]:

@@ -65,7 +65,7 @@ def check_shapes(
     config: ModelConfig, shapes: Mapping[str, Sequence[int]], source: Path, *, has_output: bool = True
 ) -> None:
     """DataError, naming `source`, where a tensor (Meta's names) is missing, of another shape, or unknown."""
-    with torch.device("meta"):
+    with torch.device("meta"):  # its rotary table too: an absurd size must not be made
         expected = {name: tuple(parameter.shape) for name, parameter in Transformer(config).named_parameters()}
     if not has_output:
         expected.pop("output.weight", None)

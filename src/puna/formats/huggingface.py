@@ -36,6 +36,7 @@ from puna.formats.folders import replacing, standing
 from puna.model.moe import MoEConfig
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
+from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 
 Weights = Iterator[tuple[str, Tensor]]
@@ -157,6 +158,16 @@ def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32) -> Rewar
     model, weights = open_reward_model(folder, dtype)
     model.load_state_dict(dict(weights), assign=True)
     return model.requires_grad_()
+
+
+def check_alike(folder: Path, tokenizer: Tokenizer, context: int, architecture: str = CLASSIFIER) -> None:
+    """ConfigError where a folder's model reads other tokens than a policy writes, or fewer than its context."""
+    folder = standing(folder)
+    if tokenizers.load(folder).sha256 != tokenizer.sha256:
+        raise ConfigError(f"{folder}: this model has another tokenizer than the policy that it is to read")
+    own = read_config(folder, architecture).max_seq_len
+    if own < context:
+        raise ConfigError(f"{folder}: this model's context is {own} tokens, the policy's that it is to read {context}")
 
 
 def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:

@@ -67,10 +67,14 @@ def load(
 ) -> Models:
     """Policy and reference at `init`, the critic, and the frozen reward models: helpfulness, safety, perhaps gold.
 
-    ConfigError where several processes are to share a critic that shares the policy's body.
+    ConfigError where a reward model cannot read what the policy writes, or
+    several processes are to share a critic that shares the policy's body.
     """
     tokenizer = tokenizers.load(init)
     how: Any = (device, cfg, precision)
+    context = huggingface.read_config(init).max_seq_len
+    for path in filter(None, rewards):
+        huggingface.check_alike(path, tokenizer, context)
     policy = parallel.place(*huggingface.open_model(init), *how)
 
     def scorer(path: Path) -> Scorer:

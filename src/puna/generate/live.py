@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from puna.config import ConfigError
 from puna.generate.kv_cache import BLOCK
 from puna.generate.sampling import Sampling
-from puna.generate.scheduler import Scheduler
+from puna.generate.scheduler import Scheduler, shape
 from puna.generate.sequence import Answer, Finish, Request, Token
 from puna.generate.weights import whole
 from puna.model.transformer import Transformer
@@ -119,9 +120,12 @@ class LiveEngine:
 
         No request is dropped: an answer under way goes on from what was drawn of it, and what the old weights had
         cached is computed again. What is submitted after this call is the new weights' alone. A model that is trained
-        further must not be changed while the engine draws with it.
+        further must not be changed while the engine draws with it. ConfigError where it is of another shape.
         """
         assert isinstance(model, Transformer), f"not a Transformer: {type(model).__name__}"
+        ours = self._scheduler.model
+        if shape(model) != shape(ours):
+            raise ConfigError(f"new weights must be of the engine's shape: {model.config} is not {ours.config}")
         made = whole(model)
         with self._changed:
             self._new_weights = made

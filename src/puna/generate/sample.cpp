@@ -182,7 +182,7 @@ class Row {
 extern "C" void puna_sample(const void *logits, bool is_bf16, int rows, int vocab, const Settings *settings,
                             const float *uniform, int64_t *tokens, float *logprobs, int count) {
     std::lock_guard<std::mutex> alone(threads.mutex);
-    threads.begin(std::min(count, rows));
+    threads.begin(count, rows);
     threads.run(rows, [&](int r) {
         static thread_local Row row;
         auto draw = [&](auto *all) { return row.draw(all + (int64_t)r * vocab, vocab, *settings, r, uniform[r], logprobs + r); };

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from puna.config import ConfigError
 from puna.generate.kv_cache import BLOCK, BlockCache, DecodePass, Full, PromptPass, blocks_of
 from puna.generate.sampling import Sampling, Settings, adjust, sample, uniforms
 from puna.generate.sequence import Answer, Request, TextStream, Token, room
-from puna.model.transformer import Transformer
+from puna.model.transformer import ModelConfig, Transformer
 
 PREFILL_TOKENS = 2048
 """Tokens, padding included, of one prefill pass: enough to fill the cores, little enough to wait for."""
@@ -36,6 +36,11 @@ PAST_TOKENS = 16384
 
 Watch = Callable[[Answer, Token, str], None]
 """Told of a drawn token: its answer, the token, and the text that it makes certain."""
+
+
+def shape(model: Transformer) -> ModelConfig:
+    """A model's config without what pretraining alone reads, and no folder keeps."""
+    return replace(model.config, moe=replace(model.config.moe, capacity_factor=0.0, balance=0.0))
 
 
 @dataclass(eq=False)
@@ -163,7 +168,7 @@ class Scheduler:
 
         What was drawn of an answer stays; it is run again, with its prompt, before the next token is drawn.
         """
-        assert model.config == self.model.config, f"{model.config} is not {self.model.config}"
+        assert shape(model) == shape(self.model), f"{model.config} is not {self.model.config}"
         for group in self._waiting:
             self._give_back(group)
         while self._running:

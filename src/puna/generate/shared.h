@@ -102,7 +102,8 @@ class Threads {
   public:
     std::mutex mutex;
 
-    void begin(int count) {
+    // `count` threads less those that sit out, `most` of them: where fewer suffice, nobody was displaced.
+    void begin(int count, int most) {
         if (late > 1) sharing = std::max(1, std::min(sharing, count) / 2), calm = 0;
         else if (++calm % STEPS == 0) sharing = std::min(count, 2 * std::min(sharing, count));
         late = 0;
@@ -114,7 +115,7 @@ class Threads {
                     pause(spins);
                 }
             }).detach();
-        stepping.store(std::min(sharing, count)), stepping.notify_all();
+        stepping.store(std::min({sharing, count, most})), stepping.notify_all();
     }
     void end() { stepping.store(0); }
 

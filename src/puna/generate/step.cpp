@@ -222,7 +222,7 @@ extern "C" int puna_block() { return BLOCK; }
 extern "C" void puna_step(const Model *model, const Cache *cache, int rows, const int64_t *positions,
                           const float *rotary, float *states, float *logits, int count) {
     std::lock_guard<std::mutex> alone(threads.mutex);
-    threads.begin(count);
+    threads.begin(count, count);
     (cache->is_bf16 ? step<Bf16> : step<float>)(*model, *cache, rows, positions, rotary, states, logits);
     threads.end();
 }

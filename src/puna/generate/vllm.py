@@ -13,6 +13,7 @@ them, and are renormalised where top-p or top-k cuts, as ours are not; vLLM's de
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -170,8 +171,11 @@ class VLLMEngine:
         try:
             request = urllib.request.Request(self.url + path, data, headers)
             with urllib.request.urlopen(request, timeout=SECONDS) as response:
-                found: dict[str, Any] = json.loads(response.read() or b"{}")
-                return found
+                found = json.loads(response.read() or b"{}")
+        except http.client.InvalidURL as error:
+            raise ConfigError(f"{self.url}{path} is no vLLM server's address: {error}") from None
+        except http.client.HTTPException as error:
+            raise OSError(f"{self.url}{path} broke off: {error!r}") from None
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode(errors="replace")
             if error.code >= 500:
@@ -182,6 +186,9 @@ class VLLMEngine:
             raise ConfigError(f"no vLLM server answers at {self.url}: {error.reason}") from None
         except ValueError as error:  # of the address or of the answer
             raise ConfigError(f"{self.url}{path} is no vLLM server's address: {error}") from None
+        if not isinstance(found, dict):
+            raise ConfigError(f"{self.url}{path} is no vLLM server's address: it answers a {type(found).__name__}")
+        return found
 
 
 def request_seed(seed: int, place: int) -> int:

@@ -5,6 +5,10 @@
 3. Draw, for what was trained by PPO, GRPO or RLOO, the reward of every iteration against its KL, and for the best of n
    answers against log n - (n - 1) / n; and the judge's helpfulness against KL.
 
+A trained policy's KL is that of answers to its training prompts at the temperature that it was trained at, 1 unless it
+was told another. The formula of the best of n holds for answers drawn at temperature 1 from all tokens: rejection
+sampling's curve is drawn where its were.
+
 Runs compare on equal terms where they have one world, one SFT model and the same prompts (docs/guides/baselines.md). A
 reward is that of the run's own reward models: of other models it is another scale.
 """
@@ -12,6 +16,7 @@ reward is that of the run's own reward models: of other models it is another sca
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,24 +91,34 @@ def table(found: dict[str, tuple[Path, Summary]]) -> Table:
 
 def accuracy(run: Path) -> Cell:
     """How often the last version's reward models, or DPO's policy in their place, are right on held-out pairs."""
-    files = sorted(run.glob("v*/*/evaluation.json"), key=lambda path: (int(path.parts[-3][1:]), path.parts[-2]))
+    files = _in_versions(run, "*/evaluation.json")
     last = [path for path in files if path.parts[-3] == files[-1].parts[-3] and path.parent.name != "evaluation"]
     told = {path.parent.name.removeprefix("reward_"): json.loads(path.read_text(encoding="utf-8")) for path in last}
     right = {name: found["accuracy"] for name, found in told.items() if found.get("accuracy") is not None}
     return Cell(" / ".join(percent(value) for value in right.values()) or "–", " / ".join(right))
 
 
+def _in_versions(run: Path, pattern: str) -> list[Path]:
+    """The files of a run's versions, V1 first; a folder like v2_old is no version."""
+    found = [path for folder in run.glob("v*") if re.fullmatch(r"v\d+", folder.name) for path in folder.glob(pattern)]
+    return sorted(found, key=lambda path: (int(path.relative_to(run).parts[0][1:]), path))
+
+
 def reward_curves(name: str, run: Path) -> Curves:
     """Reward against KL on a run's training prompts: of each trained policy by iteration, of its last best of n."""
     curves: Curves = {}
-    for path in sorted(run.glob("v*/*/metrics.jsonl")):
-        if path.parent.name in ("ppo", "grpo"):
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
-            points = [Point(line["kl"], line["reward"]) for line in lines if None not in (line["kl"], line["reward"])]
-            curves[_line(name, path.parent)] = points
-    for path in sorted(run.glob("v*/rejection_sampling/curve.json"), key=lambda path: int(path.parts[-3][1:]))[-1:]:
+    trained = [path for path in _in_versions(run, "*/metrics.jsonl") if path.parent.name in ("ppo", "grpo")]
+    for path in trained:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        points = [Point(line["kl"], line["reward"]) for line in lines if None not in (line["kl"], line["reward"])]
+        line = _line(name, path.parent)
+        curves[line if len(trained) == 1 else f"{line} of {path.parts[-3].upper()}"] = points
+    for path in _in_versions(run, "rejection_sampling/curve.json")[-1:]:
         curve = json.loads(path.read_text(encoding="utf-8"))
-        mine = [point for point in curve["points"] if point["temperature"] == curve["temperature"]]
+        settings = _settings(path.parent)
+        # The formula is that of draws from the policy itself.
+        whole = curve["temperature"] == 1 and settings.get("top_p", 1) == 1
+        mine = [point for point in curve["points"] if whole and point["temperature"] == 1]
         points = [Point(best_of_n.kl(p["samples"]), p["max"], f"best of {p['samples']}") for p in mine]
         curves[f"{name}, best of n"] = points
     return {line: points for line, points in curves.items() if points}
@@ -111,8 +126,14 @@ def reward_curves(name: str, run: Path) -> Curves:
 
 def _line(name: str, stage: Path) -> str:
     """What a trained policy's line is called: GRPO's stage trains by RLOO too."""
-    settings: dict[str, Any] = json.loads((stage / "config.json").read_text(encoding="utf-8"))
-    return f"{name}, {settings.get('advantage', stage.name).upper()}"
+    return f"{name}, {_settings(stage).get('advantage', stage.name).upper()}"
+
+
+def _settings(stage: Path) -> dict[str, Any]:
+    """A stage's config, empty where it left none."""
+    path = stage / "config.json"
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return settings
 
 
 def gold(name: str, run: Path, summary: Summary) -> Curves:
@@ -126,7 +147,7 @@ def gold(name: str, run: Path, summary: Summary) -> Curves:
             told = [Point(p["kl"], p["gold"], said) for p, said in zip(points, words, strict=True)]
             curves[f"{name}, best of n"] = told
         elif stage.name in ("ppo", "grpo") and (kl := published_kl(stage)) is not None:
-            curves[_line(name, stage)] = [Point(kl, version["gold_helpfulness"], "as published")]
+            curves.setdefault(_line(name, stage), []).append(Point(kl, version["gold_helpfulness"], "as published"))
     return curves
 
 

@@ -329,6 +329,24 @@ def ghost_attention(summary: Summary) -> list[Panel]:
         axes.set_xticks(sorted({point["turn"] for point in points}))
         axes.set_ylim(-3, 103)
         _legend_above(axes, 2)
+    return panels + _looks_back(points)
+
+
+def _looks_back(points: Sequence[dict[str, Any]]) -> list[Panel]:
+    """Figure 10: how strongly answers look back at the instruction, by turn."""
+    panels: list[Panel] = []
+    sides = [side for side in ("before", "after") if any(p["attention"][side] is not None for p in points)]
+    if not sides:
+        return panels
+    with _axes(panels, "Attention to the first turn's instruction", "turn", "largest weight, mean", height=3.0) as axes:
+        for side in sides:
+            mine = [p for p in points if p["attention"][side] is not None]
+            words, color = ("without", ORANGE) if side == "before" else ("with", BLUE)
+            shown = f"{label(mine[0]['versions'][side])}, {words}"
+            axes.plot([p["turn"] for p in mine], [p["attention"][side] for p in mine], "o-", color=color, label=shown)
+        axes.set_ylim(bottom=0)
+        _integers(axes)
+        _legend_above(axes, 2)
     return panels
 
 

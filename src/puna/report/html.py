@@ -71,6 +71,8 @@ NAMES = {
     "reward": ("Reward model", "training"),
     "dpo": ("DPO", "training"),
     "grpo": ("GRPO", "training"),
+    "critique": ("Critique and revision", "data"),
+    "ai_preferences": ("Model's preferences", "data"),
 }
 """A step's last word -> what the page calls it, and what kind of work it is."""
 IN_THE_WORLD = (
@@ -341,7 +343,8 @@ def _ghost_attention(summary: Summary, unjudged: str) -> Section:
     text = (
         "Dialogs in which an instruction stands in the first turn only, and the share of answers that obey it at each "
         "turn: the last version without Ghost Attention's dialogs, and the last one with them. The paper's Table 30 is "
-        "beside it: other instructions, judged by people."
+        "beside it: other instructions, judged by people. Beside that, of an answer's tokens, the largest weight over "
+        "layers, heads and the instruction's tokens that their attention gives the instruction (the paper's Figure 10)."
     )
     points = summary["ghost_attention"]
     table = tables.ghost_attention(summary)

@@ -72,7 +72,9 @@ class MemoryBenchConfig:
     def __post_init__(self) -> None:
         positive(self, "kv_heads", "experts", "seq_len", "batch_size", "steps", "decode_batch")
         longest = max(self.seq_len, self.context)
-        if not 4 <= self.context <= self.model.max_seq_len or longest > self.model.max_seq_len:
+        if self.context < 4:
+            raise ConfigError(f"context is {self.context}: a prompt and its answer need at least 4")
+        if longest > self.model.max_seq_len:
             raise ConfigError(f"{longest} tokens do not fit the model's context of {self.model.max_seq_len}")
         variants(self)
 

@@ -49,6 +49,10 @@ BASELINES = {
     "best_of_n": (*PARTS[:4], "best_of_n/evaluation"),
     "dpo": ("preferences", "dpo", "dpo/evaluation"),
     "grpo": (*PARTS[:3], "grpo", "grpo/evaluation"),
+    "constitutional": (
+        *("preferences", "critique", "", "evaluation", "ai_preferences"),
+        *("reward_helpfulness", "reward_safety", "ppo", "ppo/evaluation"),
+    ),
 }
 """The steps of the one round of other methods (puna.baselines)."""
 DEPTHS = ("", "*/", "*/*/", "*/*/*/")
@@ -122,7 +126,7 @@ def planned_steps(recipe: dict[str, Any]) -> list[str]:
         return []
     steps = ["valley", "pretrain", "pretrain/evaluation", "sft", "sft/evaluation"]
     if recipe.get("method", "llama2") != "llama2":
-        return steps + [f"v1/{part}" for part in BASELINES[recipe["method"]]]
+        return steps + [f"v1/{part}".rstrip("/") for part in BASELINES[recipe["method"]]]
     ghost_from, without_ppo = recipe["ghost_attention_from"], recipe["versions"] - recipe["ppo_versions"]
     last = int(recipe["only"][1:]) if recipe.get("only") else recipe["versions"]
     for n in range(1, last + 1):
@@ -269,6 +273,9 @@ def _ghost_attention(run: Path, evaluations: dict[str, dict[str, Any]]) -> list[
             "before": before[turn]["mean"] if turn in before else None,
             "after": after[turn]["mean"] if turn in after else None,
             "intervals": {"before": before.get(turn), "after": after.get(turn)},
+            "attention": {
+                side: _looks(evaluations.get(name, {})).get(turn) if name else None for side, name in versions.items()
+            },
             "versions": versions,
         }
         for turn in sorted(before.keys() | after.keys())
@@ -277,6 +284,10 @@ def _ghost_attention(run: Path, evaluations: dict[str, dict[str, Any]]) -> list[
 
 def _obeys(evaluations: dict[str, dict[str, Any]], names: list[str]) -> dict[int, intervals.Interval]:
     return {point["turn"]: point["obeys"] for name in names for point in evaluations[name]["ghost_attention"]}
+
+
+def _looks(evaluation: dict[str, Any]) -> dict[int, float]:
+    return {point["turn"]: point["attention"] for point in evaluation.get("attention", ())}
 
 
 def _samples(run: Path, names: list[str]) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
 """A client's connection: uvicorn's, which a client that dawdles does not hold for ever, nor the place of its answer.
 
 A client has SECONDS_FOR_A_HEAD for the first lines of a request, guard.SECONDS_FOR_A_BODY for the rest, and
-SECONDS_FOR_A_READER to take what was sent to it; between two requests uvicorn waits `timeout_keep_alive` seconds.
+SECONDS_FOR_A_READER to take any more of what was sent to it; between two requests uvicorn waits `timeout_keep_alive`
+seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +37,18 @@ class Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._reader = self.loop.call_later(SECONDS_FOR_A_READER, self.transport.abort)
+        self._await_reader()
+
+    def _await_reader(self) -> None:
+        left = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if self.transport.get_write_buffer_size() < left:
+                self._await_reader()
+            else:
+                self.transport.abort()
+
+        self._reader = self.loop.call_later(SECONDS_FOR_A_READER, look)
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -157,9 +157,12 @@ def distill(
 
 
 def by_score(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the gate decided (Figure 16), by fifths of the score that the plain answer has; empty ones are left out."""
+    """What the gate decided (Figure 16), by fifths of the score that the plain answer has.
+
+    Left out are empty fifths, and prompts whose plain answer is empty: a score of 0 is no measurement.
+    """
     fifths: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for record in records:
+    for record in (record for record in records if record["score_before"] > 0):  # 0 is no answer
         fifths[min(int(5 * record["score_before"]), 4)].append(record)
     return [
         {

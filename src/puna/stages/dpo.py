@@ -96,6 +96,9 @@ def run(cfg: DPOConfig) -> Path:
         if folder.done("dpo"):
             return model_path
         tokenizer = tokenizers.load(cfg.init)
+        if cfg.reference:
+            context = huggingface.read_config(cfg.init).max_seq_len
+            huggingface.check_alike(cfg.reference, tokenizer, context, huggingface.CAUSAL)
         train, test, counts = prepare(cfg, tokenizer)
         how: Any = (device, cfg.parallel, cfg.precision)
         policy = parallel.place(*huggingface.open_model(cfg.init), *how)

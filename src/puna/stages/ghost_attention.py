@@ -97,7 +97,7 @@ def run(cfg: GhostAttentionConfig) -> Path:
         scripts = read_scripts(cfg.scripts, instructed=not cfg.invent)
         engine = open_engine(cfg.init, device, cfg.vllm)
         if cfg.invent:
-            if parallel.is_main():
+            if parallel.is_main() and not (folder.path / "lists.json").exists():
                 lists = invent(cfg, engine)
                 write_atomically(folder.path / "lists.json", json.dumps(lists, indent=1, ensure_ascii=False))
             parallel.barrier()
@@ -165,8 +165,8 @@ def invent(cfg: GhostAttentionConfig, engine: Engine) -> dict[str, list[str]]:
 
 
 def item(answer: str) -> str:
-    """What an answer names: its first line without a bullet or number before it or a stop after; "" if it is long."""
-    named = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", answer.strip().split("\n")[0]).strip(" .\"'")
+    """What an answer names: its first line without a bullet or number before it, a stop after, emphasis; "" if long."""
+    named = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s*", "", answer.strip().split("\n")[0]).strip(" .\"'*_")
     return named if len(named.split()) <= LONGEST else ""
 
 

@@ -62,8 +62,9 @@ class GRPOConfig:
     """how to read them (see puna.data.readers)."""
     advantage: Literal["grpo", "rloo"] = "grpo"
     """an answer's advantage within its group, and where KL counts."""
-    average: Literal["answer", "token"] = "answer"
-    """tokens weigh the same within each answer (Shao et al., eq. 3), or in all; RLOO's gradient is the second."""
+    average: Literal["", "answer", "token"] = ""
+    """tokens weigh the same within each answer (Shao et al., eq. 3), or in all (RLOO's gradient); empty
+    follows `advantage`."""
     iterations: int = 200
     batch_size: int = 512
     """answers an iteration, groups whole."""
@@ -107,10 +108,15 @@ class GRPOConfig:
 
     def __post_init__(self) -> None:
         config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
+        config.positive(self, "inner_epochs", "held_out_prompts", "temperature")
         if self.group_size < 2:
             raise ConfigError(f"group_size is {self.group_size}: an answer needs others to be compared with")
         if self.batch_size % self.group_size:
             raise ConfigError(f"batch_size {self.batch_size} is not a multiple of group_size {self.group_size}")
+
+
+AVERAGE: dict[str, Literal["answer", "token"]] = {"grpo": "answer", "rloo": "token"}
+"""How tokens weigh where `average` does not say."""
 
 
 class Models(NamedTuple):
@@ -187,6 +193,8 @@ def load(cfg: GRPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, both reward models frozen."""
     tokenizer = tokenizers.load(cfg.init)
     how: Any = (device, cfg.parallel, cfg.precision)
+    for path in (cfg.reward_helpfulness, cfg.reward_safety):
+        huggingface.check_alike(path, tokenizer, huggingface.read_config(cfg.init).max_seq_len)
     policy = parallel.place(*huggingface.open_model(cfg.init), *how)
     reference = parallel.place(*huggingface.open_model(cfg.init), *how).eval().requires_grad_(False)
     helpfulness, safety = (
@@ -284,7 +292,8 @@ def update(
 def accumulate(cfg: GRPOConfig, models: Models, rollout: Rollout, members: list[int]) -> dict[str, float]:
     """Back-propagate one mini-batch, however its answers are cut into passes; its losses and how far it has moved."""
     share = parallel.share(len(members))
-    mine, weights = members[share], losses.token_weights(rollout.action_mask[members], cfg.average)[share]
+    average = cfg.average or AVERAGE[cfg.advantage]
+    mine, weights = members[share], losses.token_weights(rollout.action_mask[members], average)[share]
     lengths = packing.acted_lengths(rollout.action_mask[mine])
     sums: dict[str, Tensor] = {}
     for part in packing.passes(lengths, cfg.micro_batch_tokens):

@@ -108,7 +108,7 @@ class PPOConfig:
     """what the value function starts from: the helpfulness reward model, or the policy's body under a head of zeros, in
     a model of its own ("zero_head") or on the policy itself ("shared")."""
     critic_warmup: int = 0
-    """iterations that train the critic alone."""
+    """iterations that train the critic alone; patience is counted and beta adapted after them."""
     value_lr_scale: float = 1.0
     """the critic's learning rate over the policy's."""
     value_coefficient: float = 1.0
@@ -158,6 +158,18 @@ class PPOConfig:
     def __post_init__(self) -> None:
         config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
         config.positive(self, "kl_horizon", "pretrain_windows", "pretrain_seq_len", "temperature")
+        config.positive(self, "inner_epochs", "held_out_prompts")
+        if self.kl_target < 0 or (self.kl_target and self.kl_horizon < self.batch_size):
+            raise ConfigError(
+                f"kl_target is {self.kl_target}, kl_horizon {self.kl_horizon}: a target is positive, its "
+                f"horizon at least batch_size ({self.batch_size}), or beta would turn negative"
+            )
+        if self.pretrain_coefficient < 0:
+            raise ConfigError(f"pretrain_coefficient is {self.pretrain_coefficient}: it may not be negative")
+        if self.dump and not 0 <= self.dump_iteration < self.iterations:
+            raise ConfigError(
+                f"dump_iteration is {self.dump_iteration} of {self.iterations} iterations, counted from 0"
+            )
         if (self.pretrain_data is None) != (self.pretrain_coefficient == 0):
             raise ConfigError("pretrain_data and pretrain_coefficient go together: give both or neither")
 
@@ -182,7 +194,7 @@ def run(cfg: PPOConfig) -> Path:
             return model_path
         models = load(cfg, device)
         asked, held_out, left_out = read(cfg, models.tokenizer)
-        text = shards.read_shard(cfg.pretrain_data, models.tokenizer) if cfg.pretrain_data else None
+        text = read_text(cfg, models.tokenizer) if cfg.pretrain_data else None
         optimizer = optim.adamw(
             cfg.optim,
             optim.groups(models.policy, cfg.optim),
@@ -201,13 +213,15 @@ def run(cfg: PPOConfig) -> Path:
             for iteration in range(start, len(batches)):
                 if iteration % cfg.evaluate_every == 0:
                     state = measure(cfg, models, held_out, iteration, state, folder.path)
-                    if cfg.patience and iteration - state.best_iteration >= cfg.patience * cfg.evaluate_every:
+                    since = iteration - max(state.best_iteration, cfg.critic_warmup)
+                    if cfg.patience and since >= cfg.patience * cfg.evaluate_every:
                         break
                 record = rollouts.Recorder() if cfg.dump and iteration == cfg.dump_iteration else rollouts.ignore
                 now, batch = replace(cfg, beta=state.beta), [asked[i] for i in batches[iteration]]
                 rollout, numbers, moments = collect(now, models, batch, iteration, state.moments, record)
                 numbers |= update(now, models, optimizer, rollout, iteration, len(batches), record, text)
-                beta = losses.adapted_beta(state.beta, numbers["kl"], cfg.kl_target, cfg.kl_horizon, size)
+                target = cfg.kl_target if iteration >= cfg.critic_warmup else 0.0
+                beta = losses.adapted_beta(state.beta, numbers["kl"], target, cfg.kl_horizon, size)
                 state = replace(state, beta=beta, moments=moments)
                 if cfg.dump and isinstance(record, rollouts.Recorder):
                     record.write(cfg.dump, now, models.tokenizer, iteration=iteration, beta_after=beta)
@@ -247,6 +261,18 @@ def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Promp
     left_out += len(every) - len(held_out)
     order = np.random.default_rng(cfg.seed).permutation(len(held_out))
     return fit, [held_out[i] for i in order[: cfg.held_out_prompts]], left_out
+
+
+def read_text(cfg: PPOConfig, tokenizer: Tokenizer) -> Shard:
+    """The text of PPO-ptx. ConfigError where it, or the model's context, holds no window of it."""
+    assert cfg.pretrain_data is not None
+    text, context = shards.read_shard(cfg.pretrain_data, tokenizer), huggingface.read_config(cfg.init).max_seq_len
+    if cfg.pretrain_seq_len > min(context, len(text.tokens) - 1):
+        raise ConfigError(
+            f"pretrain_seq_len is {cfg.pretrain_seq_len}: {cfg.pretrain_data} has {len(text.tokens)} tokens, "
+            f"the model's context {context}"
+        )
+    return text
 
 
 def load(cfg: PPOConfig, device: torch.device) -> Models:

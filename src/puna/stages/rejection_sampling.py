@@ -140,6 +140,8 @@ def run(cfg: RejectionSamplingConfig) -> Path:
 def load(cfg: RejectionSamplingConfig, device: torch.device) -> Models:
     """The newest chat model and both reward models."""
     engine = open_engine(cfg.init, device, cfg.vllm)
+    for path in (cfg.reward_helpfulness, cfg.reward_safety):
+        huggingface.check_alike(path, engine.tokenizer, engine.context)
     helpfulness, safety = (
         Scorer(huggingface.load_reward_model(path).to(device), engine.tokenizer, precision="bf16")
         for path in (cfg.reward_helpfulness, cfg.reward_safety)

@@ -15,7 +15,7 @@ from typing import Literal
 from puna import config, parallel
 from puna.config import ConfigError, positive
 from puna.data import readers
-from puna.data.map_shards import Records, Workers, map_shards
+from puna.data.map_shards import Records, Workers, map_shards, n_cores
 from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
 from puna.generate.engine import open_engine
@@ -57,7 +57,7 @@ class SampleConfig:
     gpus: float = 0
     """GPUs that a worker asks Ray for; with 0 it samples on its CPU."""
     threads: int = 0
-    """torch threads of a process; 0 leaves torch's choice."""
+    """torch threads of a process; 0 leaves torch's choice, and local workers share the cores out."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,10 +74,12 @@ def run(cfg: SampleConfig) -> Path:
         if folder.done("sample"):
             return folder.path
         read, tokenizer = read_prompts(cfg.prompts, cfg.format), tokenizers.load(cfg.init)
-        prompts = fitting(read, tokenizer, huggingface.read_config(cfg.init).max_seq_len)
-        progress, workers = Progress("sample", len(prompts), unit="prompt"), Workers(cfg.workers, cfg.cluster, cfg.gpus)
-        work = partial(answer_shard, replace(cfg, init=cfg.init.absolute()))
+        workers = Workers(cfg.workers, cfg.cluster, cfg.gpus)
+        shared = replace(cfg, init=cfg.init.absolute(), threads=cfg.threads or _threads(workers))
+        work = partial(answer_shard, shared)
         try:
+            prompts = fitting(read, tokenizer, _context(shared))
+            progress = Progress("sample", len(prompts), unit="prompt")
             dialogs = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update, workers)
         finally:
             _engine.cache_clear()  # the next run may find another model under this name
@@ -88,6 +90,18 @@ def run(cfg: SampleConfig) -> Path:
         folder.mark_done("sample", dialogs=len(dialogs), unusable=unusable, left_out=len(read) - len(prompts))
         parallel.barrier()
         return folder.path
+
+
+def _threads(workers: Workers) -> int:
+    """Of a worker that shares this machine's cores with others; 0 leaves torch's choice (Ray gives each its own)."""
+    return max(1, n_cores() // workers.n) if workers.n > 1 and workers.cluster == "local" else 0
+
+
+def _context(cfg: SampleConfig) -> int:
+    """Tokens that a prompt and its answer may have together: a server's may be fewer than the model's."""
+    if cfg.vllm:
+        return _engine(cfg.init, cfg.threads, cfg.vllm).context
+    return huggingface.read_config(cfg.init).max_seq_len
 
 
 def answer_shard(cfg: SampleConfig, number: int, shard: Sequence[Prompt]) -> Records:

@@ -1,8 +1,9 @@
 """Scores of finished dialogs by one or several reward models, written with the dialogs, a resumable shard at a time.
 
 1. Leave out, and count, the dialogs that a model's context cannot hold.
-2. `scores` of each dialog: "score" is the mean over the models of `model`, with their deviation beside it where they
-   are several; "helpfulness" and "safety" are those models', and with both "reward" is the paper's R_c (3.2.3).
+2. `scores` of each dialog: "score" is the sigmoid of the mean raw score of the models of `model`, as `puna reward
+   evaluate --ensemble` measures it, with the deviation of their scores beside it where they are
+   several; "helpfulness" and "safety" are those models', and with both "reward" is the paper's R_c (3.2.3).
 
 All are in (0, 1), after the sigmoid.
 """
@@ -38,7 +39,7 @@ class ScoreConfig:
     out: Path
     """the folder; run again to resume."""
     model: tuple[Path, ...] = ()
-    """reward models of one kind, such as seeds of one training: their mean is the score."""
+    """reward models of one kind, such as seeds of one training: the sigmoid of their mean raw score is the score."""
     helpfulness: Path | None = None
     """the helpfulness reward model."""
     safety: Path | None = None
@@ -123,10 +124,13 @@ def fits(record: Record, scorers: dict[str, list[Scorer]]) -> bool:
 def scored(cfg: ScoreConfig, scorers: dict[str, list[Scorer]], shard: Sequence[Record]) -> list[Record]:
     """2: the dialogs with their scores."""
     dialogs = [record["messages"] for record in shard]
-    found = {name: torch.stack([scorer(dialogs) for scorer in models]) for name, models in scorers.items()}  # (M, N)
-    means = {name: scores.mean(dim=0) for name, scores in found.items()}
+    raw = {
+        name: torch.stack([s.raw([chat.encode(dialog, s.tokenizer).tokens for dialog in dialogs]) for s in models])
+        for name, models in scorers.items()
+    }  # (M, N) each
+    means = {name: scores.mean(dim=0).sigmoid() for name, scores in raw.items()}
     if len(cfg.model) > 1:
-        means["deviation"] = found["score"].std(dim=0, correction=0)
+        means["deviation"] = raw["score"].sigmoid().std(dim=0, correction=0)
     if "helpfulness" in means and "safety" in means:
         is_safety = [bool(record.get("is_safety", False)) for record in shard]
         means["reward"] = combined_reward(means["safety"], means["helpfulness"], is_safety, cfg.threshold)
