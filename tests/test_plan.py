@@ -71,7 +71,7 @@ def uncached() -> Iterator[None]:
 @pytest.mark.parametrize("model", SHAPES, ids=["grouped", "deep"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_memory_is_the_measured_peak(model: ModelConfig, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert close(model, precision, "none", monkeypatch)
+    assert close(model, precision, "off", monkeypatch)
 
 
 @pytest.mark.usefixtures("uncached")
@@ -95,10 +95,11 @@ def test_sharding_divides_the_states_and_nothing_else() -> None:
     replicated = plan.memory(model, 4096, 1, Layout(8))
     sharded = plan.memory(model, 4096, 1, Layout(8, sharded=True))
     assert sharded[:3] == tuple(part / 8 for part in replicated[:3])
-    assert sharded[4:] == replicated[4:] and sharded.gathered > replicated.gathered == 0
+    assert sharded[5:] == replicated[5:] and sharded.gathered > replicated.gathered == 0
+    assert replicated.copies > sharded.copies == 0, "sharded weights are gathered in bfloat16"
     assert sum(replicated[:3]) == 16 * PARAMETERS["7b"]
     tensor = plan.memory(model, 4096, 1, Layout(1, tensor=8))
-    assert tensor == tuple(part / 8 for part in replicated)
+    assert tensor[:-1] == tuple(part / 8 for part in replicated[:-1]) and tensor.logits == replicated.logits
 
 
 def test_keys_and_values_of_a_token() -> None:
@@ -119,13 +120,13 @@ def smallest(cfg: PlanConfig, checkpointing: Any) -> str:
         ("smollm2-135m", 1, "a100-80g", "one GPU", "one GPU"),
         ("7b", 8, "a100-80g", "FSDP over 8", "FSDP over 8"),
         ("7b", 1, "h200", "none", "one GPU"),
-        ("70b", 512, "h100", "FSDP over 64 x tensor parallel 8", "FSDP over 512"),
+        ("70b", 512, "h100", "FSDP over 128 x tensor parallel 4", "FSDP over 512"),
         ("70b", 8, "a100-40g", "none", "none"),
     ],
 )
 def test_the_smallest_layout_that_fits(model: str, gpus: int, gpu: str, none: str, full: str) -> None:
     cfg = PlanConfig(model=model, gpus=gpus, gpu=gpu)
-    assert (smallest(cfg, "none"), smallest(cfg, "full")) == (none, full)
+    assert (smallest(cfg, "off"), smallest(cfg, "full")) == (none, full)
 
 
 def test_layouts_divide_batch_and_heads() -> None:
@@ -174,7 +175,7 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     for part in (
         "llama2-70b.toml: 68,976,648,192 parameters, 2e+12 tokens",
         "smallest that fits, checkpointing full: FSDP over 512",
-        "puna pretrain as it is, FSDP alone: does not fit",
+        "puna pretrain as the recipe has it, FSDP over 64 x tensor parallel 8, checkpointing off: fits",
         "keys and values 327,680 bytes a token",
         "1,720,320 GPU-hours at 400 W, 291.42 tCO2eq",
     ):
@@ -195,26 +196,31 @@ def test_a_recipe_and_its_size_are_one_plan(size: str, root: Path) -> None:
 
 
 def test_any_recipe_that_pretrains(root: Path) -> None:
-    assert "puna pretrain as it is, FSDP alone: fits" in plan.run(PlanConfig(root / "recipes/laptop.toml"))
+    assert "puna pretrain as the recipe has it, FSDP over 8, checkpointing off: fits" in plan.run(PlanConfig(root / "recipes/laptop.toml"))
     with pytest.raises(ConfigError, match=r"no table \[pretrain\]"):
         plan.run(PlanConfig(root / "recipes/hh-smollm2.toml"))
 
 
-def test_every_rank_begins_with_the_whole_model(tmp_path: Path) -> None:
-    """Sharded over 1,024 the model would fit; its 81 GB in float32 are no GPU's that has 80."""
-    (tmp_path / "x.toml").write_text(
-        "[pretrain]\nbatch_size = 1024\nmicro_batch_size = 1\n"
-        "[pretrain.model]\ndim = 5120\nn_layers = 64\nn_heads = 40\nn_kv_heads = 40\nffn_hidden = 13824\n"
-    )
-    cfg = PlanConfig(tmp_path / "x.toml", gpus=1024, gpu="h100")
-    training = plan.read(cfg)
-    assert 4 * training.model.n_params() > 80 * plan.GB
-    assert [row.fits for row in plan.options(cfg, training, "none") if row.layout.is_built] == [True]
-    assert "as it is, FSDP alone: does not fit" in plan.run(cfg)
+def test_the_recipes_own_layout_is_judged(tmp_path: Path) -> None:
+    def verdict(table: str, gpus: int) -> str:
+        (tmp_path / "x.toml").write_text(
+            "[pretrain]\nbatch_size = 1024\nmicro_batch_size = 1\nseq_len = 4096\n"
+            "[pretrain.model]\ndim = 8192\nn_layers = 80\nn_heads = 64\nn_kv_heads = 8\nffn_hidden = 28672\n"
+            f"vocab_size = 32000\n[pretrain.parallel]\n{table}"
+        )
+        plan_of_it = plan.run(PlanConfig(tmp_path / "x.toml", gpus=gpus, gpu="h100"))
+        [line] = [line for line in plan_of_it.splitlines() if line.startswith("puna pretrain as the recipe has it")]
+        return line.removeprefix("puna pretrain as the recipe has it, ")
+
+    assert verdict("", 512) == "FSDP over 512, checkpointing off: does not fit"
+    assert verdict('checkpointing = "full"', 512) == "FSDP over 512, checkpointing full: fits"
+    assert verdict("tensor = 8", 512) == "FSDP over 64 x tensor parallel 8, checkpointing off: fits"
+    assert verdict("tensor = 3", 512).endswith("divides no batch or no heads")
+    assert verdict('checkpointing = "selective"', 512).endswith("fits with full checkpointing; selective lies between")
 
 
 def test_a_micro_batch_of_ones_own() -> None:
-    one, four = (printed(PlanConfig(model="7b", json=True, micro_batch_size=n))["layouts"]["none"] for n in (1, 4))
+    one, four = (printed(PlanConfig(model="7b", json=True, micro_batch_size=n))["layouts"]["off"] for n in (1, 4))
     assert four[0]["bytes"]["activations"] == 4 * one[0]["bytes"]["activations"]
 
 

@@ -9,9 +9,9 @@
 4. Carbon: GPU-hours x TDP x PUE x carbon intensity, as Table 2. The paper prints neither of the last two; its rows
    imply 0.4235 kg a kWh, which is Llama 1's PUE 1.1 times 0.385 kg a kWh (arXiv 2302.13971, section 6).
 
-`stages.pretrain` shards over all ranks (FSDP2), and one process holds all. Replicas, tensor parallelism and activation
-checkpointing are planned for only. Tensor parallelism with sequence-parallel norms is taken to divide every part by its
-degree; checkpointing keeps each block's input and one block's activations, with autocast's cache off.
+`stages.pretrain` shards over all ranks along data (FSDP2); replicas are planned for only. Tensor parallelism with
+sequence-parallel norms is taken to divide every part by its degree but the logits, which each rank has whole;
+checkpointing keeps each block's input and one block's activations, with autocast's cache off.
 
 Shapes: N parameters, L layers, D model width, T tokens a window.
 """
@@ -30,7 +30,7 @@ from puna.model.sizes import LLAMA_2, SIZES, cache_bytes
 from puna.model.transformer import ModelConfig
 from puna.stages.pretrain import PretrainConfig
 
-Checkpointing = Literal["none", "full"]
+Checkpointing = Literal["off", "full"]
 
 GB = 1e9
 NODE = 8
@@ -85,7 +85,7 @@ class PlanConfig:
     """a key of GPUS."""
     micro_batch_size: int = 0
     """windows a forward pass; 0 takes the recipe's."""
-    checkpointing: Checkpointing = "none"
+    checkpointing: Checkpointing = "off"
     """full: keep the input of each block and compute the rest again."""
     margin: float = 0.1
     """share of the memory left to CUDA, NCCL and fragmentation (ours, not measured)."""
@@ -126,11 +126,6 @@ class Layout(NamedTuple):
     tensor: int = 1
     sharded: bool = False
 
-    @property
-    def is_built(self) -> bool:
-        """Whether `parallel.shard` makes it."""
-        return self.tensor == 1 and (self.sharded or self.data == 1)
-
     def __str__(self) -> str:
         data = [f"FSDP over {self.data}" if self.sharded else f"{self.data} replicas"] if self.data > 1 else []
         tensor = [f"tensor parallel {self.tensor}"] if self.tensor > 1 else []
@@ -148,9 +143,9 @@ class Memory(NamedTuple):
     optimizer: float
     """AdamW's two moments."""
     gathered: float
-    """FSDP2: whole weights and gradients of the root and of two blocks, float32."""
+    """FSDP2: of the root and of two blocks whole weights and gradients, bfloat16, and what is summed, float32."""
     copies: float
-    """autocast's bfloat16 copies of the weight matrices, which the backward pass needs."""
+    """autocast's bfloat16 copies of the weight matrices, which the backward pass needs where nothing is sharded."""
     activations: float
     logits: float
     """log-probabilities and two gradients of them, float32."""
@@ -247,7 +242,7 @@ def memory(
     seq_len: int,
     windows: int,
     layout: Layout = ONE_GPU,
-    checkpointing: Checkpointing = "none",
+    checkpointing: Checkpointing = "off",
     precision: str = "bf16",
 ) -> Memory:
     """Peak bytes of one GPU with `windows` of `seq_len` tokens a forward pass.
@@ -266,9 +261,9 @@ def memory(
             gradients=4 * states,
             optimizer=8 * states,
             gathered=8 * (root + 2 * block) / layout.tensor if layout.sharded else 0,
-            copies=2 * copied / layout.tensor if precision == "bf16" else 0,
+            copies=2 * copied / layout.tensor if precision == "bf16" and not layout.sharded else 0,
             activations=tokens * activations / layout.tensor,
-            logits=tokens * logits / layout.tensor,
+            logits=tokens * logits,
         )
 
     whole, last = activation_bytes(model, precision)
@@ -343,17 +338,24 @@ def _tokens(training: Pretraining) -> int:
 
 
 def _verdicts(cfg: PlanConfig, training: Pretraining, plans: dict[Checkpointing, list[Option]]) -> str:
-    """The smallest layout that fits, without and with checkpointing, and whether `stages.pretrain` as it is does.
-
-    Each of its ranks builds the whole model on its GPU before it is sharded.
-    """
+    """The smallest layout that fits, without and with checkpointing, and whether the recipe's own [parallel] does."""
     lines = []
     for way, rows in plans.items():
         smallest = next((row.layout for row in rows if row.fits), "none")
         lines.append(f"smallest that fits, checkpointing {way}: {smallest}")
-    starts = 4 * training.model.n_params() <= _room(cfg)
-    fits = starts and any(row.fits for row in plans["none"] if row.layout.is_built)
-    return "\n".join([*lines, f"puna pretrain as it is, FSDP alone: {'fits' if fits else 'does not fit'}"])
+    return "\n".join([*lines, _own_verdict(cfg, training, plans)])
+
+
+def _own_verdict(cfg: PlanConfig, training: Pretraining, plans: dict[Checkpointing, list[Option]]) -> str:
+    """What becomes of `puna pretrain` with the recipe's own table [parallel] on so many GPUs."""
+    tensor, checkpointing = training.parallel.tensor, training.parallel.checkpointing
+    layout = Layout(cfg.gpus // tensor, tensor, sharded=cfg.gpus > tensor)
+    rows = plans["off" if checkpointing == "off" else "full"]
+    fits = {row.layout: "fits" if row.fits else "does not fit" for row in rows}
+    said = fits.get(layout, "divides no batch or no heads")
+    if checkpointing == "selective" and said == "fits":
+        said = "fits with full checkpointing; selective lies between"
+    return f"puna pretrain as the recipe has it, {layout}, checkpointing {checkpointing}: {said}"
 
 
 def _heading(cfg: PlanConfig, training: Pretraining) -> str:
