@@ -196,7 +196,9 @@ def test_a_recipe_and_its_size_are_one_plan(size: str, root: Path) -> None:
 
 
 def test_any_recipe_that_pretrains(root: Path) -> None:
-    assert "puna pretrain as the recipe has it, FSDP over 8, checkpointing off: fits" in plan.run(PlanConfig(root / "recipes/laptop.toml"))
+    assert "puna pretrain as the recipe has it, FSDP over 8, checkpointing off: fits" in plan.run(
+        PlanConfig(root / "recipes/laptop.toml")
+    )
     with pytest.raises(ConfigError, match=r"no table \[pretrain\]"):
         plan.run(PlanConfig(root / "recipes/hh-smollm2.toml"))
 
