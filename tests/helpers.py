@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import socket
 import tempfile
 from collections.abc import Callable, Iterable
 from datetime import timedelta
@@ -172,15 +173,21 @@ def read_lines(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def in_processes(work: Callable[..., None], folder: Path, *arguments: Any, world_size: int = 2) -> None:
+def in_processes(work: Callable[..., Any], *arguments: Any, world_size: int = 2) -> None:
     """`work(*arguments)` on several gloo processes, as torchrun starts them; an error on any is raised here."""
-    mp.spawn(_join, (world_size, str(folder), work, arguments), nprocs=world_size)
+    mp.spawn(_join, (world_size, free_port(), work, arguments), nprocs=world_size)
 
 
-def _join(rank: int, world_size: int, folder: str, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _join(rank: int, world_size: int, port: int, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    rendezvous, timeout = f"file://{folder}/rendezvous", timedelta(seconds=60)  # a hang is an error
+    rendezvous, timeout = f"tcp://127.0.0.1:{port}", timedelta(seconds=60)  # a hang is an error
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size, timeout=timeout)
     work(*arguments)
     dist.barrier()  # or the first to leave may abort the other

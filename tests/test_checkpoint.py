@@ -338,7 +338,7 @@ def _two_ranks(folder: Path) -> None:
 
 @pytest.mark.distributed
 def test_two_ranks_save_one_loads(tmp_path: Path) -> None:
-    helpers.in_processes(_two_ranks, tmp_path, tmp_path)
+    helpers.in_processes(_two_ranks, tmp_path)
     single, single_optimizer = model_and_optimizer(tie=False)
     train(single, single_optimizer, 2)
     train(single, single_optimizer, 2)

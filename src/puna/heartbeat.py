@@ -41,11 +41,11 @@ class Heartbeat(threading.Thread):
         self.store: Store = store.clone()  # type: ignore[attr-defined]
         self.rank, self.world_size, self.limit = rank, world_size, limit
         self.heard: tuple[bytes, float] = (b"", time.monotonic())
+        self.over = threading.Event()
 
     def run(self) -> None:
         beats, lost_since = 0, 0.0
-        while True:
-            time.sleep(BEAT)
+        while not self.over.wait(BEAT):
             beats += 1
             try:
                 self.store.set(f"puna/alive/{self.rank}", str(beats))
@@ -83,6 +83,7 @@ class Heartbeat(threading.Thread):
 
     def leave(self) -> None:
         """At this process's end: rank 0, with whom the store may go, lets the others leave first."""
+        self.over.set()
         with contextlib.suppress(dist.DistError):
             left = self.store.add(LEFT, 1)
             patience = time.monotonic() + 5 * BEAT

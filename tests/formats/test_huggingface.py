@@ -269,6 +269,6 @@ def _save_sharded(folder: Path) -> None:
 @pytest.mark.distributed
 def test_a_sharded_model_is_gathered(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path)
-    helpers.in_processes(_save_sharded, tmp_path, tmp_path)
+    helpers.in_processes(_save_sharded, tmp_path)
     torch.manual_seed(0)
     assert equal(huggingface.load_model(tmp_path / "model"), Transformer(TINY))

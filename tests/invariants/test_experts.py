@@ -51,7 +51,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     cfg = settings(tmp_path, tokenizer=tmp_path / "tokenizer.model")
     pretrain.prepare(cfg, tmp_path / "data")
     loss, expected = update(cfg, tmp_path / "data", 2**24)
-    helpers.in_processes(work, tmp_path, cfg, tmp_path / "data", tmp_path / "found.pt")
+    helpers.in_processes(work, cfg, tmp_path / "data", tmp_path / "found.pt")
     for their_loss, found in torch.load(tmp_path / "found.pt", weights_only=True).values():
         assert their_loss == pytest.approx(loss, rel=1e-6)
         for name, gradient in expected.items():

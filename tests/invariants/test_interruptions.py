@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -58,11 +57,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def launched(folder: Path) -> list[subprocess.Popen[str]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(helpers.free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, "-m", "puna", "pretrain", str(folder / "recipe.json")]
     return [
         subprocess.Popen(
@@ -97,7 +93,7 @@ def manifest(run: Path, step: int) -> dict[str, str]:
 
 
 def test_stopped_killed_and_resumed_is_uninterrupted(tmp_path: Path, start: Start) -> None:
-    helpers.in_processes(pretrain.run, tmp_path, small(tmp_path, "whole"))
+    helpers.in_processes(pretrain.run, small(tmp_path, "whole"))
     run = tmp_path / "run"
     config.save(small(tmp_path, "run"), tmp_path / "recipe.json")
 

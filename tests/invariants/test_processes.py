@@ -170,9 +170,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards.write_shard(folder / "data/train", helpers.sentences(300), helpers.tokenizer())
     runs = {name: configs(folder, name) for name in RUNS}
     run(runs["one"], sampling(folder, "one"))
-    helpers.in_processes(two, folder, folder, runs)
-    (folder / "rendezvous").unlink()
-    helpers.in_processes(four, folder, folder, runs, world_size=4)
+    helpers.in_processes(two, folder, runs)
+    helpers.in_processes(four, folder, runs, world_size=4)
     return folder
 
 

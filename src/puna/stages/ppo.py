@@ -277,6 +277,8 @@ def read_text(cfg: PPOConfig, tokenizer: Tokenizer) -> Shard:
 
 def load(cfg: PPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, the critic that is asked for, all reward models frozen."""
+    if cfg.dump and parallel.world_size() > 1:
+        raise ConfigError("a dump is of one process: leave `dump` out, or start without torchrun")
     rewards = cfg.reward_helpfulness, cfg.reward_safety, cfg.gold
     models = actor_critic.load(cfg.init, rewards, cfg.critic, cfg.precision, device, cfg.parallel)
     if cfg.vllm:
