@@ -20,7 +20,7 @@ from puna.data.prompts import Prompt
 from puna.data.rollouts import Record
 from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
-from puna.generate.scoring import Scorer, combined_reward
+from puna.generate.scoring import Judges, Scorer
 from puna.generate.weights import whole
 from puna.model.reward import RewardModel, ValueHead
 from puna.model.transformer import Transformer
@@ -72,28 +72,31 @@ def load(
     """
     tokenizer = tokenizers.load(init)
     how: Any = (device, cfg, precision)
-    context = huggingface.read_config(init).max_seq_len
-    for path in filter(None, rewards):
-        huggingface.check_alike(path, tokenizer, context)
+    helpfulness, safety, gold = (scorer(path, init, tokenizer, how) if path else None for path in rewards)
+    assert helpfulness and safety
     policy = parallel.place(*huggingface.open_model(init), *how)
-
-    def scorer(path: Path) -> Scorer:
-        model = parallel.place(*huggingface.open_reward_model(path), *how).requires_grad_(False)
-        return Scorer(model, tokenizer, precision=precision)
-
-    helpfulness, safety, gold = rewards
     return Models(
         policy=policy,
-        value=critic(kind, init, helpfulness, how),
+        value=critic(kind, init, rewards[0], how),
         reference=parallel.place(*huggingface.open_model(init), *how).eval().requires_grad_(False),
-        helpfulness=scorer(helpfulness),
-        safety=scorer(safety),
+        helpfulness=helpfulness,
+        safety=safety,
         engine=LocalEngine(policy, tokenizer),
         tokenizer=tokenizer,
         device=device,
         precision=precision,
-        gold=scorer(gold) if gold else None,
+        gold=gold,
     )
+
+
+def scorer(path: Path, init: Path, tokenizer: Tokenizer, how: Any) -> Scorer:
+    """A frozen reward model, placed as `how` says (device, layout, precision), that judges the policy at `init`.
+
+    ConfigError where it cannot read what the policy writes.
+    """
+    huggingface.check_alike(path, tokenizer, huggingface.read_config(init).max_seq_len)
+    model = parallel.place(*huggingface.open_reward_model(path), *how).requires_grad_(False)
+    return Scorer(model, tokenizer, precision=how[2])
 
 
 def critic(kind: Critic, init: Path, reward: Path, how: Any) -> RewardModel | ValueHead:
@@ -127,17 +130,11 @@ def sample(
     began = time.perf_counter()
     prompt_ids = [chat.encode_prompt(prompt["messages"], models.tokenizer) for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-
-    def answer(first: int, part: Sequence[list[int]]) -> list[Completion]:
-        return [answers[0] for answers in models.engine.generate_ids(part, first=first, **settings)]
-
-    completions = parallel.spread(answer, prompt_ids, everyone=True)
-    release(models.engine, models.policy)
+    completions = [answers[0] for answers in draw(models.engine, models.policy, prompt_ids, **settings)]
     seconds = time.perf_counter() - began
     rows = [ids + completion.tokens for ids, completion in zip(prompt_ids, completions, strict=True)]
-    helpfulness, safety = models.helpfulness.score_tokens(rows), models.safety.score_tokens(rows)
-    combined = combined_reward(safety, helpfulness, [prompt["is_safety"] for prompt in prompts], threshold)
-    scores = {"helpfulness": helpfulness, "safety": safety, "reward": combined}
+    judges = Judges(models.helpfulness, models.safety, threshold)
+    scores = judges.scores(rows, [prompt["is_safety"] for prompt in prompts])
     if models.gold:
         scores["gold"] = models.gold.score_tokens(rows)
     return Sampled(prompt_ids, completions, scores, seconds)
@@ -156,10 +153,21 @@ def sampler(policy: Transformer, precision: str, device: torch.device) -> Transf
     return made
 
 
-def release(engine: Engine, policy: Transformer) -> None:
-    """Let go of the weights that were gathered for sampling (paper 3.2.3)."""
+def draw(
+    engine: Engine, policy: Transformer, prompts: Sequence[list[int]], *, n: int = 1, **settings: Any
+) -> list[list[Completion]]:
+    """n answers to each prompt of ids by an engine that has the policy's weights; every rank draws its share.
+
+    What was gathered for it is let go (paper 3.2.3).
+    """
+
+    def answer(first: int, part: Sequence[list[int]]) -> list[list[Completion]]:
+        return engine.generate_ids(part, n=n, first=first, **settings)
+
+    answers = parallel.spread(answer, prompts, everyone=True)
     if isinstance(engine, LocalEngine) and parallel.is_sharded(policy):
         engine.model = policy  # which samples nothing before it is gathered anew
+    return answers
 
 
 # Passes over rollouts -------------------------------------------------------------------------------------------------
@@ -259,8 +267,7 @@ def accumulate_text(models: Models, inputs: Tensor, targets: Tensor, coefficient
     for x, y in zip(torch.split(inputs[mine], rows), torch.split(targets[mine], rows), strict=True):
         x, y = x.to(models.device), y.to(models.device)
         with parallel.autocast(models.precision, models.device):
-            logits = models.policy(x)
-        loss = -losses.token_logprobs(logits, y).sum() / inputs.numel()
+            loss = models.policy(x, targets=y) / inputs.numel()
         parallel.backward(coefficient * loss)
         total += loss.detach()
     return float(parallel.total(total))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from puna import parallel
-from puna.run_folder import write_atomically
+from puna.config import DataError
+from puna.run_folder import RunFolder, write_atomically
 from puna.types import Completion
 
 
@@ -45,3 +47,17 @@ def mean_score(scores: Tensor, completions: Sequence[Completion], penalty: float
     """The mean of scores (P,), of which a penalty is subtracted where EOS is missing."""
     finished = torch.tensor([completion.finished for completion in completions])
     return float((scores - penalty * ~finished).mean())
+
+
+def publish(folder: RunFolder, stage: str, best: Best, *, left_out: int) -> None:
+    """Make the best policy the stage's model and mark the stage done; of all ranks one does, and all wait for it.
+
+    DataError where no measurement gave a number.
+    """
+    if best.reward == -math.inf:
+        raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
+    if parallel.is_main():
+        shutil.copytree(kept_policy(folder.path, best.iteration), folder.path / "model", dirs_exist_ok=True)
+        folder.mark_done(stage, best_iteration=best.iteration, held_out_reward=best.reward, left_out=left_out)
+        shutil.rmtree(folder.path / "best")
+    parallel.barrier()

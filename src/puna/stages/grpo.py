@@ -15,7 +15,6 @@ Ours: RLOO keeps the clip, which does nothing at one step a batch; `average` say
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,14 +27,14 @@ from torch import Tensor, nn
 
 from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
-from puna.config import ConfigError, DataError
+from puna.config import ConfigError
 from puna.data import loader, packing
 from puna.data.prompts import Prompt, apart, fitting, read_prompts
 from puna.formats import huggingface
-from puna.generate.actor_critic import action_logprobs, release
+from puna.generate.actor_critic import action_logprobs, draw, scorer
 from puna.generate.engine import LocalEngine
-from puna.generate.held_out import Best, keep_answers, kept_policy, mean_score
-from puna.generate.scoring import Judges, Scorer
+from puna.generate.held_out import Best, keep_answers, kept_policy, mean_score, publish
+from puna.generate.scoring import Judges
 from puna.model.transformer import Transformer
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
@@ -178,14 +177,7 @@ def run(cfg: GRPOConfig) -> Path:
             else:
                 best = measure(cfg, models, held_out, len(batches), best, folder.path)
         progress.close()
-        if best.reward == -math.inf:
-            raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
-        told = {"best_iteration": best.iteration, "held_out_reward": best.reward, "left_out": len(every) - len(fit)}
-        if parallel.is_main():
-            shutil.copytree(kept_policy(folder.path, best.iteration), model_path, dirs_exist_ok=True)
-            folder.mark_done("grpo", **told)
-            shutil.rmtree(folder.path / "best")
-        parallel.barrier()
+        publish(folder, "grpo", best, left_out=len(every) - len(fit))
         return model_path
 
 
@@ -193,15 +185,11 @@ def load(cfg: GRPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, both reward models frozen."""
     tokenizer = tokenizers.load(cfg.init)
     how: Any = (device, cfg.parallel, cfg.precision)
-    for path in (cfg.reward_helpfulness, cfg.reward_safety):
-        huggingface.check_alike(path, tokenizer, huggingface.read_config(cfg.init).max_seq_len)
+    rewards = cfg.reward_helpfulness, cfg.reward_safety
+    helpfulness, safety = (scorer(path, cfg.init, tokenizer, how) for path in rewards)
+    judges = Judges(helpfulness, safety, cfg.threshold)
     policy = parallel.place(*huggingface.open_model(cfg.init), *how)
     reference = parallel.place(*huggingface.open_model(cfg.init), *how).eval().requires_grad_(False)
-    helpfulness, safety = (
-        Scorer(parallel.place(*huggingface.open_reward_model(path), *how), tokenizer, precision=cfg.precision)
-        for path in (cfg.reward_helpfulness, cfg.reward_safety)
-    )
-    judges = Judges(helpfulness, safety, cfg.threshold)
     return Models(policy, reference, judges, LocalEngine(policy, tokenizer), tokenizer, device)
 
 
@@ -212,12 +200,7 @@ def sample(
     models.engine.update_weights(models.policy)
     asked = [chat.encode_prompt(prompt["messages"], models.tokenizer) for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "seed": seed}
-
-    def answer(first: int, part: Sequence[list[int]]) -> list[list[Completion]]:
-        return models.engine.generate_ids(part, n=n, first=first, **settings)
-
-    groups = parallel.spread(answer, asked, everyone=True)
-    release(models.engine, models.policy)
+    groups = draw(models.engine, models.policy, asked, n=n, **settings)
     completions = [completion for group in groups for completion in group]
     prompt_ids = [ids for ids in asked for _ in range(n)]
     rows = [ids + completion.tokens for ids, completion in zip(prompt_ids, completions, strict=True)]

@@ -19,7 +19,6 @@ the batch's mean and deviation; lambda 0.95; pi_0 is the policy that PPO starts 
 from __future__ import annotations
 
 import math
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from puna import checkpoint, config, losses, monitors, optim, parallel
 from puna.checkpoint import Saver
-from puna.config import ConfigError, DataError
+from puna.config import ConfigError
 from puna.data import loader, packing, prompts, rollouts, shards
 from puna.data.prompts import Prompt
 from puna.data.rollouts import Record
@@ -41,7 +40,7 @@ from puna.data.shards import Shard
 from puna.formats import huggingface
 from puna.generate import actor_critic
 from puna.generate.actor_critic import Critic, Models, Sampled
-from puna.generate.held_out import keep_answers, kept_policy, mean_score
+from puna.generate.held_out import Best, keep_answers, kept_policy, mean_score, publish
 from puna.generate.vllm import VLLMEngine
 from puna.losses import Moments
 from puna.run_folder import Metrics, Progress, RunFolder, read_metrics
@@ -237,14 +236,7 @@ def run(cfg: PPOConfig) -> Path:
             else:
                 state = measure(cfg, models, held_out, len(batches), state, folder.path)
         progress.close()
-        if state.best_reward == -math.inf:
-            raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
-        best = {"best_iteration": state.best_iteration, "held_out_reward": state.best_reward}
-        if parallel.is_main():
-            shutil.copytree(kept_policy(folder.path, state.best_iteration), model_path, dirs_exist_ok=True)
-            folder.mark_done("ppo", **best, left_out=left_out)
-            shutil.rmtree(folder.path / "best")
-        parallel.barrier()
+        publish(folder, "ppo", Best(state.best_iteration, state.best_reward), left_out=left_out)
         return model_path
 
 
