@@ -413,7 +413,7 @@ def test_the_guide(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     exec(compile(text.split("```python\n")[1].split("```")[0], "conformance.md", "exec"), {"__name__": "guide"})
     tables = [section.split("\n\n## ")[0] for section in text.split("\n## ")]
     tensors = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in tables[2].splitlines() if line[:2] == "| "))
-    assert set(tensors) == {name for names in conformance.SHAPES.values() for name in names.split()}
+    assert set(tensors) == {name for names in rollouts.SHAPES.values() for name in names.split()}
     details = dict(re.findall(r"^\| ([a-z]) \| (.+?) \|", tables[4], re.MULTILINE))
     assert details == {
         k: (f.__doc__ or "").removeprefix(f"{k}: ").removesuffix(".") for k, f in conformance.CHECKS.items()

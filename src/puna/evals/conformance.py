@@ -23,27 +23,6 @@ from puna.run_folder import write_atomically
 
 Array = npt.NDArray[Any]
 
-SHAPES = {
-    "B T": "tokens",
-    "B T-1": "action_mask logprobs reference_logprobs values rewards raw_advantages advantages returns",
-    "B": "finished scores bounded combined helpfulness",
-    "N": "sampled sampled_logprobs",
-    "L V": "logits",
-    "L 2": "logits_at",
-    "S 2": "alone_at",
-    "S": "alone_logprobs alone_rewards",
-    "R": "alone_score",
-    "P 2": "pass_at",
-    "P": "pass_logprobs pass_values pass_entropies",
-    "M": "pass_size",
-    "U": "update_size update_policy_loss update_value_loss update_clip_fraction update_approximate_kl update_entropy",
-    "2 W": "policy_weights",
-    "2 C": "critic_weights",
-    "D": "reward_head",
-    "K": "reference_scores",
-}
-"""The tensors of a dump by shape. A letter has one size; T is the tokens of the longest row."""
-
 
 @dataclass(frozen=True)
 class ConformanceConfig:
@@ -445,7 +424,7 @@ CHECKS: dict[str, Callable[[Shown], Finding]] = dict(
 
 def check(dump: Dump, tolerance: float = 1e-4, resumed: Dump | None = None) -> list[Verdict]:
     """The verdict on every detail. DataError where a tensor's shape does not fit the others'."""
-    check_shapes(dump)
+    rollouts.check(dump)
     shown, verdicts = Shown(dump, tolerance, resumed), []
     for letter, work in CHECKS.items():
         title = (work.__doc__ or "").removeprefix(f"{letter}: ").removesuffix(".")
@@ -455,51 +434,6 @@ def check(dump: Dump, tolerance: float = 1e-4, resumed: Dump | None = None) -> l
         except NotShown as missing:
             verdicts.append(Verdict(letter, title, None, str(missing)))
     return verdicts
-
-
-def check_shapes(dump: Dump) -> None:
-    """DataError where two tensors disagree about a size, or a place is outside the rollout."""
-    missing = [name for name in ("tokens", "action_mask") if name not in dump.tensors]
-    if missing:
-        raise DataError(f"the dump has no {' and no '.join(missing)}: nothing can be checked without")
-    sizes: dict[str, tuple[int, str]] = {}
-    for shape, names in SHAPES.items():
-        letters = shape.split()
-        for name in [name for name in names.split() if name in dump.tensors]:
-            x, said = dump.tensors[name], f"expected ({', '.join(letters)})"
-            if x.ndim != len(letters):
-                raise DataError(f"{name} has {x.ndim} dimensions, {said}")
-            for letter, size in zip(letters, x.shape, strict=True):
-                letter, size = ("T", size + 1) if letter == "T-1" else (letter, size)
-                known, where = sizes.setdefault(letter, (int(letter) if letter.isdigit() else size, name))
-                if size != known:
-                    raise DataError(f"{name} is {x.shape}, {said} where {letter} is {known} ({where})")
-    for name in ("logits_at", "alone_at", "pass_at"):
-        at = dump.tensors.get(name, np.zeros((0, 2)))
-        if at.size and ((at < 0).any() or (at >= (sizes["B"][0], sizes["T"][0] - 1)).any()):
-            raise DataError(f"{name} names places outside the rollout of {sizes['B'][0]} rows")
-
-    check_kinds(dump)
-
-
-INTEGERS = "tokens sampled logits_at alone_at pass_at pass_size update_size".split()
-NUMBERS = "temperature gamma lam beta kl_target kl_horizon clip value_clip score_clip advantage_clip".split()
-NUMBERS += "missing_eos_penalty critic_warmup iteration top_p top_k pad_id eos_id lr adam_eps beta_after".split()
-"""Tensors of ids, places and counts; facts that are numbers."""
-
-
-def check_kinds(dump: Dump) -> None:
-    """DataError where ids, places or counts are no integers, an id is outside the vocabulary, a fact is no number."""
-    for name in (name for name in INTEGERS if name in dump.tensors):
-        if dump.tensors[name].dtype.kind not in "iu":
-            raise DataError(f"{name} is {dump.tensors[name].dtype}: expected integers")
-    for name in (name for name in ("tokens", "sampled") if name in dump.tensors and "logits" in dump.tensors):
-        ids, size = dump.tensors[name], dump.tensors["logits"].shape[1]
-        if ids.size and (ids.min() < 0 or ids.max() >= size):
-            raise DataError(f"{name} has ids outside the vocabulary of {size} (logits)")
-    for name in (name for name in NUMBERS if name in dump.facts):
-        if isinstance(dump.facts[name], bool) or not isinstance(dump.facts[name], int | float):
-            raise DataError(f"rollout.json: {name} is {dump.facts[name]!r}: expected a number")
 
 
 def table(verdicts: list[Verdict]) -> str:
