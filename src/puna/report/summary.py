@@ -18,6 +18,7 @@ from typing import Any
 
 import puna
 from puna.config import ConfigError, DataError
+from puna.data.map_shards import n_cores
 from puna.evals import intervals
 from puna.run_folder import read_metrics
 from puna.text.printable import printable
@@ -315,10 +316,9 @@ def _samples(run: Path, names: list[str]) -> list[dict[str, Any]]:
 def _machine() -> dict[str, Any]:
     """What the report was written on, and so the run if its recipe wrote it."""
     cpu = re.search(r"^model name\s*:\s*(.+)$", _text("/proc/cpuinfo"), re.MULTILINE)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
-        "cores": cores,
+        "cores": n_cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "platform": platform.platform(),
     }
