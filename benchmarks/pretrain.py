@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puna import optim, parallel
+from puna import cli, optim, parallel
 from puna.data.shards import Shard
 from puna.model.transformer import ModelConfig, Transformer
 from puna.stages import pretrain
@@ -47,7 +47,7 @@ KEEPS = (
     "glibc.malloc.top_pad=268435456"
 )
 CONTENDERS: dict[str, dict[str, str]] = {
-    "puna": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "puna": cli.WAITING,
     "plain": {},
     "plain, memory kept": {"GLIBC_TUNABLES": KEEPS},
     "transformers": {},
@@ -65,9 +65,8 @@ def ours(shape: str) -> Step:
     """The stage's own update."""
     config, batch, length = SHAPES[shape]
     device = parallel.start()
-    model = Transformer(config)
-    model.init_weights(torch.Generator().manual_seed(0))
-    model = parallel.shard(model)
+    model = Transformer.without_weights(config)
+    model = parallel.place(model, model.initial_weights(torch.Generator().manual_seed(0)), device, precision="bf16")
     cfg = PretrainConfig(
         out=Path(), data=(), model=config, seq_len=length, batch_size=batch, micro_batch_size=batch, precision="bf16"
     )
@@ -223,7 +222,7 @@ def race(shape: str, names: list[str], rounds: int, steps: int, threads: int) ->
     for turn in range(rounds):
         for name in names:
             command = [sys.executable, __file__, "--alone", name, "--shapes", shape, "--steps", str(steps)]
-            inherited = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "OMP_WAIT_POLICY")}
+            inherited = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", *cli.WAITING)}
             env = inherited | {"OMP_NUM_THREADS": str(threads)} | CONTENDERS[name]
             out = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
             found[name].append(json.loads(out.splitlines()[-1]))

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from puna import optim, parallel
+from puna import cli, optim, parallel
 from puna.data import comparisons, packing, readers
 from puna.formats import gguf, huggingface
 from puna.model.reward import RewardModel
@@ -141,7 +141,7 @@ def race(settings: argparse.Namespace, work: Path) -> None:
     for number in range(settings.rounds):
         for side in SIDES:
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--work", str(work)]
-            environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE"}
+            environment = os.environ | cli.WAITING
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
             found[side].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1} of {settings.rounds}, {side}: {found[side][-1]}", flush=True)

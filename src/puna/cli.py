@@ -106,13 +106,18 @@ COMMANDS = {
 }
 
 
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
+"""How OpenMP's threads wait for each other: they spin a tenth of a millisecond at most, then sleep (docs/log.md). Those
+that spin on make a run many times slower beside any other process, those that never spin sleep in every small product.
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code; a mistake of the user's is one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    # Threads that spin while they wait make a run many times slower beside any other process (docs/log.md). The OpenMP
-    # runtime reads this when torch loads it, so it is set before the command's module is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not WAITING.keys() & os.environ.keys():
+        os.environ.update(WAITING)  # read when torch is loaded, by the import of the command's module
     signal.signal(signal.SIGTERM, _stop)
     if not debug:
         sys.excepthook = _say_briefly

@@ -367,18 +367,21 @@ def _replicate(module: nn.Module, mesh: DeviceMesh) -> None:
 def _in_multiples(hidden: Callable[..., Tensor], n: int) -> Callable[..., Tensor]:
     """`Transformer.hidden` over rows padded to a multiple of n tokens, for they are cut in n: the same (B, T, D).
 
-    No token looks at a pad; pads look everywhere, for a token must look somewhere.
+    No token looks at a pad, for pads stand behind; of packed rows they are a document a row of their own.
     """
 
-    def padded(tokens: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, **rest: Any) -> Tensor:
+    def padded(tokens: Tensor, *, positions: Tensor | None = None, documents: Any = None, **rest: Any) -> Tensor:
         length = tokens.shape[1]
         more = -length % n
         tokens = nn.functional.pad(tokens, (0, more))
         positions = None if positions is None else nn.functional.pad(positions, (0, more))
-        if mask is not None and more:
-            mask = nn.functional.pad(mask, (0, more, 0, more))
-            mask[:, :, length:] = True
-        return hidden(tokens, positions=positions, mask=mask, **rest)[:, :length]
+        if documents is not None and more:
+            rows, n_slots = len(tokens), sum(n * longest for n, longest in documents.sizes)
+            pads = torch.arange(n_slots, n_slots + rows * more, device=tokens.device).view(rows, more)
+            slots = torch.cat((documents.slots, pads), 1)
+            sizes, masks = (*documents.sizes, (rows, more)), (*documents.masks, None)
+            documents = documents._replace(slots=slots, sizes=sizes, masks=masks)
+        return hidden(tokens, positions=positions, documents=documents, **rest)[:, :length]
 
     return padded
 

@@ -13,18 +13,18 @@ from puna import losses
 from puna.data.packing import (
     acted_lengths,
     answer_steps,
+    apart,
     by_length,
     common,
     cut,
-    document_mask,
     pack,
     pack_pairs,
     pack_plan,
     pad_answers,
     pad_right,
     pair_length,
-    tree_mask,
 )
+from puna.model.transformer import Documents
 from puna.text import chat
 from puna.text.chat import Encoded
 from tests import helpers
@@ -40,7 +40,7 @@ def test_packed_losses_are_unpacked_losses() -> None:
     model, dialogs = helpers.model(), encoded(9)
     rows = pack(dialogs, 200)
     assert len(rows.tokens) < len(dialogs)
-    logits = model(rows.tokens, positions=rows.positions, mask=document_mask(rows.documents))[:, :-1]
+    logits = model(rows.tokens, positions=rows.positions, documents=apart(rows.documents))[:, :-1]
     packed = losses.token_logprobs(logits, rows.tokens[:, 1:])[rows.mask[:, 1:]]
     alone = []
     for dialog in dialogs:
@@ -54,7 +54,7 @@ def test_no_attention_across_dialogs() -> None:
     model, rows = helpers.model(), pack(encoded(9), 200)
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
-        return model(tokens, positions=rows.positions, mask=document_mask(rows.documents))[0]
+        return model(tokens, positions=rows.positions, documents=apart(rows.documents))[0]
 
     first, second = rows.documents[0] == 0, rows.documents[0] == 1
     assert first.any() and second.any()
@@ -65,11 +65,27 @@ def test_no_attention_across_dialogs() -> None:
     assert not torch.equal(before[first], after[first])
 
 
-def test_document_mask() -> None:
+def seen(documents: Documents) -> torch.Tensor:
+    """(B, T, T): True where a token's attention may look."""
+    slots, shape = documents.slots.flatten(), documents.slots.shape
+    all_slots = sum(n * longest for n, longest in documents.sizes)
+    looks = torch.zeros(all_slots, all_slots, dtype=torch.bool)
+    begin = 0
+    for (n, longest), mask in zip(documents.sizes, documents.masks, strict=True):
+        for i in range(n):
+            end = begin + longest
+            looks[begin:end, begin:end] = torch.ones(longest, longest).tril() if mask is None else mask[i, 0]
+            begin = end
+    assert len(slots.unique()) == len(slots), "two tokens have one slot"
+    of_all = looks[slots][:, slots].view(*shape, *shape)
+    rows = torch.arange(len(documents.slots))
+    assert of_all.sum() == of_all[rows, :, rows].sum(), "a token looks into another row"
+    return of_all[rows, :, rows]
+
+
+def test_documents_by_hand() -> None:
     # Two tokens of one dialog, one of the next, a pad.
-    mask = document_mask(torch.tensor([[0, 0, 1, -1]]))
-    assert mask.shape == (1, 1, 4, 4)
-    assert mask[0, 0].tolist() == [
+    assert seen(apart(torch.tensor([[0, 0, 1, -1]])))[0].tolist() == [
         [True, False, False, False],
         [True, True, False, False],
         [False, False, True, False],
@@ -134,9 +150,26 @@ def test_answer_steps_by_hand() -> None:
     assert steps.answers.tolist() == [0, 2, 2, 1, 3]
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(1, 150), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_like_lengths_stand_together_and_no_document_sees_another(lengths: list[list[int]]) -> None:
+    rows = [[i for i, n in enumerate(row) for _ in range(n)] for row in lengths]
+    width = max(map(len, rows))
+    documents = torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+    layout = apart(documents)
+    expected = (documents[:, :, None] == documents[:, None, :]).tril()
+    assert torch.equal(seen(layout), expected)
+    assert layout.masks == (None,) * len(layout.sizes)
+    held = [n for row in lengths for n in row] + [width - len(row) for row in rows if len(row) < width]
+    for _, longest in layout.sizes:
+        assert longest in held
+    assert sum(n for n, _ in layout.sizes) == len(held)
+    assert sum(n * longest for n, longest in layout.sizes) <= sum(max(2 * n, 64) for n in held)
+
+
 def test_tree_mask_by_hand() -> None:
     documents, branches = torch.tensor([[0, 0, 0, 1, -1]]), torch.tensor([[0, 1, 2, 0, 0]])
-    assert tree_mask(documents, branches)[0, 0].tolist() == [
+    assert seen(apart(documents, branches))[0].tolist() == [
         [True, False, False, False, False],
         [True, True, False, False, False],
         [True, False, True, False, False],  # the rejected answer sees the prompt and itself
@@ -152,15 +185,15 @@ TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 @given(st.lists(st.tuples(TOKENS, TOKENS), min_size=1, max_size=9))
 def test_pack_pairs_keeps_both_answers_whole(pairs: list[tuple[list[int], list[int]]]) -> None:
     packed = pack_pairs(pairs)
-    mask = tree_mask(packed.documents, packed.branches)[:, 0]
+    mask = seen(apart(packed.documents, packed.branches))
     assert packed.tokens.shape[1] == max(pair_length(*pair) for pair in pairs)
     for i, pair in enumerate(pairs):
         assert common(*pair) < min(map(len, pair))
         for answer in (0, 1):
             row, column = packed.ends[answer, i]
-            seen = mask[row, column]
-            assert packed.tokens[row][seen].tolist() == pair[answer]
-            assert packed.positions[row][seen].tolist() == list(range(len(pair[answer])))
+            read = mask[row, column]
+            assert packed.tokens[row][read].tolist() == pair[answer]
+            assert packed.positions[row][read].tolist() == list(range(len(pair[answer])))
 
 
 def test_pad_right() -> None:

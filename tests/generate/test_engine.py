@@ -13,7 +13,7 @@ from puna.config import ConfigError, DataError
 from puna.generate import scheduler
 from puna.generate.engine import LocalEngine
 from puna.generate.sampling import Sampling
-from puna.model.transformer import Cache, Transformer
+from puna.model.transformer import Cache, Documents, Transformer
 from puna.types import Completion, Dialog
 from tests import helpers
 
@@ -59,9 +59,14 @@ class Parrot(Transformer):
         self.register_buffer("said", 100.0 * nn.functional.one_hot(said, helpers.VOCAB), persistent=False)
 
     def hidden(
-        self, tokens: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None, cache: Cache | None = None
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        documents: Documents | None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
-        super().hidden(tokens, positions=positions, mask=mask, cache=cache)  # fills the cache
+        super().hidden(tokens, positions=positions, documents=documents, cache=cache)  # fills the cache
         return self.said[positions]  # type: ignore[no-any-return]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from puna.data.packing import apart
 from puna.generate import kv_cache
 from puna.generate.kv_cache import BLOCK, BlockCache, DecodePass, Full, PromptPass, blocks_of
 from puna.model.transformer import Transformer
@@ -145,16 +146,15 @@ def test_a_prompt_computed_twice_is_remembered_once() -> None:
 
 
 @torch.inference_mode()
-def test_left_padding_is_right_padding_given_positions_and_mask() -> None:
+def test_left_padding_is_right_padding_given_positions_and_documents() -> None:
     model = helpers.model()
     longest = max(map(len, PROMPTS))
     left = torch.tensor([[0] * (longest - len(p)) + p for p in PROMPTS])
     right = torch.tensor([p + [0] * (longest - len(p)) for p in PROMPTS])
     pads = torch.tensor([longest - len(p) for p in PROMPTS])[:, None]
     positions = (torch.arange(longest) - pads).clamp(min=0)
-    causal = torch.ones(longest, longest, dtype=torch.bool).tril()
-    seen = causal & (torch.arange(longest) >= pads)[:, None, :] | torch.eye(longest, dtype=torch.bool)
-    from_left = model(left, positions=positions, mask=seen[:, None])
+    real = (torch.arange(longest) >= pads).long()
+    from_left = model(left, positions=positions, documents=apart(real))
     from_right = model(right)
     for row, prompt in enumerate(PROMPTS):
         torch.testing.assert_close(from_left[row, -len(prompt) :], from_right[row, : len(prompt)], atol=1e-5, rtol=0)

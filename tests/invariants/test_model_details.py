@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from puna.data.packing import pad_right
+from puna.data.packing import apart, pad_right
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import Scorer, sequence_logprobs
 from puna.model.reward import RewardModel
@@ -27,8 +27,7 @@ def test_c_positions_follow_the_mask_under_left_padding() -> None:
     left = torch.tensor([[0] * (width - len(row)) + row for row in ROWS])
     real = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in ROWS])
     positions = (real.cumsum(1) - 1).clamp(min=0)
-    mask = (torch.ones(width, width, dtype=torch.bool).tril() & real[:, None, :]) | torch.eye(width, dtype=torch.bool)
-    padded = model(left, positions=positions, mask=mask[:, None])
+    padded = model(left, positions=positions, documents=apart(real.long()))
     right = model(pad_right(ROWS)[0])
     for i, row in enumerate(ROWS):
         alone = model(torch.tensor([row]))[0]

@@ -12,7 +12,16 @@ from torch import Tensor
 from puna.config import ConfigError
 from puna.data import packing
 from puna.model.sizes import LLAMA_2, SIZES, cache_bytes, ffn_hidden, with_kv_heads
-from puna.model.transformer import ModelConfig, RMSNorm, Transformer, attend, attend_short, rotary_table, rotate
+from puna.model.transformer import (
+    ModelConfig,
+    RMSNorm,
+    Transformer,
+    attend,
+    attend_apart,
+    attend_short,
+    rotary_table,
+    rotate,
+)
 from tests import helpers
 
 TOKENS = torch.tensor([[1, 300, 301, 302, 303, 304, 305]])
@@ -169,12 +178,33 @@ def test_attend_gives_query_heads_their_key_head() -> None:
 def test_attend_short_is_attention() -> None:
     q, k, v = (torch.randn(2, 3, 6, 8, requires_grad=True) for _ in range(3))
     documents = torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, 0, 0, 0, 0]])
-    for mask in (None, packing.document_mask(documents)):
+    for mask in (None, (documents[:, None, :, None] == documents[:, None, None, :]).tril()):
         expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         actual = attend_short(q, k, v, mask)
         close(actual, expected, 1e-6)
         for mine, theirs in zip(
             torch.autograd.grad(actual.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)), strict=True
+        ):
+            close(mine, theirs, 1e-5)
+
+
+def test_attention_apart_is_attention_under_the_whole_mask() -> None:
+    documents = torch.cat((torch.zeros(70), torch.ones(9), torch.full((21,), -1))).long().repeat(2, 1)
+    documents[1, 30:] = 3
+    branches = (torch.arange(100) % 100 >= 60).long() + (torch.arange(100) >= 65)
+    branches = branches.expand(2, -1)
+    q, k, v = (torch.randn(2, heads, 100, 8, requires_grad=True) for heads in (4, 2, 2))
+    same = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
+    tree = (branches[:, None, None, :] == 0) | (branches[:, None, :, None] == branches[:, None, None, :])
+    for layout, mask in ((packing.apart(documents), same), (packing.apart(documents, branches), same & tree)):
+        assert len(layout.sizes) == 2, "long ones and short ones"
+        actual, expected = attend_apart(q, k, v, layout), attend(q, k, v, mask)
+        close(actual, expected, 1e-6)
+        weight = torch.randn_like(actual)
+        for mine, theirs in zip(
+            torch.autograd.grad((actual * weight).sum(), (q, k, v)),
+            torch.autograd.grad((expected * weight).sum(), (q, k, v)),
+            strict=True,
         ):
             close(mine, theirs, 1e-5)
 
@@ -210,11 +240,9 @@ def test_padding_left_right_or_none() -> None:
     close(right[:, :n], alone)
     left = F.pad(TOKENS, (pads, 0), value=pad)
     real = F.pad(torch.ones(1, n, dtype=torch.bool), (pads, 0))
-    causal = torch.ones(n + pads, n + pads, dtype=torch.bool).tril()
-    mask = (causal & real[:, None, :]) | torch.eye(n + pads, dtype=torch.bool)
     positions = (real.cumsum(1) - 1).clamp(min=0)
-    close(model(left, positions=positions, mask=mask[:, None])[:, pads:], alone)
-    assert (model(left)[:, pads:] - alone).abs().max() > 1e-3, "without positions and mask pads are seen"
+    close(model(left, positions=positions, documents=packing.apart(real.long()))[:, pads:], alone)
+    assert (model(left)[:, pads:] - alone).abs().max() > 1e-3, "taken for one document, pads are seen"
 
 
 def test_only_runs_the_head_where_asked() -> None:

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from puna import parallel
+from puna.model.transformer import Documents
 from puna.text.chat import Encoded
+
+LEAST = 64  # tokens: shorter documents are attended over together, for groups cost time as well
 
 
 class Packed(NamedTuple):
@@ -76,11 +79,39 @@ def pack(dialogs: Sequence[Encoded], seq_len: int) -> Packed:
     return Packed(*(torch.from_numpy(field) for field in (tokens, mask, documents, positions)))
 
 
-def document_mask(documents: Tensor) -> Tensor:
-    """(B, T) -> (B, 1, T, T): True where a token may look at an earlier token of its own dialog, and at itself."""
-    same = documents[:, :, None] == documents[:, None, :]
-    causal = torch.ones(same.shape[-2:], dtype=torch.bool, device=documents.device).tril()
-    return (same & causal)[:, None]
+def apart(documents: Tensor, branches: Tensor | None = None) -> Documents:
+    """How to attend within each of the documents (B, T) alone; with `branches` (B, T), as `PackedPairs` has them, no
+    token of one answer looks at the other's. Equal numbers side by side are one document, and pads are as well.
+
+    A group's documents have more than half of its longest one's tokens, or LEAST at most.
+    """
+    starts = torch.ones_like(documents, dtype=torch.bool)
+    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    begins = starts.flatten().nonzero()[:, 0]
+    lengths = torch.diff(begins, append=begins.new_tensor([documents.numel()]))
+    kinds = torch.clamp(lengths, min=LEAST).sub(1).log2().floor()  # by powers of two
+    place = torch.empty_like(begins)  # of each document's first token among the groups'
+    sizes: list[tuple[int, int]] = []
+    n_slots = 0
+    for kind in torch.unique(kinds):
+        members = (kinds == kind).nonzero()[:, 0]
+        n, longest = len(members), int(lengths[members].max())
+        place[members] = n_slots + longest * torch.arange(n, device=place.device)
+        sizes.append((n, longest))
+        n_slots += n * longest
+    slots = torch.arange(documents.numel(), device=place.device) + (place - begins).repeat_interleave(lengths)
+    masks: list[Tensor | None] = [None] * len(sizes)
+    if branches is not None:
+        held = branches.new_zeros(n_slots).index_copy(0, slots, branches.flatten())
+        groups = torch.split(held, [n * longest for n, longest in sizes])
+        masks = [_tree(group.view(size)) for group, size in zip(groups, sizes, strict=True)]
+    return Documents(slots.view_as(documents), tuple(sizes), tuple(masks))
+
+
+def _tree(branches: Tensor) -> Tensor:
+    """(N, L) -> (N, 1, L, L): True where a token may look at an earlier one of its branch or of what comes before."""
+    seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
+    return seen.tril()[:, None]
 
 
 class PackedPairs(NamedTuple):
@@ -129,12 +160,6 @@ def pack_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> PackedPa
                 if branch:
                     ends[branch - 1, i] = row, end - 1
     return PackedPairs(*(torch.from_numpy(field) for field in (tokens, documents, branches, positions, ends)))
-
-
-def tree_mask(documents: Tensor, branches: Tensor) -> Tensor:
-    """(B, T) each -> (B, 1, T, T): as `document_mask`, but no token of one answer may look at the other's."""
-    seen = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
-    return document_mask(documents) & seen[:, None]
 
 
 class AnswerSteps(NamedTuple):

@@ -12,18 +12,6 @@ struct Settings {  // a number a row; kernel.py's structure of that name
     const bool *cuts, *greedy;
 };
 
-// e^x for x <= 0 to a few parts in 10^7, and 0 below -87.
-static Floats exponential(Floats x) {
-    constexpr float ROUNDS = 12582912;  // 1.5 * 2^23: added to a number, it leaves the nearest whole one in the low bits
-    Floats held = multiply_add(x < all(-87) ? all(-87) : x, all(1.44269504f), all(ROUNDS)), whole = held - all(ROUNDS);
-    Floats rest = multiply_add(whole, all(-0.693359375f), x), y = all(1.9875691500e-4f);  // log 2 in two parts
-    rest = multiply_add(whole, all(2.12194440e-4f), rest);
-    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-        y = multiply_add(y, rest, all(next));
-    y = multiply_add(y, rest * rest, rest) + all(1);
-    return x < all(-87) ? all(0) : (Floats)((Ints)y + ((Ints)held << 23));
-}
-
 class Row {
     static constexpr int CHUNK = 1024, SHIFT = 19, BINS = (0x3f800000 >> SHIFT) + 1;  // a weight is at most 1
     struct Candidate { float weight; int32_t token; };

@@ -73,6 +73,18 @@ static float one(float x) { return x; }
 static float one(int8_t x) { return x; }
 static float one(Bf16 x) { uint32_t bits = (uint32_t)x.bits << 16; float y; memcpy(&y, &bits, 4); return y; }
 
+// e^x for x <= 0 to a few parts in 10^7, and 0 below -87.
+static Floats exponential(Floats x) {
+    constexpr float ROUNDS = 12582912;  // 1.5 * 2^23: added to a number, it leaves the nearest whole one in the low bits
+    Floats held = multiply_add(x < all(-87) ? all(-87) : x, all(1.44269504f), all(ROUNDS)), whole = held - all(ROUNDS);
+    Floats rest = multiply_add(whole, all(-0.693359375f), x), y = all(1.9875691500e-4f);  // log 2 in two parts
+    rest = multiply_add(whole, all(2.12194440e-4f), rest);
+    for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+        y = multiply_add(y, rest, all(next));
+    y = multiply_add(y, rest * rest, rest) + all(1);
+    return x < all(-87) ? all(0) : (Floats)((Ints)y + ((Ints)held << 23));
+}
+
 // Threads that share a step's work. They spin while a step lasts and sleep between steps. Work is taken chunk by chunk,
 // and only chunks that a thread took are waited for. Where other programs displace threads in the middle of one, half
 // of the threads sit the next steps out: a step on all of them would wait for the scheduler again and again.

@@ -128,19 +128,12 @@ static void rotate(float *x, const float *table, int heads, int width) {
         }
 }
 
-// y += a x
-template <class W> static void add_scaled(float a, const W *x, int count, float *y) {
-    int i = 0;
-    for (; i + LANES <= count; i += LANES) store(y + i, multiply_add(all(a), load(x + i), load(y + i)));
-    for (; i < count; i++) y[i] += a * one(x[i]);
-}
-
 // Attention of one head's query q (E,) over positions 0..last of a row, whose keys and values lie in these pages.
 template <class C>
 static void attend(const float *q, const Cache &cache, int layer, int head, const int64_t *pages, int64_t last, int width,
                    float *out) {
-    static thread_local std::vector<float> scores;
-    scores.resize(last + 1);
+    static thread_local std::vector<float> weights;
+    weights.assign((last / LANES + 1) * LANES, -INFINITY);
     auto over_places = [&](const void *base, auto f) {
         for (int64_t s = 0; s <= last;) {
             const C *at = (const C *)base + pages[s / cache.page] * cache.page_stride + head * cache.head_stride;
@@ -148,18 +141,32 @@ static void attend(const float *q, const Cache &cache, int layer, int head, cons
         }
     };
     const float scale = 1 / std::sqrt((float)width);
-    float highest = -INFINITY, total = 0;
+    float highest = -INFINITY;
     over_places(cache.keys[layer], [&](int64_t s, const C *key) {
-        dots<1>(q, key, width, &scores[s]);
-        highest = std::max(highest, scores[s] *= scale);
+        dots<1>(q, key, width, &weights[s]);
+        highest = std::max(highest, weights[s] *= scale);
     });
-    std::fill_n(out, width, 0.0f);
-    over_places(cache.values[layer], [&](int64_t s, const C *value) {
-        float weight = std::exp(scores[s] - highest);
-        total += weight;
-        add_scaled(weight, value, width, out);
-    });
-    for (int i = 0; i < width; i++) out[i] /= total;
+    Floats totals = all(0);
+    for (size_t s = 0; s < weights.size(); s += LANES) {
+        Floats weight = exponential(load(&weights[s]) - all(highest));
+        store(&weights[s], weight), totals += weight;
+    }
+    const float total = sum(totals);
+    int i = 0;
+    auto part = [&](auto count) {  // the next numbers of the output, summed in so many registers
+        Floats sums[count] = {};
+        over_places(cache.values[layer], [&](int64_t s, const C *value) {
+            for (int n = 0; n < count; n++) sums[n] = multiply_add(all(weights[s]), load(value + i + n * LANES), sums[n]);
+        });
+        for (int n = 0; n < count; n++, i += LANES) store(out + i, sums[n] / all(total));
+    };
+    while (i + 4 * LANES <= width) part(std::integral_constant<int, 4>());
+    while (i + LANES <= width) part(std::integral_constant<int, 1>());
+    for (; i < width; i++) {
+        float sum_of_one = 0;
+        over_places(cache.values[layer], [&](int64_t s, const C *value) { sum_of_one += weights[s] * one(value[i]); });
+        out[i] = sum_of_one / total;
+    }
 }
 
 template <class C>

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from puna import parallel
 from puna.config import ConfigError
 from puna.generate import kernel
-from puna.model.transformer import Cache, Transformer
+from puna.model.transformer import Cache, Documents, Transformer
 
 Kind = Literal["fp32", "bf16", "int8", "int4"]
 
@@ -127,25 +127,29 @@ class PackedTransformer(Transformer):
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        documents: Documents | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         states = self._step(tokens, positions, cache, head=False)
-        return super().hidden(tokens, positions=positions, mask=mask, cache=cache) if states is None else states
+        return (
+            super().hidden(tokens, positions=positions, documents=documents, cache=cache) if states is None else states
+        )
 
     def forward(
         self,
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        documents: Documents | None = None,
         cache: Cache | None = None,
         only: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
         logits = self._step(tokens, positions, cache, head=True) if only is None and targets is None else None
         if logits is None:
-            return super().forward(tokens, positions=positions, mask=mask, cache=cache, only=only, targets=targets)
+            return super().forward(
+                tokens, positions=positions, documents=documents, cache=cache, only=only, targets=targets
+            )
         return logits
 
     def _step(self, tokens: Tensor, positions: Tensor | None, cache: object, head: bool) -> Tensor | None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from puna.model.transformer import ModelConfig, Transformer
+from puna.model.transformer import Documents, ModelConfig, Transformer
 
 
 class ScalarHead(nn.Linear):
@@ -60,9 +60,9 @@ class RewardModel(nn.Module):
         with torch.no_grad():
             self.score.weight.copy_(initial_head(self.config.dim, generator))
 
-    def values(self, tokens: Tensor, *, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """A score after every token, (B, T) float32; `positions` and `mask` as in `Transformer.forward`."""
-        return self.score(self.body.hidden(tokens, positions=positions, mask=mask))  # type: ignore[no-any-return]
+    def values(self, tokens: Tensor, *, positions: Tensor | None = None, documents: Documents | None = None) -> Tensor:
+        """A score after every token, (B, T) float32; `positions` and `documents` as in `Transformer.forward`."""
+        return self.score(self.body.hidden(tokens, positions=positions, documents=documents))  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         last = self.body.hidden(tokens)[torch.arange(len(tokens), device=tokens.device), lengths - 1]  # (B, D)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,17 @@ class ModelConfig:
         layer = attention + feed_forward + 2 * self.dim
         embeddings = self.vocab_size * self.dim * (1 if self.tie_embeddings else 2)
         return embeddings + self.n_layers * layer + self.dim
+
+
+class Documents(NamedTuple):
+    """The documents of packed rows: none sees another, so those of like length are attended over together, apart.
+
+    A group holds N documents, padded on the right to the L tokens of its longest.
+    """
+
+    slots: Tensor  # (B, T) int64: each token's place among the tokens of all groups, one after the other
+    sizes: tuple[tuple[int, int], ...]  # (N, L) of each group
+    masks: tuple[Tensor | None, ...]  # of each group (N, 1, L, L), True where a query may look; None: causal
 
 
 class Cache(Protocol):
@@ -133,6 +144,24 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
     return weights @ v
 
 
+def attend_apart(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Attention of q (B, H, T, E) over k, v (B, K, T, E) within each document: (B, H, T, E).
+
+    What it holds grows with the documents' lengths squared, not with the rows', and a causal group has no mask at all.
+    """
+    slots, groups = documents.slots.flatten(), [n * length for n, length in documents.sizes]
+
+    def grouped(x: Tensor) -> tuple[Tensor, ...]:  # of each group (N, heads, L, E)
+        tokens = x.transpose(1, 2).flatten(0, 1)
+        held = tokens.new_zeros(sum(groups), *tokens.shape[1:]).index_copy(0, slots, tokens)
+        parts = zip(torch.split(held, groups), documents.sizes, strict=True)
+        return tuple(part.view(*size, *part.shape[1:]).transpose(1, 2) for part, size in parts)
+
+    parts = zip(grouped(q), grouped(k), grouped(v), documents.masks, strict=True)
+    outs = torch.cat([attend(*part).transpose(1, 2).flatten(0, 1) for part in parts])  # a row a slot (heads, E)
+    return outs.index_select(0, slots).view(*documents.slots.shape, *outs.shape[1:]).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Grouped-query attention (paper A.2.1) without biases."""
 
@@ -144,12 +173,15 @@ class Attention(nn.Module):
         self.wv = nn.Linear(config.dim, config.n_kv_heads * config.head_dim, bias=False)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, table: Tensor, documents: Documents | None, cache: Cache | None, layer: int) -> Tensor:
         q = self.wq(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H, T, E)
         k = self.wk(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, T, E)
         v = self.wv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, K, T, E)
         q, k = rotate(q, table), rotate(k, table)
-        out = attend(q, k, v, mask) if cache is None else cache.attend(layer, q, k, v)
+        if cache is not None:
+            out = cache.attend(layer, q, k, v)
+        else:
+            out = attend(q, k, v) if documents is None else attend_apart(q, k, v, documents)
         return self.wo(out.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]  # (B, T, D)
 
 
@@ -181,16 +213,16 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, table: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), table, mask, cache, layer)
+    def forward(self, x: Tensor, table: Tensor, documents: Documents | None, cache: Cache | None, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), table, documents, cache, layer)
         return x + self.feed_forward(self.ffn_norm(x))  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):
     """A decoder-only language model.
 
-    `forward(tokens (B, T)) -> logits (B, T, V)`. Without `mask` attention is causal; a mask (B, 1, T, S) is True where
-    a query may look, which is somewhere. `positions` (B, T) defaults to 0..T-1; a cache needs them and no mask.
+    `forward(tokens (B, T)) -> logits (B, T, V)`. Attention is causal, within each of the `documents` where rows are
+    packed. `positions` (B, T) defaults to 0..T-1; a cache needs them and no documents.
     With `only` (B, T) bool the head runs at those N tokens alone, and the logits are (N, V). With `targets`, (B, T) or
     (N,), the sum of -log p(target) comes in place of logits, a float32 scalar; large logits never exist as a whole.
     """
@@ -242,7 +274,7 @@ class Transformer(nn.Module):
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        documents: Documents | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """The last layer's normalised states (B, T, D); arguments as `forward`."""
@@ -253,7 +285,7 @@ class Transformer(nn.Module):
             table = self.rotary[positions].unsqueeze(1)  # (B, 1, T, E/2, 2)
         x = self.tok_embeddings(tokens)
         for i, layer in enumerate(self.layers):
-            x = layer(x, table, mask, cache, i)
+            x = layer(x, table, documents, cache, i)
         return self.norm(x)  # type: ignore[no-any-return]
 
     def head(self) -> Tensor:
@@ -265,12 +297,12 @@ class Transformer(nn.Module):
         tokens: Tensor,
         *,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        documents: Documents | None = None,
         cache: Cache | None = None,
         only: Tensor | None = None,
         targets: Tensor | None = None,
     ) -> Tensor:
-        hidden = self.hidden(tokens, positions=positions, mask=mask, cache=cache)
+        hidden = self.hidden(tokens, positions=positions, documents=documents, cache=cache)
         hidden = hidden if only is None else hidden[only]
         if targets is not None and targets.numel() * self.config.vocab_size > LARGE:
             return chunked_loss(hidden.flatten(0, -2), self.head(), targets.flatten())

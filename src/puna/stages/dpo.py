@@ -184,14 +184,14 @@ def log_ratios(
     packed = packing.pack_pairs(pairs)
     rows, before, columns, answers = (part.to(device) for part in packing.answer_steps(pairs, packed))
     tokens, documents, branches, positions, _ = (part.to(device) for part in packed)
-    mask = packing.tree_mask(documents, branches)
+    within = packing.apart(documents, branches)
     only = torch.zeros_like(tokens, dtype=torch.bool)
     only[rows, before] = True
     place = (only.flatten().cumsum(0) - 1).view_as(tokens)[rows, before]  # (N,) which of the logits predicts a token
 
     def logprobs(model: Transformer) -> Tensor:
         with parallel.autocast(cfg.precision, device):
-            logits = model(tokens, positions=positions, mask=mask, only=only)
+            logits = model(tokens, positions=positions, documents=within, only=only)
         per_token = losses.token_logprobs(logits[place], tokens[rows, columns])  # (N,)
         return torch.zeros(2 * len(pairs), device=device).index_add(0, answers, per_token)
 

@@ -244,7 +244,8 @@ def scores(model: RewardModel, batch: Sequence[Pair], device: torch.device) -> t
     """Raw scores of the chosen and of the rejected answers, (B,) each, in one forward pass that reads prompts once."""
     packed = packing.pack_pairs([(pair.chosen, pair.rejected) for pair in batch])
     tokens, documents, branches, positions, ends = (part.to(device) for part in packed)
-    values = model.values(tokens, positions=positions, mask=packing.tree_mask(documents, branches))  # (rows, T)
+    within = packing.apart(documents, branches)
+    values = model.values(tokens, positions=positions, documents=within)  # (rows, T)
     chosen, rejected = values[ends[..., 0], ends[..., 1]]
     return chosen, rejected
 

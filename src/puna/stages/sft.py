@@ -134,9 +134,9 @@ def update(cfg: SFTConfig, model: Transformer, batch: Packed, device: torch.devi
         rows = Packed(*(tensor[begin : begin + cfg.micro_batch_size].to(device) for tensor in mine))
         next_counts = F.pad(rows.mask[:, 1:], (0, 1))  # (B, T): True where the following token is counted
         with parallel.autocast(cfg.precision, device):
-            mask = packing.document_mask(rows.documents)
             targets = rows.tokens[:, 1:][rows.mask[:, 1:]]  # (N,)
-            loss = model(rows.tokens, positions=rows.positions, mask=mask, only=next_counts, targets=targets) / count
+            inputs = {"positions": rows.positions, "documents": packing.apart(rows.documents)}
+            loss = model(rows.tokens, **inputs, only=next_counts, targets=targets) / count
         parallel.backward(loss)
         total += loss.detach()
     return float(parallel.total(total))
