@@ -107,8 +107,8 @@ COMMANDS = {
 
 
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "3000"}
-"""How OpenMP's threads wait for each other: they spin a tenth of a millisecond at most, then sleep (docs/log.md). Those
-that spin on make a run many times slower beside any other process, those that never spin sleep in every small product.
+"""How OpenMP's threads wait for each other: they spin for a moment, then sleep (docs/log.md). Those that spin on
+make a run many times slower beside any other process, those that never spin sleep in every small product.
 """
 
 

@@ -191,8 +191,7 @@ def test_attend_short_is_attention() -> None:
 def test_attention_apart_is_attention_under_the_whole_mask() -> None:
     documents = torch.cat((torch.zeros(70), torch.ones(9), torch.full((21,), -1))).long().repeat(2, 1)
     documents[1, 30:] = 3
-    branches = (torch.arange(100) % 100 >= 60).long() + (torch.arange(100) >= 65)
-    branches = branches.expand(2, -1)
+    branches = ((torch.arange(100) >= 60).long() + (torch.arange(100) >= 65)).expand(2, -1)
     q, k, v = (torch.randn(2, heads, 100, 8, requires_grad=True) for heads in (4, 2, 2))
     same = (documents[:, None, :, None] == documents[:, None, None, :]).tril()
     tree = (branches[:, None, None, :] == 0) | (branches[:, None, :, None] == branches[:, None, None, :])
