@@ -72,6 +72,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, steps: int, tie:
     assert train(plain, plain_optimizer, 3) == expected
 
 
+def test_one_process_saves_and_loads_without_collectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = model_and_optimizer()  # its group of one process stands
+    for name in ("gather_object", "scatter_object_list", "broadcast_object_list", "all_gather_object"):
+        monkeypatch.setattr(torch.distributed, name, lambda *args, **kwargs: pytest.fail("a collective of one"))
+    assert torch.distributed.is_initialized()
+    checkpoint.load(checkpoint.save(tmp_path, 1, model, optimizer), model, optimizer)
+
+
 def test_model_alone(tmp_path: Path) -> None:
     model = RewardModel(Transformer(TINY))
     path = checkpoint.save(tmp_path, 7, model)

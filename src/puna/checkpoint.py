@@ -341,19 +341,21 @@ def _hashes(folder: Path, names: list[str]) -> dict[str, str]:
 
 
 def _alone() -> bool:
-    """Whether there is no process group, not even of one."""
-    return not dist.is_initialized()
+    """Whether nobody else takes part. Collectives of one process would cost the training its spinning threads:
+    gloo's thread copies with OpenMP threads of its own, and more threads than cores do not spin (docs/log.md).
+    """
+    return parallel.world_size() == 1
 
 
 @functools.cache
 def _group() -> dist.ProcessGroup | None:
     """All ranks, for what goes on beside the training's collectives."""
-    return None if parallel.world_size() == 1 else dist.new_group(backend="gloo")
+    return None if _alone() else dist.new_group(backend="gloo")
 
 
 def _on_all_ranks(work: Callable[[], T]) -> list[T]:
     """Every rank's result; if the work fails on one rank it fails on all, so that none waits for another."""
-    if parallel.world_size() == 1:
+    if _alone():
         return [work()]
     outcome: T | Exception
     try:
