@@ -6,7 +6,8 @@ Prompts of 128 tokens and 128 new ones, greedy. All contenders take turns in one
 does falls on each; numbers are medians over the rounds. A step must read every weight once: beside tokens/s stands
 that traffic as a share of the rate at which torch sums a large tensor, measured between the turns.
 
-`OMP_WAIT_POLICY=PASSIVE`, which `puna` sets, makes llama.cpp three times slower on two threads: run it without, too.
+How OpenMP's threads wait is the caller's choice: as torch does by default, or as `puna.cli.WAITING`, which `puna` sets.
+`OMP_WAIT_POLICY=PASSIVE` alone makes llama.cpp three times slower on two threads.
 
 llama.cpp runs where llama-cpp-python is installed, from the same weights written as BF16 and Q8_0; its Q8_0 has a
 float16 scale for 32 numbers where our int8 has one for an output channel.

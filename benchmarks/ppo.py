@@ -231,6 +231,8 @@ def work(settings: argparse.Namespace) -> None:
 
 def race(settings: argparse.Namespace, folder: Path) -> None:
     """Starts the contenders by turns and prints medians, and each iteration as a multiple of Puna's."""
+    from puna import cli
+
     pythons = {"puna": sys.executable, "trl-ppo": settings.trl_ppo, "trl-grpo": settings.trl_grpo}
     seen: dict[str, list[Seconds]] = {name: [] for name, python in pythons.items() if python}
     told = [f"--{name}={getattr(settings, name)}" for name in ("new", "epochs", "iterations", "threads")]
@@ -242,7 +244,8 @@ def race(settings: argparse.Namespace, folder: Path) -> None:
     for turn in range(settings.rounds):
         for name in seen:
             command = [str(pythons[name]), __file__, settings.model, "--worker", name, "--folder", str(folder), *told]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            waiting = cli.WAITING if name == "puna" else {}
+            done = subprocess.run(command, env=environment | waiting, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr}")
             seen[name] += json.loads(done.stdout.splitlines()[-1])

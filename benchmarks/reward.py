@@ -141,7 +141,7 @@ def race(settings: argparse.Namespace, work: Path) -> None:
     for number in range(settings.rounds):
         for side in SIDES:
             command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--work", str(work)]
-            environment = os.environ | cli.WAITING
+            environment = os.environ | (cli.WAITING if side == "puna" else {})
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
             found[side].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1} of {settings.rounds}, {side}: {found[side][-1]}", flush=True)

@@ -20,7 +20,7 @@ from puna.generate.weights import Kind, PackedTransformer, Pages
 from puna.model.transformer import ModelConfig, Transformer
 from tests import helpers
 
-STUB = 'extern "C" void puna_step() {} extern "C" void puna_sample() {}'
+STUB = "".join(f'extern "C" void puna_{name}() {{}}' for name in ("step", "most", "sample"))
 ODD: dict[str, int] = {"dim": 84, "n_heads": 3, "n_kv_heads": 1, "vocab_size": 101, "ffn_hidden": 77}
 """No number of it fills the processor's registers."""
 WIDE: dict[str, int] = {"dim": 192, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 301, "ffn_hidden": 512}
@@ -36,6 +36,8 @@ class Paged:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise AssertionError("the compiled step was not used")
+
+    is_shared = False
 
     def pages(self) -> Pages:
         return Pages(self.keys.unbind(), self.values.unbind(), self.table)
@@ -67,6 +69,12 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def tokens(rows: int, length: int = 20, vocab: int = 101) -> Tensor:
     return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def takes_many(model: PackedTransformer, rows: int) -> None:
+    """Skip where the compiled step has no products for so many rows."""
+    if model._pointers is not None and kernel.most(model._pointers) < rows:
+        pytest.skip("this processor multiplies no bfloat16")
 
 
 def stepped(model: PackedTransformer, ids: Tensor, width: int = 1) -> Tensor:
@@ -147,19 +155,28 @@ def test_the_step_is_the_full_forward_pass(shape: dict[str, int]) -> None:
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
-def test_the_step_rounds_less_than_torch(kind: Kind) -> None:
+@pytest.mark.parametrize(
+    ("kind", "rows", "shape"),
+    [
+        *((kind, 3, WIDE) for kind in ("bf16", "int8", "int4")),
+        ("bf16", 9, WIDE),
+        ("bf16", 40, WIDE),
+        ("bf16", 40, ODD | {"ffn_hidden": 78}),  # pairs of columns
+    ],
+)
+def test_the_step_rounds_less_than_torch(kind: Kind, rows: int, shape: dict[str, int]) -> None:
     """Against the same weights in float32, the step errs no more than torch's bfloat16 products do."""
-    packed = weights.pack(helpers.model(**WIDE), kind)
-    exact = weights.pack(helpers.model(**WIDE), "fp32")
+    packed = weights.pack(helpers.model(**shape), kind)
+    exact = weights.pack(helpers.model(**shape), "fp32")
+    takes_many(packed, rows)
     for name, module in exact.named_modules():
         held = packed.get_submodule(name)
         if isinstance(module, nn.Linear):
             same = held.weight.float() if isinstance(held, nn.Linear) else held(torch.eye(module.in_features)).T
             module.weight = nn.Parameter(same.contiguous(), requires_grad=False)
     exact.tok_embeddings.weight = nn.Parameter(packed.tok_embeddings.weight.float(), requires_grad=False)
-    expected = exact(tokens(3))
-    by_torch, by_step = ((x.float() - expected).norm() for x in (packed(tokens(3)), stepped(packed, tokens(3))))
+    expected, ids = exact(tokens(rows)), tokens(rows)
+    by_torch, by_step = ((x.float() - expected).norm() for x in (packed(ids), stepped(packed, ids)))
     assert by_step < by_torch < 0.02 * expected.norm()
 
 
@@ -176,8 +193,32 @@ def test_a_row_steps_alone_as_beside_others(kind: Kind) -> None:
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("compiled")
-def test_threads_change_nothing() -> None:
-    packed, ids = weights.pack(helpers.model(**WIDE), "bf16"), tokens(2)
+def test_many_rows_step_as_beside_more() -> None:
+    packed, ids = weights.pack(helpers.model(**WIDE), "bf16"), tokens(40)
+    takes_many(packed, 40)
+    together = stepped(packed, ids)
+    for begin, end in ((0, 9), (9, 20), (20, 37)):
+        assert torch.equal(stepped(packed, ids[begin:end]), together[begin:end])
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("compiled")
+def test_many_rows_of_other_weights_and_of_shared_pages_go_through_torch() -> None:
+    cache = Paged(ModelConfig(64, 2, 4, 2, 101, 48), 40, torch.float32)
+    at = {"positions": torch.zeros(40, 1, dtype=torch.int64), "cache": cache}
+    for kind, is_shared in (("fp32", False), ("bf16", True)):
+        packed = weights.pack(helpers.model(dim=64, n_heads=4, n_kv_heads=2, ffn_hidden=48), kind)
+        cache.is_shared = is_shared
+        with pytest.raises(AssertionError, match="the compiled step was not used"):
+            packed(tokens(40, 1), **at)
+
+
+@torch.inference_mode()
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("rows", [2, 40])
+def test_threads_change_nothing(rows: int) -> None:
+    packed, ids = weights.pack(helpers.model(**WIDE), "bf16"), tokens(rows)
+    takes_many(packed, rows)
     alone = stepped(packed, ids)
     torch.set_num_threads(3)
     try:

@@ -14,7 +14,7 @@ from puna.generate.sampling import Sampling, one_each
 from puna.generate.scheduler import Scheduler, Watch
 from puna.generate.sequence import Answer, Request
 from puna.generate.vllm import VLLMEngine
-from puna.generate.weights import whole
+from puna.generate.weights import pack, whole
 from puna.model.transformer import Transformer
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
@@ -34,7 +34,8 @@ def open_engine(folder: Path, device: torch.device, server: str = "") -> Engine:
         engine = VLLMEngine(server, tokenizers.load(folder))
         engine.load(folder)
         return engine
-    model = huggingface.load_model(folder, dtype=parallel.dtype("bf16", device)).to(device)
+    dtype = parallel.dtype("bf16", device)
+    model = pack(huggingface.load_model(folder, dtype=dtype).to(device), "bf16" if dtype == torch.bfloat16 else "fp32")
     return LocalEngine(model, tokenizers.load(folder), max_batch_size=BULK_BATCH_SIZE)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("step.cpp", "sample.cpp", "shared.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("step.cpp", "sample.cpp", "shared.h", "tiles.h"))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu++20", "-shared", "-fPIC", "-pthread")
 SECONDS = 120  # that a compiler may take
 DIGEST = 32  # bytes of SHA-256, behind the library's own in its file
@@ -97,6 +97,7 @@ def library() -> ctypes.CDLL | None:
             *[ctypes.c_void_p] * 4,
             ctypes.c_int,
         ]
+        loaded.puna_most.argtypes = [ctypes.POINTER(Model)]
         loaded.puna_sample.restype = None
         loaded.puna_sample.argtypes = [
             ctypes.c_void_p,
@@ -149,6 +150,13 @@ def block() -> int:
     loaded = library()
     assert loaded is not None, "there is no compiled step"
     return int(loaded.puna_block())
+
+
+def most(model: Model) -> int:
+    """Rows of a step up to which it is the fastest way: few, or any number where the processor multiplies bfloat16."""
+    loaded = library()
+    assert loaded is not None, "there is no compiled step"
+    return int(loaded.puna_most(model))
 
 
 def _path() -> Path:

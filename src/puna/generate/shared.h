@@ -73,6 +73,13 @@ static float one(float x) { return x; }
 static float one(int8_t x) { return x; }
 static float one(Bf16 x) { uint32_t bits = (uint32_t)x.bits << 16; float y; memcpy(&y, &bits, 4); return y; }
 
+static void put(float *p, float x) { *p = x; }
+static void put(Bf16 *p, float x) {  // to the nearest, ties to even, as torch rounds
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    p->bits = std::isnan(x) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 // e^x for x <= 0 to a few parts in 10^7, and 0 below -87.
 static Floats exponential(Floats x) {
     constexpr float ROUNDS = 12582912;  // 1.5 * 2^23: added to a number, it leaves the nearest whole one in the low bits

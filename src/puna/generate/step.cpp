@@ -1,11 +1,14 @@
-// One decode step of a Llama on a CPU: a few rows, one new token each, through all layers and the head in one call.
+// One decode step of a Llama on a CPU: rows of one new token each, through all layers and the head in one call.
 //
-// Weights and cache are read where torch holds them; states and sums are float32 throughout. A row's numbers do not
-// depend on the other rows. kernel.py compiles this file and says what the structures hold; they must stay alike.
+// Weights and cache are read where torch holds them; states and sums are float32 throughout, but that many rows meet
+// bfloat16 weights rounded (tiles.h). A row's numbers do not depend on the other rows, whether these are few or many
+// apart. kernel.py compiles this file and says what the structures hold; they must stay alike.
 //
 // R rows, D model width, H query heads, K key/value heads, E head width, V vocabulary.
 
-#include "shared.h"
+#include "tiles.h"
+
+constexpr int FEW = 8;  // rows for which reading the weights is all that counts
 
 struct Matrix { const void *data, *scales; int32_t kind, rows, columns, group; };  // kind 0 fp32, 1 bf16, 2 int8, 3 int4
 struct Layer { const float *attention_norm, *ffn_norm; Matrix wq, wk, wv, wo, w1, w2, w3; };
@@ -16,13 +19,6 @@ struct Cache {  // strides in numbers; a row's position s is at place s % page o
     int64_t pages, page, page_stride, head_stride, place_stride;
     int32_t is_bf16;
 };
-
-static void put(float *p, float x) { *p = x; }
-static void put(Bf16 *p, float x) {  // to the nearest, ties to even, as torch rounds
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    p->bits = std::isnan(x) ? 0x7fc0 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-}
 
 // Dots of R rows of x (R, count) with w; the order of a sum is the same for any R. One stream of weights with the next
 // ones asked for reads memory twice as fast as four rows side by side.
@@ -100,8 +96,11 @@ static void product(const float *x, const Matrix &m, int first, int begin, int e
     else if (m.kind == 2) product<R, int8_t>(x, m, first, begin, end, give);
     else product_int4<R>(x, m, first, begin, end, give);
 }
+static bool is_tiled(const Matrix &m) { return HAS_TILES && m.kind == 1 && m.columns % 2 == 0; }
 template <class Give>
 static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int begin, int end, const Give &give) {
+    if (rows > FEW && is_tiled(m))
+        return tiles(x.data(), rows, (const Bf16 *)m.data, m.columns, begin, end, give);
     int r = 0;
     for (; r + 4 <= rows; r += 4) product<4>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
     for (; r + 2 <= rows; r += 2) product<2>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
@@ -109,13 +108,28 @@ static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int
 }
 
 static void normalise(const std::vector<float> &x, const float *weight, int rows, int dim, float eps, std::vector<float> &out) {
-    for (int r = 0; r < rows; r++) {
-        const float *from = &x[(int64_t)r * dim];
-        double squares = 0;
-        for (int i = 0; i < dim; i++) squares += from[i] * from[i];
-        float scale = 1 / std::sqrt((float)(squares / dim) + eps);
-        for (int i = 0; i < dim; i++) out[(int64_t)r * dim + i] = from[i] * scale * weight[i];
+    threads.run((rows + FEW - 1) / FEW, [&](int chunk) {
+        for (int r = chunk * FEW; r < std::min(rows, (chunk + 1) * FEW); r++) {
+            const float *from = &x[(int64_t)r * dim];
+            Floats squares = all(0);
+            int i = 0;
+            for (; i + LANES <= dim; i += LANES) squares = multiply_add(load(from + i), load(from + i), squares);
+            float rest = sum(squares);
+            for (; i < dim; i++) rest += from[i] * from[i];
+            const float scale = 1 / std::sqrt(rest / dim + eps);
+            for (i = 0; i < dim; i++) out[(int64_t)r * dim + i] = from[i] * scale * weight[i];
+        }
+    });
+}
+
+// gate (count,) becomes silu(gate) * up.
+static void activate(float *gate, const float *up, int count) {
+    int i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        const Floats x = load(gate + i), e = exponential(x < all(0) ? x : -x);
+        store(gate + i, x * load(up + i) * (x < all(0) ? e : all(1)) / (all(1) + e));
     }
+    for (; i < count; i++) gate[i] *= up[i] / (1 + std::exp(-gate[i]));
 }
 
 // Turns each neighbouring pair of every head by its angle; table (E / 2, 2) holds cos and sin.
@@ -134,18 +148,24 @@ static void attend(const float *q, const Cache &cache, int layer, int head, cons
                    float *out) {
     static thread_local std::vector<float> weights;
     weights.assign((last / LANES + 1) * LANES, -INFINITY);
-    auto over_places = [&](const void *base, auto f) {
-        for (int64_t s = 0; s <= last;) {
-            const C *at = (const C *)base + pages[s / cache.page] * cache.page_stride + head * cache.head_stride;
-            for (int64_t end = std::min(last + 1, s + cache.page); s < end; s++, at += cache.place_stride) f(s, at);
-        }
+    auto over_pages = [&](const void *base, auto f) {  // f(first position, how many, where)
+        for (int64_t s = 0; s <= last; s += cache.page)
+            f(s, std::min(cache.page, last + 1 - s),
+              (const C *)base + pages[s / cache.page] * cache.page_stride + head * cache.head_stride);
     };
+    for (const void *base : {cache.keys[layer], cache.values[layer]})
+        over_pages(base, [&](int64_t, int64_t count, const C *held) {
+            for (int64_t i = 0; i < count; i++)
+                for (int e = 0; e < width; e += 64 / sizeof(C)) __builtin_prefetch(held + i * cache.place_stride + e);
+        });
+    over_pages(cache.keys[layer], [&](int64_t s, int64_t count, const C *keys) {
+        if constexpr (HAS_TILES && std::is_same_v<C, Bf16>)
+            if (width % 2 == 0) return dots_with(q, keys, cache.place_stride, count, width, &weights[s]);
+        for (int64_t i = 0; i < count; i++) dots<1>(q, keys + i * cache.place_stride, width, &weights[s + i]);
+    });
     const float scale = 1 / std::sqrt((float)width);
     float highest = -INFINITY;
-    over_places(cache.keys[layer], [&](int64_t s, const C *key) {
-        dots<1>(q, key, width, &weights[s]);
-        highest = std::max(highest, weights[s] *= scale);
-    });
+    for (int64_t s = 0; s <= last; s++) highest = std::max(highest, weights[s] *= scale);
     Floats totals = all(0);
     for (size_t s = 0; s < weights.size(); s += LANES) {
         Floats weight = exponential(load(&weights[s]) - all(highest));
@@ -155,18 +175,26 @@ static void attend(const float *q, const Cache &cache, int layer, int head, cons
     int i = 0;
     auto part = [&](auto count) {  // the next numbers of the output, summed in so many registers
         Floats sums[count] = {};
-        over_places(cache.values[layer], [&](int64_t s, const C *value) {
-            for (int n = 0; n < count; n++) sums[n] = multiply_add(all(weights[s]), load(value + i + n * LANES), sums[n]);
+        over_pages(cache.values[layer], [&](int64_t s, int64_t places, const C *value) {
+            for (; places--; s++, value += cache.place_stride)
+                for (int n = 0; n < count; n++) sums[n] = multiply_add(all(weights[s]), load(value + i + n * LANES), sums[n]);
         });
         for (int n = 0; n < count; n++, i += LANES) store(out + i, sums[n] / all(total));
     };
     while (i + 4 * LANES <= width) part(std::integral_constant<int, 4>());
+    while (i + 2 * LANES <= width) part(std::integral_constant<int, 2>());
     while (i + LANES <= width) part(std::integral_constant<int, 1>());
     for (; i < width; i++) {
         float sum_of_one = 0;
-        over_places(cache.values[layer], [&](int64_t s, const C *value) { sum_of_one += weights[s] * one(value[i]); });
+        over_pages(cache.values[layer], [&](int64_t s, int64_t places, const C *value) {
+            for (; places--; s++, value += cache.place_stride) sum_of_one += weights[s] * one(value[i]);
+        });
         out[i] = sum_of_one / total;
     }
+}
+
+static auto into(std::vector<float> &x, const Matrix &m) {
+    return [to = x.data(), wide = m.rows](int r, int n, float dot) { to[(int64_t)r * wide + n] = dot; };
 }
 
 template <class C>
@@ -174,56 +202,71 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
                  float *states, float *logits) {
     const int dim = model.output.columns, width = model.width, heads = model.heads, kv = model.kv_heads;
     const int hidden = model.layers->w1.rows, wide = heads * width, narrow = kv * width;
-    std::vector<float> x(states, states + (int64_t)rows * dim), h(x.size()), q(rows * wide), out(q.size());
-    std::vector<float> k(rows * narrow), v(k.size()), gate((int64_t)rows * hidden);
+    const int load = std::max(1, rows / FEW), each = rows > FEW ? heads / kv : 1;  // heads that a thread takes at once
+    static std::vector<float> x, h, q, out, k, v, gate, up;  // kept from step to step, of which one runs at a time
+    x.assign(states, states + (int64_t)rows * dim);
+    h.resize(x.size());
+    for (auto part : {&q, &out}) part->resize((int64_t)rows * wide);
+    for (auto part : {&k, &v}) part->resize((int64_t)rows * narrow);
+    for (auto part : {&gate, &up}) part->resize((int64_t)rows * hidden);
     for (int l = 0; l < model.n_layers; l++) {
         const Layer &layer = model.layers[l];
-        auto add = [&](int r, int n, float dot) { x[(int64_t)r * dim + n] += dot; };
+        auto add = [to = x.data(), dim](int r, int n, float dot) { to[(int64_t)r * dim + n] += dot; };
         normalise(x, layer.attention_norm, rows, dim, model.eps, h);
-        threads.rows(wide + 2 * narrow, dim, [&](int begin, int end) {
+        threads.rows(wide + 2 * narrow, dim * load, [&](int begin, int end) {
             int first = 0;
             for (auto [m, to] : {std::pair{&layer.wq, &q}, {&layer.wk, &k}, {&layer.wv, &v}}) {
-                multiply(h, rows, *m, std::clamp(begin - first, 0, m->rows), std::clamp(end - first, 0, m->rows),
-                         [&](int r, int n, float dot) { (*to)[r * m->rows + n] = dot; });
+                multiply(h, rows, *m, std::clamp(begin - first, 0, m->rows), std::clamp(end - first, 0, m->rows), into(*to, *m));
                 first += m->rows;
             }
         });
-        for (int r = 0; r < rows; r++) {
-            rotate(&q[r * wide], rotary + r * width, heads, width);
-            rotate(&k[r * narrow], rotary + r * width, kv, width);
-            int64_t page = cache.table[r * cache.pages + positions[r] / cache.page];
-            int64_t place = page * cache.page_stride + positions[r] % cache.page * cache.place_stride;
-            for (int i = 0; i < narrow; i++) {
-                int64_t to = place + i / width * cache.head_stride + i % width;
-                put((C *)cache.keys[l] + to, k[r * narrow + i]);
-                put((C *)cache.values[l] + to, v[r * narrow + i]);
+        threads.run((rows + FEW - 1) / FEW, [&](int chunk) {
+            for (int r = chunk * FEW; r < std::min(rows, (chunk + 1) * FEW); r++) {
+                rotate(&q[r * wide], rotary + r * width, heads, width);
+                rotate(&k[r * narrow], rotary + r * width, kv, width);
+                int64_t page = cache.table[r * cache.pages + positions[r] / cache.page];
+                int64_t place = page * cache.page_stride + positions[r] % cache.page * cache.place_stride;
+                for (int i = 0; i < narrow; i++) {
+                    int64_t to = place + i / width * cache.head_stride + i % width;
+                    put((C *)cache.keys[l] + to, k[r * narrow + i]);
+                    put((C *)cache.values[l] + to, v[r * narrow + i]);
+                }
             }
-        }
-        threads.run(rows * heads, [&](int chunk) {
-            int r = chunk / heads, head = chunk % heads / (heads / kv);
-            attend<C>(&q[chunk * width], cache, l, head, cache.table + r * cache.pages, positions[r], width, &out[chunk * width]);
         });
-        threads.rows(dim, wide, [&](int begin, int end) { multiply(out, rows, layer.wo, begin, end, add); });
+        threads.run(rows * heads / each, [&](int chunk) {
+            for (int i = chunk * each; i < (chunk + 1) * each; i++) {
+                const int r = i / heads, head = i % heads / (heads / kv);
+                attend<C>(&q[i * width], cache, l, head, cache.table + r * cache.pages, positions[r], width, &out[i * width]);
+            }
+        });
+        threads.rows(dim, wide * load, [&](int begin, int end) { multiply(out, rows, layer.wo, begin, end, add); });
         normalise(x, layer.ffn_norm, rows, dim, model.eps, h);
-        threads.rows(hidden, 2 * dim, [&](int begin, int end) {
-            multiply(h, rows, layer.w1, begin, end, [&](int r, int n, float dot) { gate[(int64_t)r * hidden + n] = dot; });
-            multiply(h, rows, layer.w3, begin, end, [&](int r, int n, float dot) {
-                float &g = gate[(int64_t)r * hidden + n];
-                g *= dot / (1 + std::exp(-g));
-            });
+        threads.rows(hidden, 2 * dim * load, [&](int begin, int end) {
+            for (auto [m, to] : {std::pair{&layer.w1, &gate}, {&layer.w3, &up}})
+                multiply(h, rows, *m, begin, end, into(*to, *m));
+            for (int r = 0; r < rows; r++)
+                activate(&gate[(int64_t)r * hidden + begin], &up[(int64_t)r * hidden + begin], end - begin);
         });
-        threads.rows(dim, hidden, [&](int begin, int end) { multiply(gate, rows, layer.w2, begin, end, add); });
+        threads.rows(dim, hidden * load, [&](int begin, int end) { multiply(gate, rows, layer.w2, begin, end, add); });
     }
     normalise(x, model.norm, rows, dim, model.eps, h);
     memcpy(states, h.data(), h.size() * sizeof(float));
     if (logits)
-        threads.rows(model.output.rows, dim, [&](int begin, int end) {
+        threads.rows(model.output.rows, dim * load, [&](int begin, int end) {
             multiply(h, rows, model.output, begin, end,
-                     [&](int r, int n, float dot) { logits[(int64_t)r * model.output.rows + n] = dot; });
+                     [=, wide = model.output.rows](int r, int n, float dot) { logits[(int64_t)r * wide + n] = dot; });
         });
 }
 
 extern "C" int puna_block() { return BLOCK; }
+
+// Rows of a step up to which no other kernel is faster.
+extern "C" int puna_most(const Model *model) {
+    bool are_all = is_tiled(model->output);
+    for (const Layer *l = model->layers; l < model->layers + model->n_layers; l++)
+        for (const Matrix *m = &l->wq; m <= &l->w3; m++) are_all = are_all && is_tiled(*m);
+    return are_all ? INT_MAX : FEW;
+}
 
 // states (R, D): embeddings in, normalised last states out; rotary (R, E / 2, 2); logits (R, V), or null for none.
 extern "C" void puna_step(const Model *model, const Cache *cache, int rows, const int64_t *positions,

@@ -3,8 +3,9 @@
 `pack` makes a copy of a Transformer whose linear layers hold packed weights; norms stay float32, embeddings have the
 type of the activations. int8 has a scale an output channel, int4 a scale and a zero every `group` inputs; activations
 are never quantised. A few rows a step are bound by reading the weights, and stock products leave half the memory's
-rate unused on a CPU: there a packed model decodes with one compiled call a step (kernel.py), where the cache shows its
-pages. Other passes, and machines without a compiler, go through torch.
+rate unused on a CPU; many rows through a small model are bound by what stands between the products. There a packed
+model decodes with one compiled call a step (kernel.py), where the cache shows its pages. Other passes, and machines
+without a compiler, go through torch.
 
 Shapes: N outputs, D inputs of a layer; B rows, T tokens, L layers, K key/value heads, E head width, V vocabulary.
 """
@@ -28,8 +29,8 @@ from puna.model.transformer import Cache, Documents, Transformer
 
 Kind = Literal["fp32", "bf16", "int8", "int4"]
 
-STEP_TOKENS = 8
-"""Tokens of a pass up to which the compiled step is used: at 16, torch is faster in bfloat16."""
+FEW = 8
+"""Rows of a step that the compiled one reads each by itself, even where they share most of what they read."""
 
 PACKED_ROWS = 16
 """Rows up to which torch's int8 kernel beats a bfloat16 product with the weights written out."""
@@ -53,6 +54,11 @@ class Pages(NamedTuple):
 @runtime_checkable
 class PagedCache(Protocol):
     """A cache that the compiled step can read and write: each row's tokens see all of its positions up to their own."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether rows read so much in common that `attend`, which reads it once, is faster for many of them."""
+        ...
 
     def pages(self) -> Pages:
         """The pages of the rows of the pass that comes, with room for its tokens."""
@@ -154,9 +160,9 @@ class PackedTransformer(Transformer):
 
     def _step(self, tokens: Tensor, positions: Tensor | None, cache: object, head: bool) -> Tensor | None:
         """Hidden states (B, T, D), or logits (B, T, V), by the compiled step; None where it cannot run this pass."""
-        if positions is None or not isinstance(cache, PagedCache) or tokens.numel() > STEP_TOKENS or tokens.is_cuda:
+        if positions is None or not isinstance(cache, PagedCache) or tokens.is_cuda or (model := self._pointers) is None:
             return None
-        if (model := self._pointers) is None:
+        if tokens.numel() > kernel.most(model) or (tokens.numel() > FEW and cache.is_shared):
             return None
         keys, values, table = cache.pages()
         rows = table.repeat_interleave(tokens.shape[1], 0).contiguous()
