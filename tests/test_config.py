@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass, field, replace
@@ -134,6 +135,7 @@ def test_a_folder_keeps_one_config(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     path, cfg = tmp_path / "run/config.json", Config((Path("a"),), optim=Optim(lr=1e-5))
     config.keep(cfg, path)
+    (tmp_path / "run/metrics.jsonl").touch()
     config.keep(replace(cfg, data=(tmp_path / "x/../a",)), path)  # the same file by another name
     assert load(str(path)).data == (tmp_path / "x/../a",)
     config.keep(replace(cfg, steps=99), path, ignore=("steps",))
@@ -151,6 +153,15 @@ def test_a_folder_keeps_one_config(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert path.read_bytes() == kept
 
 
+def test_a_mistake_leaves_the_folder_free(tmp_path: Path) -> None:
+    path, cfg = tmp_path / "run/config.json", Config((Path("misspelt"),))
+    config.keep(cfg, path)
+    for name in ("run.lock", "bad_lines.jsonl"):
+        (tmp_path / "run" / name).touch()
+    config.keep(replace(cfg, data=(Path("right"),)), path)
+    assert load(str(path)).data == (Path("right"),)
+
+
 @dataclass(frozen=True)
 class Sampled:
     """A stage that may sample on a server."""
@@ -161,6 +172,7 @@ class Sampled:
 def test_a_servers_address_may_change_and_not_whether_there_is_one(tmp_path: Path) -> None:
     path = tmp_path / "run/config.json"
     config.keep(Sampled("http://a"), path)
+    (tmp_path / "run/parts").mkdir()
     config.keep(Sampled("http://b"), path)
     with pytest.raises(ConfigError, match=r'was begun with vllm "http://b", not "" '):
         config.keep(Sampled(), path)
@@ -176,6 +188,19 @@ def test_positive() -> None:
     config.positive(Config((Path("a"),)), "steps", "max_len")
     with pytest.raises(ConfigError, match=r"^max_len is 0: it must be positive$"):
         config.positive(Config((Path("a"),), max_len=0), "steps", "max_len")
+    with pytest.raises(ConfigError, match=r"^lr is nan: it must be positive$"):
+        config.positive(Optim(lr=float("nan")), "lr")
+
+
+def test_within() -> None:
+    config.within(Optim(lr=0.0), 0, 1, "lr")
+    for wrong, high, bounds in (
+        (-1.0, 1, "from 0 to 1"),
+        (2.0, 1, "from 0 to 1"),
+        (float("inf"), math.inf, "at least 0"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^lr is {wrong}: it must be {bounds}$"):
+            config.within(Optim(lr=wrong), 0, high, "lr")
 
 
 @pytest.mark.parametrize(

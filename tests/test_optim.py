@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from puna import optim
+from puna.config import ConfigError
+from puna.optim import OptimConfig
 from tests import helpers
 
 
@@ -87,3 +92,17 @@ def test_a_warm_up_is_a_share_of_the_run_and_at_least_five_steps_or_a_quarter(n_
     cfg = optim.with_warmup(optim.OptimConfig(lr=1.0), 0.03, n_steps)
     rates = [optim.learning_rate(cfg, step, n_steps) for step in range(n_steps)]
     assert rates.index(max(rates)) == warmup and rates[warmup] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"clip": -1.0}, "clip is -1.0: it must be positive"),
+        ({"lr": math.nan}, "lr is nan: it must be at least 0"),
+        ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\): each must be at least 0 and less than 1"),
+        ({"final_lr_ratio": 2.0}, "final_lr_ratio is 2.0: it must be from 0 to 1"),
+    ],
+)
+def test_what_no_training_can_use_is_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        OptimConfig(**wrong)

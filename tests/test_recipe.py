@@ -177,12 +177,12 @@ def test_every_recipe_has_a_plan(root: Path, name: str, capsys: pytest.CaptureFi
 
 
 def test_another_recipe_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run/done").mkdir(parents=True)
     shutil.copy(run / "config.json", tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"run was begun with seed 0, not 1 .*: use another --out"):
         recipe.run(load("--out", "run", "--seed", "1"))
-    assert {path.name for path in Path("run").iterdir()} == {"config.json", "run.lock"}
+    assert {path.name for path in Path("run").iterdir()} == {"config.json", "done", "run.lock"}
 
 
 @pytest.mark.parametrize(

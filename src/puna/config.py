@@ -20,6 +20,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import tomllib
 import types
@@ -41,6 +42,10 @@ ALIASES = {
 
 NOT_RESULTS = ("out", "threads", "dry_run", "workers", "cluster", "gpus", "parallel")
 """Keys, or tables of them, that change nothing in what a run writes."""
+
+
+LEFT_BY_A_MISTAKE = ("run.lock", "bad_lines.jsonl")
+"""What a folder holds beside its config where a run ended before it began, as at a misspelt path."""
 
 
 ADDRESSES = ("vllm",)
@@ -117,9 +122,10 @@ def save(config: Any, path: Path) -> None:
 def keep(config: Any, path: Path, ignore: Sequence[str] = NOT_RESULTS) -> None:
     """`save`, or a ConfigError where the config saved there is another one: a folder holds one config's results.
 
-    What `ignore` names, a table or a key in one, may differ, and so may an address and the way a path is written.
+    What `ignore` names, a table or a key in one, may differ, and so may an address and the way a path is written. A
+    folder that holds no more than another config and what could not be read is begun anew.
     """
-    if path.exists():
+    if path.exists() and any(other.name not in (path.name, *LEFT_BY_A_MISTAKE) for other in path.parent.iterdir()):
         begun = load(type(config), [str(path)])
         for key in _leaves(type(config)):
             old, new = (functools.reduce(getattr, key.split("."), each) for each in (begun, config))
@@ -134,10 +140,18 @@ def keep(config: Any, path: Path, ignore: Sequence[str] = NOT_RESULTS) -> None:
 
 
 def positive(config: Any, *keys: str) -> None:
-    """ConfigError where one of these numbers is zero or less."""
+    """ConfigError where one of these numbers is not above zero."""
     for key in keys:
-        if getattr(config, key) <= 0:
+        if not getattr(config, key) > 0:
             raise ConfigError(f"{key} is {getattr(config, key)}: it must be positive")
+
+
+def within(config: Any, low: float, high: float, *keys: str) -> None:
+    """ConfigError where one of these numbers is not from low to high; no bound holds a NaN, and infinity is none."""
+    for key in keys:
+        if not (low <= getattr(config, key) <= high and math.isfinite(getattr(config, key))):
+            bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise ConfigError(f"{key} is {getattr(config, key)}: it must be {bounds}")
 
 
 def known(config: Any, key: str, table: Iterable[str]) -> None:

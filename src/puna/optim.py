@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from puna import config
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -28,6 +30,13 @@ class OptimConfig:
     """cosine ends at this share of the peak (paper: 10 %)."""
     warmup_steps: int = 2000
     """linear warm-up (paper: 2,000 of about 480,000), never more than a tenth of the run or the least there is."""
+
+    def __post_init__(self) -> None:
+        config.positive(self, "eps", "clip")
+        config.within(self, 0, math.inf, "lr", "weight_decay", "warmup_steps")
+        config.within(self, 0, 1, "final_lr_ratio")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise config.ConfigError(f"betas are {self.betas}: each must be at least 0 and less than 1")
 
 
 def groups(model: nn.Module, cfg: OptimConfig, scale: float = 1.0) -> list[dict[str, Any]]:

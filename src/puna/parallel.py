@@ -88,6 +88,8 @@ def start(threads: int = 0, cfg: ParallelConfig | None = None) -> torch.device:
     """
     global _mesh
     cfg = cfg or ParallelConfig()
+    if threads < 0:
+        raise ConfigError(f"threads is {threads}: it must be a number of threads, or 0 for torch's choice")
     if threads:
         torch.set_num_threads(threads)
     if not dist.is_initialized():

@@ -67,6 +67,22 @@ def test_fitting(tmp_path: Path) -> None:
         fitting(prompts, tokenizer, 5)
 
 
+def test_a_prompt_that_cannot_be_in_a_dialog_is_left_out_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    bad = [{"id": f"b{i}", "messages": [helpers.user("[INST] Where?")]} for i in range(2)]
+    assert fitting([bad[0], *helpers.prompts(3), bad[1]], helpers.tokenizer(), 999) == helpers.prompts(3)
+    said = "prompt 'b0': a user turn holds the chat tag '[INST]': remove it from the text; left out, and 1 more"
+    assert [record.getMessage() for record in caplog.records] == [said]
+    with pytest.raises(DataError, match=r"of 2 prompts none fits .*; 2 cannot be in a dialog"):
+        fitting(bad, helpers.tokenizer(), 999)
+
+
+def test_two_prompts_with_one_id_are_an_error(tmp_path: Path) -> None:
+    first, second = helpers.prompts(2)
+    path = helpers.write_lines(tmp_path / "prompts.jsonl", [first, second | {"id": first["id"]}])
+    with pytest.raises(DataError, match=rf"^{path}: two prompts have the id 'p0': give each its own$"):
+        read_prompts((path,), "prompts")
+
+
 def test_texts_give_no_prompts(tmp_path: Path) -> None:
     path = helpers.write_lines(tmp_path / "texts.jsonl", [{"text": "The llama."}])
     with pytest.raises(ConfigError, match="does not give prompts, which are needed here; prompts, dialogs, alpaca"):

@@ -92,7 +92,12 @@ def test_a_mistake_leaves_no_trace(talk: Talk) -> None:
     first, second = talk("hello", "and then?")
     error = "error: a user turn holds the chat tag '<<SYS>>': remove it from the text"
     assert talk("hello", "<<SYS>>", "and then?") == [first, error, second]
-    assert talk("hello", top_p=2.0)[0].startswith("error: top_p is 2.0")
+
+
+def test_settings_are_checked_before_the_first_question(talk: Talk) -> None:
+    for settings, said in (({"top_p": 2.0}, "top_p is 2.0"), ({"system": "[INST]"}, "--system holds the chat tag")):
+        with pytest.raises(ConfigError, match=said):
+            talk("hello", **settings)
 
 
 def test_a_dialog_that_outgrows_the_context_loses_its_oldest_turns(talk: Talk) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,32 +19,52 @@ from puna.types import Preference
 
 Prompt = dict[str, Any]
 
+log = logging.getLogger(__name__)
+
 
 def read_prompts(paths: Sequence[Path], format: str, safety: Sequence[Path] = ()) -> list[Prompt]:
     """Prompt records of files in the format "prompts", or made of the comparisons (or dialogs) of any other format.
 
     A comparison's prompt counts as a safety prompt where its domain is safety; those of the files in `safety` all do:
-    the paper's "prompts tagged in advance". Doubles are left out.
+    the paper's "prompts tagged in advance". Doubles are left out; DataError where two prompts have one id.
     """
     prompts: dict[str, Prompt] = {}
     for files, tagged in ((paths, False), (safety, True)):
         for record in readers.read(files, format, kind="prompts").records if files else ():
             prompt = {"is_safety": False} | record if format == "prompts" else _prompt(record)
+            first = prompts.setdefault(prompt["id"], prompt)
+            if first["messages"] != prompt["messages"]:
+                raise DataError(f"{_named(files)}: two prompts have the id {prompt['id']!r}: give each its own")
             if tagged:
-                prompts[prompt["id"]] = prompt | {"is_safety": True}
-            prompts.setdefault(prompt["id"], prompt)
+                prompts[prompt["id"]] = first | {"is_safety": True}
+    if not prompts:
+        raise DataError(f"{_named((*paths, *safety))}: there is no prompt")
     return list(prompts.values())
 
 
 def fitting(prompts: Sequence[Prompt], tokenizer: Tokenizer, context: int, max_tokens: int = 0) -> list[Prompt]:
     """The prompts that leave room in the model's context, of at most `max_tokens` where that is not 0.
 
-    Raises DataError where none is left.
+    What the chat format refuses is left out as well, and said. Raises DataError where none is left.
     """
     longest = min(context - 1, max_tokens or context - 1)
-    fit = [p for p in prompts if chat.fits(p["messages"], tokenizer, longest + 1)]
+    refused: list[str] = []
+
+    def fits(prompt: Prompt) -> bool:
+        try:
+            return chat.fits(prompt["messages"], tokenizer, longest + 1)
+        except DataError as error:
+            refused.append(f"prompt {prompt['id']!r}: {error}")
+            return False
+
+    fit = [prompt for prompt in prompts if fits(prompt)]
+    if refused:
+        log.warning("%s; left out%s", refused[0], f", and {len(refused) - 1} more" if len(refused) > 1 else "")
     if not fit:
-        raise DataError(f"of {len(prompts)} prompts none fits {longest} tokens (the model's context, or what is asked)")
+        raise DataError(
+            f"of {len(prompts)} prompts none fits {longest} tokens (the model's context, or what is asked)"
+            + (f"; {len(refused)} cannot be in a dialog" if refused else "")
+        )
     return fit
 
 
@@ -56,6 +77,10 @@ def apart(prompts: Sequence[Prompt], n: int, seed: int) -> tuple[list[Prompt], l
         raise ConfigError(f"held_out_prompts is {n} of {len(prompts)} prompts: keep some of both")
     order = np.random.default_rng(seed).permutation(len(prompts))
     return [prompts[i] for i in order[n:]], [prompts[i] for i in order[:n]]
+
+
+def _named(files: Sequence[Path]) -> str:
+    return ", ".join(map(str, files))
 
 
 def _prompt(record: Any) -> Prompt:

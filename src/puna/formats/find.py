@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from puna import checkpoint, config
-from puna.config import ConfigError
+from puna.config import ConfigError, DataError
 from puna.formats import check_vocabulary, gguf, huggingface, meta
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
@@ -54,6 +54,8 @@ def model_folder(path: Path) -> Path:
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder: name a run folder, a model folder or a .gguf file")
     folder = path if architectures(path) else newest_model(path)
+    if folder is None and (path / "config.json").is_file() and not read_object(path / "config.json"):
+        raise DataError(f"{path / 'config.json'} is damaged: it holds no JSON object")
     if folder is None:
         raise ConfigError(
             f"{path}: holds no model: looked for a config.json with architectures here, and, as in a run folder, in "

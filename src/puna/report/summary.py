@@ -23,6 +23,7 @@ from puna.evals import intervals
 from puna.run_folder import read_metrics
 from puna.text.printable import printable
 
+WAY_OUT = "; remove it and its step's mark in the run's done/, then run the recipe again"
 MEASURES = ("gold_helpfulness", "violation_rate", "false_refusal_rate", "toxicity", "myth_rate")
 FINER = (
     "win_rate_vs_sft",
@@ -166,7 +167,7 @@ def _json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no JSON ({error}); remove it and run its step again") from None
+        raise DataError(f"{path} is no JSON ({error}){WAY_OUT}") from None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -174,7 +175,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     try:
         return read_metrics(path) if path.exists() else []
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} has a line that is no JSON ({error}); remove it and run its step again") from None
+        raise DataError(f"{path} has a line that is no JSON ({error}){WAY_OUT}") from None
 
 
 def _place(name: str) -> tuple[int, int, str]:

@@ -17,6 +17,7 @@ from puna import api
 from puna.api import Chat
 from puna.config import ConfigError, DataError
 from puna.data import readers
+from puna.generate.sampling import Sampling
 from puna.text import chat as chat_format
 from puna.text.printable import printable
 from puna.types import Dialog
@@ -65,9 +66,12 @@ class Session:
 
 def run(cfg: ChatConfig) -> None:
     """Answer until the input ends or /quit."""
+    Sampling(cfg.temperature, cfg.top_p, max_new_tokens=cfg.max_new_tokens)  # refuses what none can be drawn with
     loaded = api.load(cfg.path, weights=cfg.weights)
     if not isinstance(loaded, Chat):
         raise ConfigError(f"{cfg.path} is a reward model, which gives scores: name a chat model")
+    if tag := chat_format.marker_in(cfg.system):
+        raise ConfigError(f"--system holds the chat tag {tag!r}: remove it from the text")
     session = Session(cfg, loaded, cfg.system)
     at_terminal = sys.stdin.isatty()
     if at_terminal:

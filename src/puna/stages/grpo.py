@@ -108,6 +108,9 @@ class GRPOConfig:
     def __post_init__(self) -> None:
         config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
         config.positive(self, "inner_epochs", "held_out_prompts", "temperature")
+        config.positive(self, "clip", "max_new_tokens")
+        config.within(self, 0, 1, "threshold")
+        config.within(self, 0, math.inf, "beta", "patience")
         if self.group_size < 2:
             raise ConfigError(f"group_size is {self.group_size}: an answer needs others to be compared with")
         if self.batch_size % self.group_size:

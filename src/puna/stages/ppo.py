@@ -158,13 +158,14 @@ class PPOConfig:
         config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
         config.positive(self, "kl_horizon", "pretrain_windows", "pretrain_seq_len", "temperature")
         config.positive(self, "inner_epochs", "held_out_prompts")
+        config.positive(self, "clip", "value_clip", "max_new_tokens")
+        config.within(self, 0, 1, "threshold", "gamma", "lam")
+        config.within(self, 0, math.inf, "beta", "score_clip", "advantage_clip", "patience", "pretrain_coefficient")
         if self.kl_target < 0 or (self.kl_target and self.kl_horizon < self.batch_size):
             raise ConfigError(
                 f"kl_target is {self.kl_target}, kl_horizon {self.kl_horizon}: a target is positive, its "
                 f"horizon at least batch_size ({self.batch_size}), or beta would turn negative"
             )
-        if self.pretrain_coefficient < 0:
-            raise ConfigError(f"pretrain_coefficient is {self.pretrain_coefficient}: it may not be negative")
         if self.dump and not 0 <= self.dump_iteration < self.iterations:
             raise ConfigError(
                 f"dump_iteration is {self.dump_iteration} of {self.iterations} iterations, counted from 0"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
-from puna.config import ConfigError, DataError, positive
+from puna.config import ConfigError, DataError, positive, within
 from puna.data import comparisons, loader, packing, readers
 from puna.data.readers import ReadResult
 from puna.formats import huggingface
@@ -90,6 +91,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         positive(self, "epochs", "max_len", "batch_size", "micro_batch_tokens")
+        within(self, 0, math.inf, "safety_auxiliary")
         if not 0 <= self.other_share < 1:
             raise ConfigError(f"other_share is {self.other_share}: it must be at least 0 and less than 1")
 

@@ -6,6 +6,7 @@ An answer that did not end by itself, says nothing or holds a chat tag is no dia
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from puna import config, parallel
-from puna.config import ConfigError, positive
+from puna.config import ConfigError, positive, within
 from puna.data import readers
 from puna.data.map_shards import Records, Workers, map_shards, n_cores
 from puna.data.prompts import Prompt, fitting, read_prompts
@@ -62,6 +63,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         positive(self, "n", "max_new_tokens", "shard_size")
+        within(self, 0, math.inf, "workers", "threads", "gpus")
         if self.vllm and (self.workers or self.cluster != "local"):
             raise ConfigError("a vLLM server shares the prompts out by itself: leave workers and cluster away")
 
@@ -83,10 +85,10 @@ def run(cfg: SampleConfig) -> Path:
             dialogs = map_shards(work, prompts, cfg.shard_size, folder.path / "parts", progress.update, workers)
         finally:
             _engine.cache_clear()  # the next run may find another model under this name
-        progress.close()
+        unusable = cfg.n * len(prompts) - len(dialogs)
+        progress.close(dialogs=len(dialogs), unusable=unusable, left_out=len(read) - len(prompts))
         if parallel.is_main():
             readers.write_jsonl(folder.path / "dialogs.jsonl", dialogs)
-        unusable = cfg.n * len(prompts) - len(dialogs)
         folder.mark_done("sample", dialogs=len(dialogs), unusable=unusable, left_out=len(read) - len(prompts))
         parallel.barrier()
         return folder.path
