@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,17 @@ def test_a_checkpoint_opens_as_what_it_trains(
     (cfg.out / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"config\.json is missing or damaged: it says what .*step_"):
         puna.load(path)
+
+
+def test_a_checkpoint_opens_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = helpers.sft_config(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    relative = {name: path.relative_to(tmp_path) for name, path in (("init", cfg.init), ("out", cfg.out))}
+    sft.run(replace(cfg, **relative))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = checkpoint.latest(cfg.out / "checkpoints")
+    assert path is not None and isinstance(puna.load(path), Chat)
 
 
 def test_a_path_to_nothing_says_so(tmp_path: Path) -> None:

@@ -99,10 +99,11 @@ def _load_checkpoint(path: Path) -> tuple[Transformer | RewardModel, Tokenizer]:
         raise ConfigError(f"{stage / 'config.json'} is missing or damaged: it says what {path} holds") from None
     if "model" in settings:  # pretraining's own; every other stage starts from the model `init`
         shape = config.from_dict(ModelConfig, settings["model"])
-        tokenizer = tokenizers.load(settings["tokenizer"] or stage / "data/tokenizer")
+        named = settings["tokenizer"]
+        tokenizer = tokenizers.load(_from_its_start(Path(named), stage) if named else stage / "data/tokenizer")
     else:
-        shape = huggingface.read_config(Path(settings["init"]))
-        tokenizer = tokenizers.load(settings["init"])
+        init = _from_its_start(Path(settings["init"]), stage)
+        shape, tokenizer = huggingface.read_config(init), tokenizers.load(init)
     model = Transformer(shape)
     if "margin" in settings:
         reward_model = RewardModel(model)
@@ -110,3 +111,8 @@ def _load_checkpoint(path: Path) -> tuple[Transformer | RewardModel, Tokenizer]:
         return reward_model, tokenizer
     checkpoint.load(path, nn.ModuleDict({"policy": model}) if "reward_helpfulness" in settings else model)
     return model, tokenizer
+
+
+def _from_its_start(path: Path, stage: Path) -> Path:
+    """A path of a stage's config, which is relative to where the stage was started: a folder above it, or here."""
+    return next((place for parent in stage.parents if (place := parent / path).exists()), path)
