@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from puna.data.rollouts import Record
 from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import Judges, Scorer
-from puna.generate.weights import whole
+from puna.generate.weights import pack, whole
 from puna.model.reward import RewardModel, ValueHead
 from puna.model.transformer import Transformer
 from puna.parallel import ParallelConfig
@@ -142,15 +141,9 @@ def sample(
 
 def sampler(policy: Transformer, precision: str, device: torch.device) -> Transformer:
     """What the engine samples with: the policy itself, or a copy of it with bfloat16 weights (positions stay exact)."""
-    dtype = parallel.dtype(precision, device)
-    if dtype == torch.float32:
+    if parallel.dtype(precision, device) == torch.float32:
         return policy
-    if parallel.is_sharded(policy):
-        return whole(policy, dtype)
-    made = copy.deepcopy(policy).requires_grad_(False)
-    for parameter in made.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return made
+    return pack(whole(policy, torch.bfloat16), "bf16")
 
 
 def draw(
