@@ -140,10 +140,9 @@ def sample(
 
 
 def sampler(policy: Transformer, precision: str, device: torch.device) -> Transformer:
-    """What the engine samples with: the policy itself, or a copy of it with bfloat16 weights (positions stay exact)."""
-    if parallel.dtype(precision, device) == torch.float32:
-        return policy
-    return pack(whole(policy, torch.bfloat16), "bf16")
+    """What the engine samples with: the policy's own weights, or a copy of them in bfloat16 (positions stay exact)."""
+    is_bf16 = parallel.dtype(precision, device) == torch.bfloat16
+    return pack(whole(policy, torch.bfloat16 if is_bf16 else None), "bf16" if is_bf16 else "fp32")
 
 
 def draw(

@@ -153,7 +153,9 @@ def block() -> int:
 
 
 def most(model: Model) -> int:
-    """Rows of a step up to which it is the fastest way: few, or any number where the processor multiplies bfloat16."""
+    """Rows of a step up to which it is the fastest way: any number of plain weights, as far as the processor has the
+    products for them (AVX512, AVX512-BF16), else a few.
+    """
     loaded = library()
     assert loaded is not None, "there is no compiled step"
     return int(loaded.puna_most(model))

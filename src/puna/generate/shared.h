@@ -96,24 +96,27 @@ static Floats exponential(Floats x) {
 // and only chunks that a thread took are waited for. Where other programs displace threads in the middle of one, half
 // of the threads sit the next steps out: a step on all of them would wait for the scheduler again and again.
 class Threads {
-    static constexpr int LONG = 1024, STEPS = 32;  // pauses, several chunks' time; steps between two attempts at more
+    static constexpr int SOME = 1024, STEPS = 32;  // pauses before other programs are let in; steps between two attempts at more
+    static constexpr uint64_t LONG = 50000;        // cycles, on top of a chunk or two, after which a thread is late
     std::atomic<uint64_t> ticket{0};               // chunks << 32 | the next one
     std::atomic<uint32_t> done{0}, stepping{0};    // chunks; threads that share the step
     void (*work)(const void *, int) = nullptr;
     const void *context = nullptr;
-    int started = 1, sharing = INT_MAX, late = 0, calm = 0;
+    int started = 1, sharing = INT_MAX, late = 0, ran = 0, calm = 0;
 
     static void pause(int &spins) {
-        if (++spins % LONG == 0) std::this_thread::yield();
+        if (++spins % SOME == 0) std::this_thread::yield();
         else __builtin_ia32_pause();
     }
-    void take() {
-        for (;;) {
+    uint64_t take() {  // the cycles of the longest chunk
+        for (uint64_t longest = 0;;) {
             uint64_t now = ticket.load(std::memory_order_acquire);
-            if ((uint32_t)now >= now >> 32) return;
+            if ((uint32_t)now >= now >> 32) return longest;
             now = ticket.fetch_add(1, std::memory_order_acq_rel);
-            if ((uint32_t)now >= now >> 32) return;
+            if ((uint32_t)now >= now >> 32) return longest;
+            const uint64_t begun = __rdtsc();
             work(context, (uint32_t)now);
+            longest = std::max<uint64_t>(longest, __rdtsc() - begun);
             done.fetch_add(1, std::memory_order_release);
         }
     }
@@ -123,9 +126,9 @@ class Threads {
 
     // `count` threads less those that sit out, `most` of them: where fewer suffice, nobody was displaced.
     void begin(int count, int most) {
-        if (late > 1) sharing = std::max(1, std::min(sharing, count) / 2), calm = 0;
+        if (late > std::max(1, ran / 16)) sharing = std::max(1, std::min(sharing, count) / 2), calm = 0;
         else if (++calm % STEPS == 0) sharing = std::min(count, 2 * std::min(sharing, count));
-        late = 0;
+        late = ran = 0;
         for (; started < count; started++)
             std::thread([this, number = (uint32_t)started] {
                 for (int spins = 0;;) {
@@ -143,10 +146,11 @@ class Threads {
         context = &f;
         done.store(0, std::memory_order_relaxed);
         ticket.store((uint64_t)chunks << 32, std::memory_order_release);
-        take();
+        const uint64_t longest = take(), begun = __rdtsc();
         int spins = 0;
+        ran++;
         while (done.load(std::memory_order_acquire) != (uint32_t)chunks) pause(spins);
-        late += spins >= LONG;
+        late += longest && __rdtsc() - begun > 2 * longest + LONG;
     }
     // f(begin, end) over `count` rows of so many numbers, in chunks of about 32 thousand and of whole int4 blocks.
     template <class F> void rows(int count, int columns, const F &f) {

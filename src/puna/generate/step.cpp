@@ -1,8 +1,8 @@
 // One decode step of a Llama on a CPU: rows of one new token each, through all layers and the head in one call.
 //
 // Weights and cache are read where torch holds them; states and sums are float32 throughout, but that many rows meet
-// bfloat16 weights rounded (tiles.h). A row's numbers do not depend on the other rows, whether these are few or many
-// apart. kernel.py compiles this file and says what the structures hold; they must stay alike.
+// bfloat16 weights rounded, and queries bfloat16 keys (tiles.h). Among few rows, and among many, a row's numbers do not
+// depend on the others. kernel.py compiles this file and says what the structures hold; they must stay alike.
 //
 // R rows, D model width, H query heads, K key/value heads, E head width, V vocabulary.
 
@@ -96,11 +96,16 @@ static void product(const float *x, const Matrix &m, int first, int begin, int e
     else if (m.kind == 2) product<R, int8_t>(x, m, first, begin, end, give);
     else product_int4<R>(x, m, first, begin, end, give);
 }
-static bool is_tiled(const Matrix &m) { return HAS_TILES && m.kind == 1 && m.columns % 2 == 0; }
+static bool is_tiled(const Matrix &m) {
+    return m.kind == 0 ? TILED<float> : m.kind == 1 && TILED<Bf16> && m.columns % 2 == 0;
+}
 template <class Give>
 static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int begin, int end, const Give &give) {
-    if (rows > FEW && is_tiled(m))
-        return tiles(x.data(), rows, (const Bf16 *)m.data, m.columns, begin, end, give);
+    if (rows > FEW && is_tiled(m)) {
+        if constexpr (TILED<Bf16>)
+            if (m.kind) return tiles(x.data(), rows, (const Bf16 *)m.data, m.columns, begin, end, give);
+        if constexpr (TILED<float>) return tiles(x.data(), rows, (const float *)m.data, m.columns, begin, end, give);
+    }
     int r = 0;
     for (; r + 4 <= rows; r += 4) product<4>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
     for (; r + 2 <= rows; r += 2) product<2>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
@@ -159,7 +164,7 @@ static void attend(const float *q, const Cache &cache, int layer, int head, cons
                 for (int e = 0; e < width; e += 64 / sizeof(C)) __builtin_prefetch(held + i * cache.place_stride + e);
         });
     over_pages(cache.keys[layer], [&](int64_t s, int64_t count, const C *keys) {
-        if constexpr (HAS_TILES && std::is_same_v<C, Bf16>)
+        if constexpr (TILED<C>)
             if (width % 2 == 0) return dots_with(q, keys, cache.place_stride, count, width, &weights[s]);
         for (int64_t i = 0; i < count; i++) dots<1>(q, keys + i * cache.place_stride, width, &weights[s + i]);
     });

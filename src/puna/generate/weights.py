@@ -182,7 +182,7 @@ class PackedTransformer(Transformer):
         embedded = self.tok_embeddings(tokens)  # (B, T, D)
         states = embedded.flatten(0, 1).to(torch.float32, copy=True)
         logits = torch.empty(len(states), self.config.vocab_size) if head else None
-        kernel.step(model, paged, where, self.rotary[where], states, logits)
+        kernel.step(model, paged, where, self.rotary[where].float(), states, logits)
         return (states if logits is None else logits).to(embedded.dtype).view(*tokens.shape, -1)
 
     @functools.cached_property

@@ -31,7 +31,7 @@ from puna.config import ConfigError
 from puna.data import loader, packing
 from puna.data.prompts import Prompt, apart, fitting, read_prompts
 from puna.formats import huggingface
-from puna.generate.actor_critic import action_logprobs, draw, scorer
+from puna.generate.actor_critic import action_logprobs, draw, sampler, scorer
 from puna.generate.engine import LocalEngine
 from puna.generate.held_out import Best, keep_answers, kept_policy, mean_score, publish
 from puna.generate.scoring import Judges
@@ -200,7 +200,7 @@ def sample(
     cfg: GRPOConfig, models: Models, prompts: Sequence[Prompt], n: int, seed: int
 ) -> tuple[list[list[int]], list[Completion], dict[str, Tensor]]:
     """1 and 2: prompt ids, answers and scores (P n,) of n answers to each of P prompts, each's side by side."""
-    models.engine.update_weights(models.policy)
+    models.engine.update_weights(sampler(models.policy, "fp32", models.device))
     asked = [chat.encode_prompt(prompt["messages"], models.tokenizer) for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": cfg.max_new_tokens, "temperature": cfg.temperature, "seed": seed}
     groups = draw(models.engine, models.policy, asked, n=n, **settings)
