@@ -81,7 +81,7 @@ def gather(summaries: list[dict[str, Any]]) -> dict[str, Any]:
         "minutes": over_seeds([sum(s["seconds"].values()) / 60 for s in summaries]),
         "peak_memory_bytes": max(s["peak_memory_bytes"] for s in summaries),
         "machine": summaries[0]["machine"],
-        "versions_of": summaries[0]["versions_of"],
+        "versions_of": [s["versions_of"] for s in summaries],
     }
 
 
