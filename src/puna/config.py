@@ -125,7 +125,7 @@ def keep(config: Any, path: Path, ignore: Sequence[str] = NOT_RESULTS) -> None:
     What `ignore` names, a table or a key in one, may differ, and so may an address and the way a path is written. A
     folder that holds no more than another config and what could not be read is begun anew.
     """
-    if path.exists() and any(other.name not in (path.name, *LEFT_BY_A_MISTAKE) for other in path.parent.iterdir()):
+    if path.exists() and any(other.name not in (path.name, *LEFT_BY_A_MISTAKE) for other in path.parent.glob("[!.]*")):
         begun = load(type(config), [str(path)])
         for key in _leaves(type(config)):
             old, new = (functools.reduce(getattr, key.split("."), each) for each in (begun, config))

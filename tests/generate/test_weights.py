@@ -37,7 +37,8 @@ class Paged:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise AssertionError("the compiled step was not used")
 
-    is_shared = False
+    def is_shared(self) -> bool:
+        return False
 
     def pages(self) -> Pages:
         return Pages(self.keys.unbind(), self.values.unbind(), self.table)
@@ -207,10 +208,12 @@ def test_many_rows_step_as_beside_more(kind: Kind) -> None:
 @torch.inference_mode()
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(("kind", "is_shared"), [("int8", False), ("bf16", True), ("fp32", True)])
-def test_many_rows_of_int8_and_of_shared_pages_go_through_torch(kind: Kind, is_shared: bool) -> None:
+def test_many_rows_of_int8_and_of_shared_pages_go_through_torch(
+    kind: Kind, is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed = weights.pack(helpers.model(**WIDE), kind)
     cache = Paged(packed.config, 40, packed.tok_embeddings.weight.dtype)
-    cache.is_shared = is_shared
+    monkeypatch.setattr(Paged, "is_shared", lambda self: is_shared)
     at = {"positions": torch.zeros(40, 1, dtype=torch.int64), "cache": cache}
     with pytest.raises(AssertionError, match="the compiled step was not used"):
         packed(tokens(40, 1), **at)

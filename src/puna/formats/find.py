@@ -97,12 +97,14 @@ def _load_checkpoint(path: Path) -> tuple[Transformer | RewardModel, Tokenizer]:
         settings = json.loads((stage / "config.json").read_bytes())
     except (OSError, ValueError):
         raise ConfigError(f"{stage / 'config.json'} is missing or damaged: it says what {path} holds") from None
+    start = _start(stage, settings["out"])
     if "model" in settings:  # pretraining's own; every other stage starts from the model `init`
         shape = config.from_dict(ModelConfig, settings["model"])
-        named = settings["tokenizer"]
-        tokenizer = tokenizers.load(_from_its_start(Path(named), stage) if named else stage / "data/tokenizer")
+        tokenizer = tokenizers.load(
+            start / settings["tokenizer"] if settings["tokenizer"] else stage / "data/tokenizer"
+        )
     else:
-        init = _from_its_start(Path(settings["init"]), stage)
+        init = start / settings["init"]
         shape, tokenizer = huggingface.read_config(init), tokenizers.load(init)
     model = Transformer(shape)
     if "margin" in settings:
@@ -113,6 +115,7 @@ def _load_checkpoint(path: Path) -> tuple[Transformer | RewardModel, Tokenizer]:
     return model, tokenizer
 
 
-def _from_its_start(path: Path, stage: Path) -> Path:
-    """A path of a stage's config, which is relative to where the stage was started: a folder above it, or here."""
-    return next((place for parent in stage.parents if (place := parent / path).exists()), path)
+def _start(stage: Path, out: str) -> Path:
+    """The folder that a stage was started in, which the paths of its config, such as its own `out`, are relative to."""
+    parts = Path(out).parts
+    return Path(*stage.parts[: -len(parts)]) if stage.parts[-len(parts) :] == parts else Path()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("step.cpp", "sample.cpp", "shared.h", "tiles.h"))
-FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=gnu++20", "-shared", "-fPIC", "-pthread")
+FLAGS = tuple("-O3 -march=native -ffp-contract=off -fno-strict-aliasing -std=gnu++20 -shared -fPIC -pthread".split())
 SECONDS = 120  # that a compiler may take
 DIGEST = 32  # bytes of SHA-256, behind the library's own in its file
 
@@ -153,8 +153,8 @@ def block() -> int:
 
 
 def most(model: Model) -> int:
-    """Rows of a step up to which it is the fastest way: any number of plain weights, as far as the processor has the
-    products for them (AVX512, AVX512-BF16), else a few.
+    """Rows of a step up to which it is used: any number of plain weights, as far as the processor has the products for
+    them (AVX512, AVX512-BF16), else a few.
     """
     loaded = library()
     assert loaded is not None, "there is no compiled step"

@@ -221,7 +221,6 @@ class DecodePass:
         self._cache, self._blocks, self._lengths = cache, blocks, lengths
         self._planned = False
 
-    @property
     def is_shared(self) -> bool:
         """See weights.PagedCache."""
         return 2 * len(set(itertools.chain(*self._blocks))) < sum(map(len, self._blocks))

@@ -207,7 +207,8 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
                  float *states, float *logits) {
     const int dim = model.output.columns, width = model.width, heads = model.heads, kv = model.kv_heads;
     const int hidden = model.layers->w1.rows, wide = heads * width, narrow = kv * width;
-    const int load = std::max(1, rows / FEW), each = rows > FEW ? heads / kv : 1;  // heads that a thread takes at once
+    const int each = rows > FEW ? heads / kv : 1;  // heads that a thread takes at once
+    auto share = [&](int count, int columns, const auto &f) { rows > FEW ? threads.parts(count, f) : threads.rows(count, columns, f); };
     static std::vector<float> x, h, q, out, k, v, gate, up;  // kept from step to step, of which one runs at a time
     x.assign(states, states + (int64_t)rows * dim);
     h.resize(x.size());
@@ -218,7 +219,7 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
         const Layer &layer = model.layers[l];
         auto add = [to = x.data(), dim](int r, int n, float dot) { to[(int64_t)r * dim + n] += dot; };
         normalise(x, layer.attention_norm, rows, dim, model.eps, h);
-        threads.rows(wide + 2 * narrow, dim * load, [&](int begin, int end) {
+        share(wide + 2 * narrow, dim, [&](int begin, int end) {
             int first = 0;
             for (auto [m, to] : {std::pair{&layer.wq, &q}, {&layer.wk, &k}, {&layer.wv, &v}}) {
                 multiply(h, rows, *m, std::clamp(begin - first, 0, m->rows), std::clamp(end - first, 0, m->rows), into(*to, *m));
@@ -244,20 +245,20 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
                 attend<C>(&q[i * width], cache, l, head, cache.table + r * cache.pages, positions[r], width, &out[i * width]);
             }
         });
-        threads.rows(dim, wide * load, [&](int begin, int end) { multiply(out, rows, layer.wo, begin, end, add); });
+        share(dim, wide, [&](int begin, int end) { multiply(out, rows, layer.wo, begin, end, add); });
         normalise(x, layer.ffn_norm, rows, dim, model.eps, h);
-        threads.rows(hidden, 2 * dim * load, [&](int begin, int end) {
+        share(hidden, 2 * dim, [&](int begin, int end) {
             for (auto [m, to] : {std::pair{&layer.w1, &gate}, {&layer.w3, &up}})
                 multiply(h, rows, *m, begin, end, into(*to, *m));
             for (int r = 0; r < rows; r++)
                 activate(&gate[(int64_t)r * hidden + begin], &up[(int64_t)r * hidden + begin], end - begin);
         });
-        threads.rows(dim, hidden * load, [&](int begin, int end) { multiply(gate, rows, layer.w2, begin, end, add); });
+        share(dim, hidden, [&](int begin, int end) { multiply(gate, rows, layer.w2, begin, end, add); });
     }
     normalise(x, model.norm, rows, dim, model.eps, h);
     memcpy(states, h.data(), h.size() * sizeof(float));
     if (logits)
-        threads.rows(model.output.rows, dim * load, [&](int begin, int end) {
+        share(model.output.rows, dim, [&](int begin, int end) {
             multiply(h, rows, model.output, begin, end,
                      [=, wide = model.output.rows](int r, int n, float dot) { logits[(int64_t)r * wide + n] = dot; });
         });

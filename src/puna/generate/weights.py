@@ -55,7 +55,6 @@ class Pages(NamedTuple):
 class PagedCache(Protocol):
     """A cache that the compiled step can read and write: each row's tokens see all of its positions up to their own."""
 
-    @property
     def is_shared(self) -> bool:
         """Whether rows read so much in common that `attend`, which reads it once, is faster for many of them."""
         ...
@@ -167,7 +166,7 @@ class PackedTransformer(Transformer):
             or (model := self._pointers) is None
         ):
             return None
-        if tokens.numel() > kernel.most(model) or (tokens.numel() > FEW and cache.is_shared):
+        if tokens.numel() > kernel.most(model) or (tokens.numel() > FEW and cache.is_shared()):
             return None
         keys, values, table = cache.pages()
         rows = table.repeat_interleave(tokens.shape[1], 0).contiguous()
@@ -215,8 +214,8 @@ class PackedTransformer(Transformer):
 def whole(model: Transformer, dtype: torch.dtype | None = None) -> Transformer:
     """The model itself, or, where it is sharded over processes or compiled, a plain copy with all its weights.
 
-    They are gathered a parameter at a time, on every rank at once, in their own type or `dtype`. Later changes to the
-    model are not seen by the copy.
+    They are gathered a parameter at a time, on every rank at once, in their own type, matrices in `dtype` if that is
+    given. Later changes to the model are not seen by the copy.
     """
     if not parallel.is_sharded(model) and not parallel.is_compiled(model):
         return model
@@ -226,7 +225,7 @@ def whole(model: Transformer, dtype: torch.dtype | None = None) -> Transformer:
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
         full = weight.full_tensor() if isinstance(weight, DTensor) else weight.clone()
-        full = full if dtype is None else full.to(dtype)
+        full = full if dtype is None or full.ndim < 2 else full.to(dtype)
         made.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(full, requires_grad=False)
     if model.config.tie_embeddings:
         made.output.weight = made.tok_embeddings.weight
