@@ -101,6 +101,7 @@ static bool is_tiled(const Matrix &m) {
 }
 template <class Give>
 static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int begin, int end, const Give &give) {
+    if (begin == end) return;
     if (rows > FEW && is_tiled(m)) {
         if constexpr (TILED<Bf16>)
             if (m.kind) return tiles(x.data(), rows, (const Bf16 *)m.data, m.columns, begin, end, give);
@@ -266,7 +267,7 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
 
 extern "C" int puna_block() { return BLOCK; }
 
-// Rows of a step up to which no other kernel is faster.
+// Rows of a step up to which its products are fast.
 extern "C" int puna_most(const Model *model) {
     bool are_all = is_tiled(model->output);
     for (const Layer *l = model->layers; l < model->layers + model->n_layers; l++)
