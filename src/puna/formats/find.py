@@ -97,7 +97,7 @@ def _load_checkpoint(path: Path) -> tuple[Transformer | RewardModel, Tokenizer]:
         settings = json.loads((stage / "config.json").read_bytes())
     except (OSError, ValueError):
         raise ConfigError(f"{stage / 'config.json'} is missing or damaged: it says what {path} holds") from None
-    start = _start(stage, settings["out"])
+    start = _start(stage, settings.get("out", ""))
     if "model" in settings:  # pretraining's own; every other stage starts from the model `init`
         shape = config.from_dict(ModelConfig, settings["model"])
         tokenizer = tokenizers.load(
