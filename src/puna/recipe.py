@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import resource
 import sys
@@ -136,8 +137,7 @@ def plan(cfg: RecipeConfig) -> list[Step]:
 
     Another `method` has its own plan (puna.baselines) after the same beginning; `only` leaves one version of it.
     """
-    if cfg.versions < 0:
-        raise ConfigError(f"versions is {cfg.versions}: it must be at least 0")
+    config.within(cfg, 0, math.inf, "versions")
     if cfg.ppo.pretrain_data == NOT_SET and cfg.method != "instructgpt":
         raise ConfigError(f"ppo.pretrain_data: the method {cfg.method!r} sets none: name a token shard")
     if cfg.base and cfg.method != "llama2":

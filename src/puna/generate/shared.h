@@ -152,15 +152,17 @@ class Threads {
         while (done.load(std::memory_order_acquire) != (uint32_t)chunks) pause(spins);
         late += longest && __rdtsc() - begun > 2 * longest + LONG;
     }
+    // f(begin, end) over `count` things, so many a chunk.
+    template <class F> void pieces(int count, int each, const F &f) {
+        run((count + each - 1) / each, [&](int chunk) { f(chunk * each, std::min(count, (chunk + 1) * each)); });
+    }
     // f(begin, end) over `count` rows in about eight chunks a thread of the step, of whole blocks.
     template <class F> void parts(int count, const F &f) {
-        int each = std::max(1, count / BLOCK / (8 * (int)stepping.load())) * BLOCK;
-        run((count + each - 1) / each, [&](int chunk) { f(chunk * each, std::min(count, (chunk + 1) * each)); });
+        pieces(count, std::max(1, count / BLOCK / (8 * (int)stepping.load())) * BLOCK, f);
     }
     // f(begin, end) over `count` rows of so many numbers, in chunks of about 32 thousand and of whole int4 blocks.
     template <class F> void rows(int count, int columns, const F &f) {
-        int each = std::max(1, 32768 / columns / BLOCK) * BLOCK;
-        run((count + each - 1) / each, [&](int chunk) { f(chunk * each, std::min(count, (chunk + 1) * each)); });
+        pieces(count, std::max(1, 32768 / columns / BLOCK) * BLOCK, f);
     }
 };
 inline Threads &threads = *new Threads;  // never destroyed: its threads may outlive main

@@ -113,18 +113,23 @@ static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int
     for (; r < rows; r++) product<1>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
 }
 
+// f(row) for each of the rows, a few at a time.
+template <class F> static void each_row(int rows, const F &f) {
+    threads.pieces(rows, FEW, [&](int begin, int end) {
+        for (int r = begin; r < end; r++) f(r);
+    });
+}
+
 static void normalise(const std::vector<float> &x, const float *weight, int rows, int dim, float eps, std::vector<float> &out) {
-    threads.run((rows + FEW - 1) / FEW, [&](int chunk) {
-        for (int r = chunk * FEW; r < std::min(rows, (chunk + 1) * FEW); r++) {
-            const float *from = &x[(int64_t)r * dim];
-            Floats squares = all(0);
-            int i = 0;
-            for (; i + LANES <= dim; i += LANES) squares = multiply_add(load(from + i), load(from + i), squares);
-            float rest = sum(squares);
-            for (; i < dim; i++) rest += from[i] * from[i];
-            const float scale = 1 / std::sqrt(rest / dim + eps);
-            for (i = 0; i < dim; i++) out[(int64_t)r * dim + i] = from[i] * scale * weight[i];
-        }
+    each_row(rows, [&](int r) {
+        const float *from = &x[(int64_t)r * dim];
+        Floats squares = all(0);
+        int i = 0;
+        for (; i + LANES <= dim; i += LANES) squares = multiply_add(load(from + i), load(from + i), squares);
+        float rest = sum(squares);
+        for (; i < dim; i++) rest += from[i] * from[i];
+        const float scale = 1 / std::sqrt(rest / dim + eps);
+        for (i = 0; i < dim; i++) out[(int64_t)r * dim + i] = from[i] * scale * weight[i];
     });
 }
 
@@ -153,6 +158,7 @@ template <class C>
 static void attend(const float *q, const Cache &cache, int layer, int head, const int64_t *pages, int64_t last, int width,
                    float *out) {
     static thread_local std::vector<float> weights;
+    static thread_local std::vector<uint32_t> units;  // of q
     weights.assign((last / LANES + 1) * LANES, -INFINITY);
     auto over_pages = [&](const void *base, auto f) {  // f(first position, how many, where)
         for (int64_t s = 0; s <= last; s += cache.page)
@@ -164,9 +170,10 @@ static void attend(const float *q, const Cache &cache, int layer, int head, cons
             for (int64_t i = 0; i < count; i++)
                 for (int e = 0; e < width; e += 64 / sizeof(C)) __builtin_prefetch(held + i * cache.place_stride + e);
         });
+    if constexpr (TILED<C>) units_of<C>(q, width, units);
     over_pages(cache.keys[layer], [&](int64_t s, int64_t count, const C *keys) {
         if constexpr (TILED<C>)
-            if (width % 2 == 0) return dots_with(q, keys, cache.place_stride, count, width, &weights[s]);
+            if (width % 2 == 0) return dots_with(units.data(), keys, cache.place_stride, count, width, &weights[s]);
         for (int64_t i = 0; i < count; i++) dots<1>(q, keys + i * cache.place_stride, width, &weights[s + i]);
     });
     const float scale = 1 / std::sqrt((float)width);
@@ -227,21 +234,19 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
                 first += m->rows;
             }
         });
-        threads.run((rows + FEW - 1) / FEW, [&](int chunk) {
-            for (int r = chunk * FEW; r < std::min(rows, (chunk + 1) * FEW); r++) {
-                rotate(&q[r * wide], rotary + r * width, heads, width);
-                rotate(&k[r * narrow], rotary + r * width, kv, width);
-                int64_t page = cache.table[r * cache.pages + positions[r] / cache.page];
-                int64_t place = page * cache.page_stride + positions[r] % cache.page * cache.place_stride;
-                for (int i = 0; i < narrow; i++) {
-                    int64_t to = place + i / width * cache.head_stride + i % width;
-                    put((C *)cache.keys[l] + to, k[r * narrow + i]);
-                    put((C *)cache.values[l] + to, v[r * narrow + i]);
-                }
+        each_row(rows, [&](int r) {
+            rotate(&q[r * wide], rotary + r * width, heads, width);
+            rotate(&k[r * narrow], rotary + r * width, kv, width);
+            int64_t page = cache.table[r * cache.pages + positions[r] / cache.page];
+            int64_t place = page * cache.page_stride + positions[r] % cache.page * cache.place_stride;
+            for (int i = 0; i < narrow; i++) {
+                int64_t to = place + i / width * cache.head_stride + i % width;
+                put((C *)cache.keys[l] + to, k[r * narrow + i]);
+                put((C *)cache.values[l] + to, v[r * narrow + i]);
             }
         });
-        threads.run(rows * heads / each, [&](int chunk) {
-            for (int i = chunk * each; i < (chunk + 1) * each; i++) {
+        threads.pieces(rows * heads, each, [&](int begin, int end) {
+            for (int i = begin; i < end; i++) {
                 const int r = i / heads, head = i % heads / (heads / kv);
                 attend<C>(&q[i * width], cache, l, head, cache.table + r * cache.pages, positions[r], width, &out[i * width]);
             }

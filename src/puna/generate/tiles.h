@@ -67,10 +67,9 @@ template <class W> static void units_of(const float *x, int64_t count, std::vect
     for (; i < count; i++) put((W *)out.data() + i, x[i]);
 }
 
-// Dots of x (columns,) with `count` rows of w, which stand `stride` numbers apart; columns and stride fill whole units.
-template <class W> static void dots_with(const float *x, const W *w, int64_t stride, int count, int columns, float *out) {
-    static thread_local std::vector<uint32_t> held_x;
-    units_of<W>(x, columns, held_x);
+// Dots of x (columns,), as units, with `count` rows of w, which stand `stride` numbers apart; both fill whole units.
+template <class W>
+static void dots_with(const uint32_t *x, const W *w, int64_t stride, int count, int columns, float *out) {
     const int units = columns * sizeof(W) / 4;
     stride = stride * sizeof(W) / 4;
     for (int first = 0; first < count; first += 16) {
@@ -79,7 +78,7 @@ template <class W> static void dots_with(const float *x, const W *w, int64_t str
             __m512i held[16];
             turned((const uint32_t *)w + first * stride, stride, count - first, u, units, held);
 #pragma GCC unroll 16
-            for (int i = 0; i < 16; i++) sums[i % 4] = add_products(sums[i % 4], held[i], _mm512_set1_epi32(held_x[u + i]), W());
+            for (int i = 0; i < 16; i++) sums[i % 4] = add_products(sums[i % 4], held[i], _mm512_set1_epi32(x[u + i]), W());
         }
         const __mmask16 there = count - first < 16 ? (1 << (count - first)) - 1 : 0xffff;
         _mm512_mask_storeu_ps(out + first, there, (sums[0] + sums[1]) + (sums[2] + sums[3]));
