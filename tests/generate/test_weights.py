@@ -72,12 +72,6 @@ def tokens(rows: int, length: int = 20, vocab: int = 101) -> Tensor:
     return torch.randint(vocab, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-def takes_many(model: PackedTransformer, rows: int) -> None:
-    """Skip where the compiled step has no products for so many rows."""
-    if model._pointers is not None and kernel.most(model._pointers) < rows:
-        pytest.skip("this processor has no products for many rows of these weights")
-
-
 def stepped(model: PackedTransformer, ids: Tensor, width: int = 1) -> Tensor:
     """Logits (B, T, V), `width` tokens a row at a time."""
     is_int4 = isinstance(model.get_submodule("layers.0.attention.wq"), weights.Int4Linear)
@@ -150,7 +144,6 @@ def test_a_quantised_layer_is_off_by_half_a_step_at_most(layer: type[weights.Int
 def test_the_step_is_the_full_forward_pass(shape: dict[str, int], rows: int) -> None:
     model, ids = helpers.model(**shape), tokens(rows)
     packed = weights.pack(model, "fp32")
-    takes_many(packed, rows)
     expected, found = model(ids), stepped(packed, ids)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert torch.equal(found.argmax(-1), expected.argmax(-1))
@@ -161,9 +154,8 @@ def test_the_step_is_the_full_forward_pass(shape: dict[str, int], rows: int) -> 
 @pytest.mark.parametrize(
     ("kind", "rows", "shape"),
     [
-        *((kind, 3, WIDE) for kind in ("bf16", "int8", "int4")),
-        ("bf16", 9, WIDE),
-        ("bf16", 40, WIDE),
+        *((kind, rows, WIDE) for kind in ("bf16", "int8", "int4") for rows in (3, 9, 40)),
+        ("bf16", 40, ODD),
         ("bf16", 40, ODD | {"ffn_hidden": 78}),  # pairs of columns
     ],
 )
@@ -171,7 +163,6 @@ def test_the_step_rounds_less_than_torch(kind: Kind, rows: int, shape: dict[str,
     """Against the same weights in float32, the step errs no more than torch's bfloat16 products do."""
     packed = weights.pack(helpers.model(**shape), kind)
     exact = weights.pack(helpers.model(**shape), "fp32")
-    takes_many(packed, rows)
     for name, module in exact.named_modules():
         held = packed.get_submodule(name)
         if isinstance(module, nn.Linear):
@@ -196,10 +187,9 @@ def test_a_row_steps_alone_as_beside_others(kind: Kind) -> None:
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
 def test_many_rows_step_as_beside_more(kind: Kind) -> None:
     packed, ids = weights.pack(helpers.model(**WIDE), kind), tokens(40)
-    takes_many(packed, 40)
     together = stepped(packed, ids)
     for begin, end in ((0, 9), (9, 20), (20, 37)):
         assert torch.equal(stepped(packed, ids[begin:end]), together[begin:end])
@@ -207,14 +197,10 @@ def test_many_rows_step_as_beside_more(kind: Kind) -> None:
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize(("kind", "is_shared"), [("int8", False), ("bf16", True), ("fp32", True)])
-def test_many_rows_of_int8_and_of_shared_pages_go_through_torch(
-    kind: Kind, is_shared: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    packed = weights.pack(helpers.model(**WIDE), kind)
-    cache = Paged(packed.config, 40, packed.tok_embeddings.weight.dtype)
-    monkeypatch.setattr(Paged, "is_shared", lambda self: is_shared)
-    at = {"positions": torch.zeros(40, 1, dtype=torch.int64), "cache": cache}
+def test_many_rows_of_shared_pages_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = weights.pack(helpers.model(**WIDE), "fp32")
+    monkeypatch.setattr(Paged, "is_shared", lambda self: True)
+    at = {"positions": torch.zeros(40, 1, dtype=torch.int64), "cache": Paged(packed.config, 40, torch.float32)}
     with pytest.raises(AssertionError, match="the compiled step was not used"):
         packed(tokens(40, 1), **at)
 
@@ -224,7 +210,6 @@ def test_many_rows_of_int8_and_of_shared_pages_go_through_torch(
 @pytest.mark.parametrize("rows", [2, 40])
 def test_threads_change_nothing(rows: int) -> None:
     packed, ids = weights.pack(helpers.model(**WIDE), "bf16"), tokens(rows)
-    takes_many(packed, rows)
     alone = stepped(packed, ids)
     torch.set_num_threads(3)
     try:

@@ -97,7 +97,6 @@ def library() -> ctypes.CDLL | None:
             *[ctypes.c_void_p] * 4,
             ctypes.c_int,
         ]
-        loaded.puna_most.argtypes = [ctypes.POINTER(Model)]
         loaded.puna_sample.restype = None
         loaded.puna_sample.argtypes = [
             ctypes.c_void_p,
@@ -150,15 +149,6 @@ def block() -> int:
     loaded = library()
     assert loaded is not None, "there is no compiled step"
     return int(loaded.puna_block())
-
-
-def most(model: Model) -> int:
-    """Rows of a step up to which it is used: any number of plain weights, as far as the processor has the products for
-    them (AVX512, AVX512-BF16), else a few.
-    """
-    loaded = library()
-    assert loaded is not None, "there is no compiled step"
-    return int(loaded.puna_most(model))
 
 
 def _path() -> Path:

@@ -67,6 +67,7 @@ static float sum(Floats v) {
 typedef int32_t Ints __attribute__((vector_size(32)));
 static unsigned lanes(Ints mask) { return _mm256_movemask_ps((__m256)mask); }  // a bit a lane that is all ones
 #endif
+static Ints every(uint32_t x) { return Ints{} + (int32_t)x; }
 constexpr int LANES = sizeof(Floats) / sizeof(float), BLOCK = 4 * LANES;  // rows that lie together in int4
 
 static float one(float x) { return x; }

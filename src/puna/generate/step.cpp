@@ -1,8 +1,8 @@
 // One decode step of a Llama on a CPU: rows of one new token each, through all layers and the head in one call.
 //
-// Weights and cache are read where torch holds them; states and sums are float32 throughout, but that many rows meet
-// bfloat16 weights rounded, and queries bfloat16 keys (tiles.h). Among few rows, and among many, a row's numbers do not
-// depend on the others. kernel.py compiles this file and says what the structures hold; they must stay alike.
+// Weights and cache are read where torch holds them; states and sums are float32 throughout, but that a processor with
+// products of bfloat16 rounds many rows that meet such weights, and queries that meet such keys (tiles.h). Among few
+// rows, and among many, a row's numbers do not depend on the others. kernel.py compiles this file and says what the structures hold; they must stay alike.
 //
 // R rows, D model width, H query heads, K key/value heads, E head width, V vocabulary.
 
@@ -96,16 +96,16 @@ static void product(const float *x, const Matrix &m, int first, int begin, int e
     else if (m.kind == 2) product<R, int8_t>(x, m, first, begin, end, give);
     else product_int4<R>(x, m, first, begin, end, give);
 }
-static bool is_tiled(const Matrix &m) {
-    return m.kind == 0 ? TILED<float> : m.kind == 1 && TILED<Bf16> && m.columns % 2 == 0;
-}
+static bool is_tiled(const Matrix &m) { return m.kind != 3 && (m.kind != 1 || m.columns % NUMBERS<Bf16> == 0); }
 template <class Give>
 static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int begin, int end, const Give &give) {
     if (begin == end) return;
+    auto scaled = [&](int r, int n, float dot) { give(r, n, dot * ((const float *)m.scales)[n]); };
     if (rows > FEW && is_tiled(m)) {
-        if constexpr (TILED<Bf16>)
-            if (m.kind) return tiles(x.data(), rows, (const Bf16 *)m.data, m.columns, begin, end, give);
-        if constexpr (TILED<float>) return tiles(x.data(), rows, (const float *)m.data, m.columns, begin, end, give);
+        if (m.kind == 0) tiles(x.data(), rows, (const float *)m.data, m.columns, begin, end, give);
+        if (m.kind == 1) tiles(x.data(), rows, (const Bf16 *)m.data, m.columns, begin, end, give);
+        if (m.kind == 2) tiles(x.data(), rows, (const int8_t *)m.data, m.columns, begin, end, scaled);
+        return;
     }
     int r = 0;
     for (; r + 4 <= rows; r += 4) product<4>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
@@ -170,10 +170,10 @@ static void attend(const float *q, const Cache &cache, int layer, int head, cons
             for (int64_t i = 0; i < count; i++)
                 for (int e = 0; e < width; e += 64 / sizeof(C)) __builtin_prefetch(held + i * cache.place_stride + e);
         });
-    if constexpr (TILED<C>) units_of<C>(q, width, units);
+    const bool is_turned = LANES == 16 && width % NUMBERS<C> == 0;  // AVX2 is faster without
+    const uint32_t *from = is_turned ? units_of<C>(q, width, units) : nullptr;
     over_pages(cache.keys[layer], [&](int64_t s, int64_t count, const C *keys) {
-        if constexpr (TILED<C>)
-            if (width % 2 == 0) return dots_with(units.data(), keys, cache.place_stride, count, width, &weights[s]);
+        if (is_turned) return dots_with(from, keys, cache.place_stride, count, width / NUMBERS<C>, &weights[s]);
         for (int64_t i = 0; i < count; i++) dots<1>(q, keys + i * cache.place_stride, width, &weights[s + i]);
     });
     const float scale = 1 / std::sqrt((float)width);
@@ -271,14 +271,6 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
 }
 
 extern "C" int puna_block() { return BLOCK; }
-
-// Rows of a step up to which its products are fast.
-extern "C" int puna_most(const Model *model) {
-    bool are_all = is_tiled(model->output);
-    for (const Layer *l = model->layers; l < model->layers + model->n_layers; l++)
-        for (const Matrix *m = &l->wq; m <= &l->w3; m++) are_all = are_all && is_tiled(*m);
-    return are_all ? INT_MAX : FEW;
-}
 
 // states (R, D): embeddings in, normalised last states out; rotary (R, E / 2, 2); logits (R, V), or null for none.
 extern "C" void puna_step(const Model *model, const Cache *cache, int rows, const int64_t *positions,

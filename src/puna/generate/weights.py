@@ -159,14 +159,9 @@ class PackedTransformer(Transformer):
 
     def _step(self, tokens: Tensor, positions: Tensor | None, cache: object, head: bool) -> Tensor | None:
         """Hidden states (B, T, D), or logits (B, T, V), by the compiled step; None where it cannot run this pass."""
-        if (
-            positions is None
-            or not isinstance(cache, PagedCache)
-            or tokens.is_cuda
-            or (model := self._pointers) is None
-        ):
+        if positions is None or not isinstance(cache, PagedCache) or tokens.is_cuda:
             return None
-        if tokens.numel() > kernel.most(model) or (tokens.numel() > FEW and cache.is_shared()):
+        if (model := self._pointers) is None or (tokens.numel() > FEW and cache.is_shared()):
             return None
         keys, values, table = cache.pages()
         rows = table.repeat_interleave(tokens.shape[1], 0).contiguous()
