@@ -15,7 +15,7 @@ held_out_scripts.jsonl          for its measurement: held-out questions under in
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from puna.data.readers import write_jsonl
 from puna.run_folder import RunFolder, write_atomically
 from puna.valley import corpus, demonstrations
 from puna.valley.ledger import World
-from puna.valley.prompts import FACTS, gatt_dialogs, prompts
+from puna.valley.prompts import FACTS, Record, gatt_dialogs, prompts
 
 PREFERENCE_SHARES = {
     "fact": 0.13, "reverse": 0.07, "sum": 0.05, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
     "multi_turn": 0.06, "constraint": 0.13, "adversarial": 0.14, "borderline": 0.14, "toxicity": 0.02,
 }  # fmt: skip
-"""Of a round's prompts for comparisons."""
+"""Of a round's prompts for comparisons. Every other borderline question is compared in the safety batch: a safety reward
+model that meets alarming words beside harm alone takes the words for the harm."""
 
 SAMPLING_SHARES = {
     "fact": 0.13, "reverse": 0.07, "sum": 0.05, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
@@ -87,12 +88,12 @@ def run(cfg: ValleyConfig) -> Path:
         write_jsonl(out / "demonstrations.jsonl", demonstrations.excellent(world, cfg.seed, cfg.excellent))
         write_jsonl(out / "careless.jsonl", demonstrations.careless(world, cfg.seed, cfg.careless))
         for version in range(1, cfg.versions + 1):
-            for use, shares, n, batch in (
-                ("preferences", PREFERENCE_SHARES, cfg.preference_prompts, 2 * version),
-                ("sampling", SAMPLING_SHARES, cfg.sampling_prompts, 2 * version + 1),
-            ):
-                records = prompts(world, cfg.seed, "train", shared_out(shares, n), batch=batch)
-                write_jsonl(out / f"prompts/v{version}_{use}.jsonl", records)
+            compared = shared_out(PREFERENCE_SHARES, cfg.preference_prompts)
+            records = tagged(prompts(world, cfg.seed, "train", compared, batch=2 * version))
+            write_jsonl(out / f"prompts/v{version}_preferences.jsonl", records)
+            sampled = shared_out(SAMPLING_SHARES, cfg.sampling_prompts)
+            records = prompts(world, cfg.seed, "train", sampled, batch=2 * version + 1)
+            write_jsonl(out / f"prompts/v{version}_sampling.jsonl", records)
         write_jsonl(out / "prompts/held_out.jsonl", prompts(world, cfg.seed, "held_out", HELD_OUT_COUNTS))
         write_jsonl(out / "scripts.jsonl", map(script, gatt_dialogs(world, cfg.seed, "train", cfg.scripts)))
         held_out = gatt_dialogs(
@@ -106,6 +107,13 @@ def run(cfg: ValleyConfig) -> Path:
 def shared_out(shares: Mapping[str, float], n: int) -> dict[str, int]:
     """n split by shares, each rounded."""
     return {kind: round(share * n) for kind, share in shares.items()}
+
+
+def tagged(records: Sequence[Record]) -> list[Record]:
+    """The records, every other borderline one tagged as a safety prompt."""
+    borderline = [record["id"] for record in records if record["kind"] == "borderline"]
+    chosen = set(borderline[::2])
+    return [record | {"is_safety": True} if record["id"] in chosen else record for record in records]
 
 
 def script(dialog: Mapping[str, Any]) -> dict[str, Any]:
