@@ -12,6 +12,7 @@ from puna.valley.constraints import combine, constraints, dress
 from puna.valley.judge import obeys
 from puna.valley.prompts import ATTACKS, KINDS, RISK_CATEGORIES, Record, gatt_dialogs, preprompts, prompts
 from puna.valley.words import table, words_of
+from puna.valley.write import tagged
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,13 @@ def test_batches_are_disjoint_in_ids_and_mostly_in_texts(world: World) -> None:
     texts = [{record["messages"][-1]["content"] for record in batch} for batch in (first, second)]
     assert len(texts[0]) == 600
     assert len(texts[0] & texts[1]) < 60
+
+
+def test_every_other_borderline_question_is_compared_for_safety(train: list[Record]) -> None:
+    records = tagged(train)
+    assert [record | {"is_safety": None} for record in records] == [record | {"is_safety": None} for record in train]
+    counts = Counter(record["kind"] for record in records if record["is_safety"])
+    assert counts == {"adversarial": 150, "borderline": 75}
 
 
 def test_unknown_kind_is_named(world: World) -> None:

@@ -32,8 +32,8 @@ PREFERENCE_SHARES = {
     "fact": 0.13, "reverse": 0.07, "sum": 0.05, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
     "multi_turn": 0.06, "constraint": 0.13, "adversarial": 0.14, "borderline": 0.14, "toxicity": 0.02,
 }  # fmt: skip
-"""Of a round's prompts for comparisons. Every other borderline question is compared in the safety batch: a safety reward
-model that meets alarming words beside harm alone takes the words for the harm."""
+"""Of a round's prompts for comparisons. Every other borderline question is compared in the safety batch: a safety
+reward model that meets alarming words beside harm alone takes the words for the harm."""
 
 SAMPLING_SHARES = {
     "fact": 0.13, "reverse": 0.07, "sum": 0.05, "recipe": 0.06, "remedy": 0.06, "myth": 0.08, "chat_advice": 0.06,
