@@ -86,10 +86,15 @@ def test_a_recipe_with_flags(stage: types.SimpleNamespace, tmp_path: Path, monke
     assert seen == [FakeConfig(Path("a"), 3)]
 
 
+UNKNOWN = "puna: error: unknown command {!r}; did you mean {!r}? (puna --help lists them)\n"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["fkae"], "puna: error: unknown command 'fkae'; did you mean 'fake'? (puna --help lists them)\n"),
+        (["fkae"], UNKNOWN.format("fkae", "fake")),
+        (["data", "perpare"], UNKNOWN.format("data perpare", "data prepare")),
+        (["reward", "evalaute", "--out", "a"], UNKNOWN.format("reward evalaute", "reward evaluate")),
         (["fake", "--out", "a", "--step", "3"], "puna: error: unknown flag --step; did you mean --steps?\n"),
         (["fake"], "puna: error: missing --out: it has no default\n"),
     ],

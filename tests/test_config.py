@@ -210,7 +210,7 @@ def test_within() -> None:
         ("learning_rate = 1", "unknown key 'learning_rate' in [sft]; did you mean 'optim.lr'?"),
         ("max_steps = 1", "unknown key 'max_steps' in [sft]; did you mean 'steps'?"),
         ("maxlen = 1", "unknown key 'maxlen' in [sft]; did you mean 'max_len'?"),
-        ("optim = 1", "unknown key 'optim' in [sft]; did you mean 'optim.lr'?"),
+        ("optim = 1", "key 'optim' in [sft] must be a table, not 1"),
         ("steps.a = 1", "key 'steps' in [sft] must be int, not {'a': 1}"),
         ('optim.lr = "fast"', "key 'optim.lr' in [sft] must be float, not 'fast'"),
         ("steps = 1.0", "key 'steps' in [sft] must be int, not 1.0"),

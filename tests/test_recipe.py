@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -234,3 +235,16 @@ def test_the_seconds_of_a_step_are_those_of_all_its_starts(tmp_path: Path, monke
     sft, v1 = (json.loads((run / f"done/{name}.json").read_text())["seconds"] for name in ("sft", "v1"))
     assert 295 < sft < 310 and v1 < 10
     assert not (run / "started.json").exists()
+
+
+@pytest.mark.parametrize("key", ["base", "preferences.helpfulness", "preferences.safety_test"])
+def test_a_file_that_is_not_there_is_named_before_the_folder_is_begun(key: str, tmp_path: Path) -> None:
+    (tmp_path / "there").touch()
+    given = dict.fromkeys(("helpfulness", "safety", "safety_test"), (tmp_path / "there",))
+    cfg = RecipeConfig(tmp_path / "run", base=tmp_path / "there", preferences=PreferenceFiles(**given))
+    table, _, name = key.rpartition(".")
+    wrong = tmp_path / "nowhere"
+    cfg = replace(cfg, preferences=replace(cfg.preferences, **{name: (wrong,)})) if table else replace(cfg, base=wrong)
+    with pytest.raises(ConfigError, match=rf"^{key}: there is no {re.escape(str(wrong))}$"):
+        recipe.run(cfg)
+    assert not cfg.out.exists()

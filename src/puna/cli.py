@@ -153,9 +153,9 @@ def _run(arguments: list[str]) -> int:
         print(f"puna {puna.__version__}")
         return 0
     name, rest = split(arguments)
-    if name not in COMMANDS:
-        (nearest,) = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)
-        raise ConfigError(f"unknown command {name!r}; did you mean {nearest!r}? (puna --help lists them)")
+    if misspelt := _misspelt(name, rest):
+        (nearest,) = difflib.get_close_matches(misspelt, COMMANDS, n=1, cutoff=0.0)
+        raise ConfigError(f"unknown command {misspelt!r}; did you mean {nearest!r}? (puna --help lists them)")
     command = COMMANDS[name]
     if command.positional and rest and not rest[0].startswith("-"):
         rest.insert(0, f"--{command.positional}")
@@ -174,6 +174,14 @@ def split(arguments: Sequence[str]) -> tuple[str, list[str]]:
     if rest and f"{name} {rest[0]}" in COMMANDS:
         name = f"{name} {rest.pop(0)}"
     return name, rest
+
+
+def _misspelt(name: str, rest: Sequence[str]) -> str | None:
+    """What was meant for a command, of a word or two, and is none; None where `name` is one."""
+    takes_words = name in COMMANDS and COMMANDS[name].positional
+    if rest and rest[0].isalpha() and not takes_words and any(other.startswith(f"{name} ") for other in COMMANDS):
+        return f"{name} {rest[0]}"  # a recipe's name has a dot
+    return None if name in COMMANDS else name
 
 
 def _help() -> str:

@@ -263,6 +263,8 @@ def _checked(table: Mapping[str, Any], leaves: Mapping[str, Any], place: _Place,
                 raise place.error("key", key, f" must be {_describe(leaves[key])}, not {value!r}") from None
         elif isinstance(value, dict) and any(leaf.startswith(f"{key}.") for leaf in leaves):
             values.update(_checked(value, leaves, place, f"{key}."))
+        elif any(leaf.startswith(f"{key}.") for leaf in leaves):
+            raise place.error("key", key, f" must be a table, not {value!r}")
         else:
             raise place.error("unknown key", key, f"; did you mean {_nearest(key, leaves)!r}?")
     return values

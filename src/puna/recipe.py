@@ -13,6 +13,7 @@ its own last checkpoint.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import math
 import os
@@ -347,6 +348,8 @@ def run(cfg: RecipeConfig) -> Path:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("a recipe runs on one process: start it without torchrun (its training stages take torchrun)")
     given = _given(cfg, cfg.start, steps) if cfg.start else []
+    if cfg.base:
+        _check_files(cfg)
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if cfg.start:
@@ -368,6 +371,19 @@ def run(cfg: RecipeConfig) -> Path:
         same = f"not the same: {', '.join(others)}" if others else "all the same"
         print(f"\n{cfg.only}    {n} artefacts, {same} as in {cfg.start}")
     return cfg.out
+
+
+def _check_files(cfg: RecipeConfig) -> None:
+    """ConfigError where the base or comparisons are not there: before a step has begun the folder."""
+    given = cfg.preferences
+    compared = {name: getattr(given, name) for name in ("helpfulness", "helpfulness_test", "safety", "safety_test")}
+    for key, paths in {
+        "base": (cfg.base,),
+        **{f"preferences.{name}": paths for name, paths in compared.items()},
+    }.items():
+        for path in paths:
+            if not glob.glob(str(path)):  # a base may hold a wildcard
+                raise ConfigError(f"{key}: there is no {path}")
 
 
 def _given(cfg: RecipeConfig, start: Path, steps: list[Step]) -> list[str]:
