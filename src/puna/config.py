@@ -24,7 +24,7 @@ import math
 import os
 import tomllib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -141,17 +141,26 @@ def keep(config: Any, path: Path, ignore: Sequence[str] = NOT_RESULTS) -> None:
 
 def positive(config: Any, *keys: str) -> None:
     """ConfigError where one of these numbers is not above zero."""
-    for key in keys:
-        if not getattr(config, key) > 0:
-            raise ConfigError(f"{key} is {getattr(config, key)}: it must be positive")
+    for key, value in _numbers(config, keys):
+        if not value > 0:
+            raise ConfigError(f"{key} is {value}: it must be positive")
 
 
 def within(config: Any, low: float, high: float, *keys: str) -> None:
     """ConfigError where one of these numbers is not from low to high; no bound holds a NaN, and infinity is none."""
-    for key in keys:
-        if not (low <= getattr(config, key) <= high and math.isfinite(getattr(config, key))):
+    for key, value in _numbers(config, keys):
+        if not (low <= value <= high and math.isfinite(value)):
             bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-            raise ConfigError(f"{key} is {getattr(config, key)}: it must be {bounds}")
+            raise ConfigError(f"{key} is {value}: it must be {bounds}")
+
+
+def _numbers(config: Any, keys: Iterable[str]) -> Iterator[tuple[str, float]]:
+    """Each key with its number, or with each of its numbers; ConfigError where it has none."""
+    for key in keys:
+        value = getattr(config, key)
+        if value == ():
+            raise ConfigError(f"{key} is empty: give one number or more")
+        yield from ((key, each) for each in (value if isinstance(value, tuple) else (value,)))
 
 
 def known(config: Any, key: str, table: Iterable[str]) -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from puna.config import ConfigError
 from puna.data import readers
 from puna.data.readers import ReadResult
+from puna.data.rows import Row
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
 from puna.types import Dialog, Message, Preference
+
+T = TypeVar("T")
+
+HELD_OUT = 0.1
+"""The share of prompts that is held out where no test files are given."""
 
 
 def answered(preference: Preference, answer: str) -> Dialog:
@@ -31,6 +41,35 @@ def check(preference: Preference, tokenizer: Tokenizer) -> None:
     """Raise DataError where the chat format refuses one of the two dialogs."""
     for answer in (preference.chosen, preference.rejected):
         chat.check(answered(preference, answer), tokenizer, ends_with="assistant")
+
+
+def read(files: Sequence[Path], format: str, tokenizer: Tokenizer, out: Path) -> ReadResult:
+    """The comparisons of files, of which there may be none; what cannot be used, or the chat format refuses, is set
+    aside in the folder `out`. Errors as in `readers.read`.
+    """
+    if not files:
+        return ReadResult()
+    sound = functools.partial(check, tokenizer=tokenizer)
+    return readers.read(files, format, kind="comparisons", check=sound, quarantine=out / "bad_lines.jsonl")
+
+
+def split(records: Sequence[T], share: float, prompt: Callable[[T], Dialog]) -> tuple[list[T], list[T]]:
+    """Those to train on, and those of a share of the prompts, held out: by a prompt's text alone, so that what is
+    measured on in one round or file is trained on in none. None is held out where that would leave none.
+    """
+    train: list[T] = []
+    test: list[T] = []
+    for record in records:
+        text = json.dumps([[message["role"], message["content"]] for message in prompt(record)])
+        place = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+        (test if place < share * 2**64 else train).append(record)
+    return (train, test) if train else (test, [])
+
+
+def write(folder: Path, name: str, rows: Sequence[Row], share: float) -> None:
+    """`split`, as NAME.jsonl and NAME_test.jsonl."""
+    for file, part in zip((name, f"{name}_test"), split(rows, share, lambda row: row["prompt"]), strict=True):
+        readers.write_jsonl(folder / f"{file}.jsonl", part)
 
 
 def read_each(

@@ -11,6 +11,7 @@ pool in turn.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from puna import config, parallel
-from puna.config import ConfigError, known
-from puna.data import readers
+from puna.config import ConfigError, known, positive, within
+from puna.data import comparisons, readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.generate.engine import open_engine
@@ -53,7 +54,7 @@ class CollectConfig:
     batch: int = 1
     """the batch number that the comparisons carry."""
     test_share: float = 0.1
-    """share of the comparisons written to test.jsonl, for measuring reward models."""
+    """share of the prompts, the same in any round, whose comparisons (..._test.jsonl) measure reward models."""
     shard_size: int = 256
     """prompts a resumable piece of work."""
     threads: int = 0
@@ -62,6 +63,9 @@ class CollectConfig:
 
     def __post_init__(self) -> None:
         known(self, "annotators", ANNOTATORS)
+        positive(self, "max_new_tokens", "shard_size")
+        within(self, 0, math.inf, "temperatures")
+        within(self, 0, 1, "test_share")
 
 
 def valley_annotators(cfg: CollectConfig) -> list[Annotator]:
@@ -167,10 +171,7 @@ def write(folder: Path, records: Sequence[dict[str, Any]], cfg: CollectConfig) -
     counts: Counter[str] = Counter()
     for domain in ("helpfulness", "safety"):
         used = [r for r in records if r["domain"] == domain and "skip" not in r]
-        held_out = random.Random(f"{cfg.seed} {domain}").sample(range(len(used)), round(cfg.test_share * len(used)))
-        test = set(held_out)
-        readers.write_jsonl(folder / f"{domain}.jsonl", [r for i, r in enumerate(used) if i not in test])
-        readers.write_jsonl(folder / f"{domain}_test.jsonl", [r for i, r in enumerate(used) if i in test])
+        comparisons.write(folder, domain, used, cfg.test_share)
         counts[domain] = len(used)
     counts.update("skipped: " + r["skip"] for r in records if "skip" in r)
     return dict(counts)

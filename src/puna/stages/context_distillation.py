@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from puna import config, parallel
-from puna.config import known
+from puna.config import known, positive, within
 from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, fitting, read_prompts
@@ -65,6 +66,8 @@ class ContextDistillationConfig:
 
     def __post_init__(self) -> None:
         known(self, "preprompts", PREPROMPTS)
+        positive(self, "max_new_tokens", "shard_size")
+        within(self, 0, math.inf, "temperature", "limit")
 
 
 ADJECTIVES = ("responsible", "respectful", "wise", "honest", "careful", "kind")

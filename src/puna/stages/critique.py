@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from puna import config, parallel
-from puna.config import DataError, known, positive
-from puna.data import readers
+from puna.config import DataError, known, positive, within
+from puna.data import comparisons, readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
@@ -69,6 +69,8 @@ class CritiqueConfig:
 
     def __post_init__(self) -> None:
         positive(self, "revisions", "max_new_tokens", "shard_size")
+        within(self, 0, 1, "test_share")
+        within(self, 0, math.inf, "limit")
         known(self, "principles", PRINCIPLES)
 
 
@@ -146,9 +148,7 @@ def write(cfg: CritiqueConfig, folder: Path, records: Sequence[dict[str, Any]]) 
     if cfg.task == "revise":
         readers.write_jsonl(folder / "dialogs.jsonl", records)
         return
-    test = set(random.Random(f"{cfg.seed} test").sample(range(len(records)), round(cfg.test_share * len(records))))
-    readers.write_jsonl(folder / "safety.jsonl", [record for i, record in enumerate(records) if i not in test])
-    readers.write_jsonl(folder / "safety_test.jsonl", [record for i, record in enumerate(records) if i in test])
+    comparisons.write(folder, "safety", records, cfg.test_share)
 
 
 def revised(

@@ -13,6 +13,7 @@ models read a batch one after the other, so that the reference is never stored.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,15 +26,13 @@ from torch import Tensor
 
 from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
-from puna.config import ConfigError, DataError, positive
-from puna.data import loader, packing, readers
+from puna.config import ConfigError, DataError, positive, within
+from puna.data import comparisons, loader, packing
 from puna.formats import huggingface
 from puna.model.transformer import Transformer
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
-from puna.text import chat
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
-from puna.types import Message, Preference
 
 Pair = tuple[list[int], list[int]]
 """The tokens of a comparison: prompt and chosen answer, prompt and rejected answer."""
@@ -50,7 +49,7 @@ class DPOConfig:
     data: tuple[Path, ...]
     """comparisons, of any kind."""
     test: tuple[Path, ...] = ()
-    """held-out comparisons; empty holds out a tenth of `data`."""
+    """held-out comparisons; empty holds out those of a tenth of the prompts of `data`."""
     format: str = "preferences"
     """how to read them (see puna.data.readers)."""
     reference: Path | None = None
@@ -83,6 +82,7 @@ class DPOConfig:
 
     def __post_init__(self) -> None:
         positive(self, "beta", "epochs", "max_len", "batch_size", "micro_batch_tokens")
+        within(self, 0, math.inf, "limit")
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"label_smoothing is {self.label_smoothing}: it must be at least 0 and less than 0.5")
 
@@ -129,35 +129,28 @@ def run(cfg: DPOConfig) -> Path:
 
 def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair], dict[str, int]]:
     """1: the training pairs, shuffled, the held-out ones, and counts of pairs too long and of lines of no use."""
-    train, bad = _read(cfg, cfg.data, tokenizer)
-    order = np.random.default_rng(cfg.seed).permutation(len(train))
-    train = [train[i] for i in order]
-    if cfg.test:
-        test, more_bad = _read(cfg, cfg.test, tokenizer)
-        bad += more_bad
-    else:
-        test, train = train[: len(train) // 10], train[len(train) // 10 :]
-    train = train[: cfg.limit or None]
+    read = [comparisons.read(files, cfg.format, tokenizer, cfg.out) for files in (cfg.data, cfg.test)]
+    own, test = (result.records for result in read)
+    if not cfg.test:
+        own, test = comparisons.split(own, comparisons.HELD_OUT, lambda preference: preference.prompt)
+    order = np.random.default_rng(cfg.seed).permutation(len(own))
+    train = [own[i] for i in order[: cfg.limit or None]]
     longest = min(cfg.max_len, huggingface.read_config(cfg.init).max_seq_len)
-    fitting, held_out = ([pair for pair in pairs if max(map(len, pair)) <= longest] for pairs in (train, test))
+    fitting, held_out = (
+        [pair for pair in (comparisons.tokens(p, tokenizer) for p in part) if max(map(len, pair)) <= longest]
+        for part in (train, test)
+    )
     if not fitting:
         files = ", ".join(map(str, cfg.data))
         raise DataError(f"no pair of {files} fits {longest} tokens (max_len, or the model's context if that is less)")
-    return fitting, held_out, {"left_out": len(train) - len(fitting), "set_aside": bad}
-
-
-def _read(cfg: DPOConfig, files: Sequence[Path], tokenizer: Tokenizer) -> tuple[list[Pair], int]:
-    """The pairs of files, and how many lines were set aside, of which the chat format may have refused some."""
-
-    def encode(preference: Preference) -> Pair:
-        chosen, rejected = (
-            chat.encode([*preference.prompt, Message(role="assistant", content=answer)], tokenizer).tokens
-            for answer in (preference.chosen, preference.rejected)
-        )
-        return chosen, rejected
-
-    result = readers.read(files, cfg.format, kind="comparisons", check=encode, quarantine=cfg.out / "bad_lines.jsonl")
-    return [encode(preference) for preference in result.records], len(result.bad)
+    return (
+        fitting,
+        held_out,
+        {
+            "left_out": len(train) - len(fitting),
+            "set_aside": sum(len(result.bad) for result in read),
+        },
+    )
 
 
 def update(

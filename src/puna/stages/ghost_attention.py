@@ -14,6 +14,7 @@ lists are asked for, an item an answer.
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from puna import config, parallel
-from puna.config import ConfigError, DataError, positive
+from puna.config import ConfigError, DataError, positive, within
 from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.generate.engine import open_engine
@@ -65,7 +66,9 @@ class GhostAttentionConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive(self, "invented")
+        positive(self, "invented", "min_turns", "max_new_tokens", "shard_size")
+        within(self, 0, math.inf, "temperature")
+        within(self, 0, 1, "short_share", "combined_share")
         unknown = [name for name in self.invent if name not in KINDS]
         if unknown:
             raise ConfigError(f"invent knows no kind {unknown[0]!r}; there are {', '.join(KINDS)}")

@@ -69,7 +69,7 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive(self, "seq_len", "batch_size", "micro_batch_size")
+        positive(self, "seq_len", "batch_size", "micro_batch_size", "steps")
 
 
 def run(cfg: PretrainConfig) -> Path:

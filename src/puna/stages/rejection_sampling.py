@@ -15,6 +15,7 @@ rounds keeps its best answer, and a dialog that does stands in the pool once.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from puna import config, parallel
-from puna.config import DataError
+from puna.config import DataError, positive, within
 from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, fitting, read_prompts
@@ -77,6 +78,11 @@ class RejectionSamplingConfig:
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        positive(self, "samples", "search_prompts", "max_new_tokens", "shard_size")
+        within(self, 0, math.inf, "temperatures", "max_prompt_tokens", "limit")
+        within(self, 0, 1, "threshold")
 
 
 @dataclass(frozen=True)

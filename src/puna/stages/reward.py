@@ -14,7 +14,6 @@ labelled answers and weighted by `safety_auxiliary`; a pair without a grade has 
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import time
@@ -32,7 +31,6 @@ from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive, within
 from puna.data import comparisons, loader, packing, readers
-from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.generate.scoring import Scorer, scale_of
 from puna.model.reward import RewardModel, initial_head
@@ -58,7 +56,7 @@ class RewardConfig:
     other_share: float = 0.5
     """their share of the mix (paper: 0.5 for helpfulness, 0.1 for safety)."""
     test: tuple[Path, ...] = ()
-    """held-out comparisons; empty holds out a tenth of `data`."""
+    """held-out comparisons; empty holds out those of a tenth of the prompts of `data`."""
     format: str = "preferences"
     """how to read them all (see puna.data.readers)."""
     margin: Literal["none", "small", "large"] = "small"
@@ -91,7 +89,7 @@ class RewardConfig:
 
     def __post_init__(self) -> None:
         positive(self, "epochs", "max_len", "batch_size", "micro_batch_tokens")
-        within(self, 0, math.inf, "safety_auxiliary")
+        within(self, 0, math.inf, "safety_auxiliary", "limit", "test_limit")
         if not 0 <= self.other_share < 1:
             raise ConfigError(f"other_share is {self.other_share}: it must be at least 0 and less than 1")
 
@@ -159,13 +157,11 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
     They are of the training pairs that are too long, of the lines of all files that cannot be used, and the other's
     share.
     """
-    read = [_read(cfg, files, tokenizer) for files in (cfg.data, cfg.test, cfg.other)]
+    read = [comparisons.read(files, cfg.format, tokenizer, cfg.out) for files in (cfg.data, cfg.test, cfg.other)]
     own, test, other = (result.records for result in read)
     rng = np.random.default_rng(cfg.seed)
     if not cfg.test:
-        order = rng.permutation(len(own))
-        test = [own[i] for i in order[: len(own) // 10]]
-        own = [own[i] for i in order[len(own) // 10 :]]
+        own, test = comparisons.split(own, comparisons.HELD_OUT, lambda preference: preference.prompt)
     mixed = mix(own, other, cfg.other_share, rng)
     other_share = 1 - len(own) / max(1, len(mixed))  # less than asked for where the other kind has too few
     if cfg.limit:
@@ -186,15 +182,6 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
             "other_share": round(other_share, 3),
         },
     )
-
-
-def _read(cfg: RewardConfig, files: Sequence[Path], tokenizer: Tokenizer) -> ReadResult:
-    """The comparisons of files, of which there may be none; what the chat format refuses is set aside."""
-    if not files:
-        return ReadResult()
-    quarantine = cfg.out / "bad_lines.jsonl"
-    sound = functools.partial(comparisons.check, tokenizer=tokenizer)
-    return readers.read(files, cfg.format, kind="comparisons", check=sound, quarantine=quarantine)
 
 
 def mix(
