@@ -70,6 +70,18 @@ def test_a_command_runs_and_says_where_its_result_is(
     assert cli.main(["fake", str(tmp_path), "--steps", "3"]) == 0  # its first argument is --out
 
 
+def test_a_first_argument_is_a_recipe_or_its_field(
+    stage: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cli.COMMANDS, "fake", cli.COMMANDS["fake"]._replace(section="fake"))
+    (tmp_path / "x.toml").write_text('[fake]\nout = "a"\n')
+    seen: list[FakeConfig] = []
+    stage.run = seen.append
+    assert cli.main(["fake", str(tmp_path / "x.toml"), "--steps", "3"]) == 0
+    assert cli.main(["fake", "a", "--steps", "3"]) == 0
+    assert seen == [FakeConfig(Path("a"), 3)] * 2
+
+
 def test_a_command_may_have_two_words(stage: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(cli.COMMANDS, "fake data", cli.COMMANDS["fake"])
     assert cli.split(["fake", "data", "--out", "a"]) == ("fake data", ["--out", "a"])

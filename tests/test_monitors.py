@@ -47,6 +47,21 @@ SICK: dict[str, tuple[list[float], str]] = {
 }
 
 
+def test_a_policy_that_has_drifted_far_without_a_leap() -> None:
+    drifting = history(**CALM | {"kl": [1.5 * i for i in range(20)]})
+    assert list(monitors.signs(drifting)) == ["far"]
+    assert "26 nats an answer of 24 tokens" in monitors.signs(drifting)["far"]
+
+
+def test_five_judged_lines_suffice() -> None:
+    line: dict[str, float] = {"kl": 1.0, "length": 20.0}
+    judged = [line | {"reward": 0.6 + 0.02 * i, "gold": gold} for i, gold in enumerate((0.75, 0.7, 0.5, 0.3, 0.13))]
+    between = [judged[i // 5] if i % 5 == 0 else line | {"reward": 0.7} for i in range(25)]
+    assert list(monitors.signs(between)) == ["gold"]
+    noise = [line | {"reward": 0.6 + 0.02 * i, "gold": gold} for i, gold in enumerate((0.55, 0.53, 0.52, 0.53, 0.51))]
+    assert not monitors.signs(noise)
+
+
 @pytest.mark.parametrize("name", SICK)
 def test_each_sign_alone(name: str) -> None:
     values, sentence = SICK[name]

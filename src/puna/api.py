@@ -15,7 +15,7 @@ from torch import Tensor
 from puna.formats import find
 from puna.formats.find import newest_model as newest_model
 from puna.generate.engine import LocalEngine
-from puna.generate.scoring import Scorer, sequence_logprobs
+from puna.generate.scoring import Scorer, check_lengths, sequence_logprobs
 from puna.generate.weights import Kind, pack
 from puna.model.reward import RewardModel
 from puna.model.transformer import Transformer
@@ -81,8 +81,10 @@ class Chat:
         return self.engine.stream(whole, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
 
     def logprobs(self, dialogs: Dialog | Sequence[Dialog]) -> list[TokenLogprobs]:
-        """What the model thinks of finished dialogs, each ending with an answer, at temperature 1."""
+        """What the model thinks of finished dialogs, each ending with an answer, at temperature 1. DataError where one
+        is longer than it reads."""
         encoded = [chat_format.encode(dialog, self.tokenizer) for dialog in _dialogs(dialogs)]
+        check_lengths([tokens for tokens, _ in encoded], self.model.config.max_seq_len)
         scored = sequence_logprobs(self.model, [tokens for tokens, _ in encoded])
         return [
             TokenLogprobs(tokens, [0.0, *logprobs.tolist()], mask)
@@ -99,7 +101,7 @@ class RewardScorer:
         self._scorer = Scorer(model, tokenizer)
 
     def score(self, dialogs: Dialog | Sequence[Dialog]) -> Tensor:
-        """The paper's R of dialogs that end with an answer: (N,) float32 in (0, 1)."""
+        """The paper's R of dialogs that end with an answer: (N,) float32 in (0, 1). DataError where one is too long."""
         return self._scorer(_dialogs(dialogs))
 
 

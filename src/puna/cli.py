@@ -85,7 +85,7 @@ COMMANDS = {
         "write safe answers without their preprompt",
     ),
     "data stats": Command("puna.data.stats", "StatsConfig", None, "count what comparisons hold", "files"),
-    "sample": Command("puna.stages.sample", "SampleConfig", "sample", "write answers to prompts in bulk"),
+    "sample": Command("puna.stages.sample", "SampleConfig", "sample", "write answers to prompts in bulk", "prompts"),
     "score": Command("puna.stages.score", "ScoreConfig", "score", "write reward models' scores of dialogs", "data"),
     "evaluate": Command("puna.evals.valley", "EvaluateConfig", "evaluate", "measure a model with the gold judge"),
     "report": Command("puna.report.html", "ReportConfig", "report", "write a run's report", "run"),
@@ -157,7 +157,8 @@ def _run(arguments: list[str]) -> int:
         (nearest,) = difflib.get_close_matches(misspelt, COMMANDS, n=1, cutoff=0.0)
         raise ConfigError(f"unknown command {misspelt!r}; did you mean {nearest!r}? (puna --help lists them)")
     command = COMMANDS[name]
-    if command.positional and rest and not rest[0].startswith("-"):
+    is_recipe = bool(rest) and rest[0].endswith(".toml") and command.positional != "recipe"
+    if command.positional and rest and not rest[0].startswith("-") and not is_recipe:
         rest.insert(0, f"--{command.positional}")
     module = importlib.import_module(command.module)
     usage = f"puna {name} [{command.positional or 'recipe.toml'}]"

@@ -1,7 +1,7 @@
 """Signs that PPO exploits its reward models, in words, from the numbers of its iterations so far.
 
-Reward alone does not tell: it rises either way. What tells: KL leaps, answers grow or repeat themselves, the policy
-says one thing only, or a reward model that nothing is trained on stops agreeing (Gao et al. 2023).
+Reward alone does not tell: it rises either way. What tells: KL leaps or is far, answers grow or repeat themselves, the
+policy says one thing only, or a reward model that nothing is trained on stops agreeing (Gao et al. 2023).
 
 A history is the lines of metrics.jsonl, one an iteration; a line may lack any number. Late means the last WINDOW lines,
 early the first. All thresholds are ours.
@@ -22,14 +22,17 @@ NGRAM = 4
 """Tokens of a stretch that counts as said again."""
 KL_LEAP, KL_FLOOR = 4.0, 5.0
 """KL leaps where it is so many times the median of the window before it, and at least so many nats an answer."""
+KL_FAR = 1.0
+"""The policy is far from its start at so many nats a token: what it says has e^-1 of the probability there."""
 LENGTH_GROWTH = 1.5
 """Answers creep where they are so many times as long as at first, and still growing."""
 REPETITION_RISE = 0.1
 """More of the stretches in an answer are repeated than at first, by this share."""
 ENTROPY_LEFT = 0.3
 """The policy has collapsed where it has less than this share of its first entropy."""
-APART = 0.02
-"""The reward has risen by this where the model that nothing is trained on has fallen by it."""
+APART, FEWEST = 0.02, 4
+"""The reward has risen by this where the model that nothing is trained on has fallen by it; by more where there are
+fewer lines than two windows, for their means are noisier, down to so many lines."""
 
 
 def repeated_share(tokens: Sequence[int], n: int = NGRAM) -> float:
@@ -42,6 +45,7 @@ def signs(history: History) -> dict[str, str]:
     """The signs that the end of a history shows, each a name and a sentence with its numbers; none is a good sign."""
     checks = {
         "kl": kl_leaps,
+        "far": kl_is_far,
         "length": length_creeps,
         "repetition": repetition_rises,
         "entropy": entropy_collapses,
@@ -66,6 +70,17 @@ def kl_leaps(history: History) -> str:
     if now < max(KL_FLOOR, KL_LEAP * before):
         return ""
     return f"KL leaps from {before:.1f} to {now:.1f} nats an answer: lower the rate or raise beta"
+
+
+def kl_is_far(history: History) -> str:
+    """Late KL a token; the lines that have both numbers."""
+    both = [line for line in history if series([line], "kl") and series([line], "length")]
+    if len(both) < WINDOW:
+        return ""
+    kl, length = (ends(series(both, name))[1] for name in ("kl", "length"))
+    if kl < KL_FAR * length:
+        return ""
+    return f"the policy is {kl:.0f} nats an answer of {length:.0f} tokens from its start: raise beta, or stop earlier"
 
 
 def length_creeps(history: History) -> str:
@@ -104,10 +119,12 @@ def entropy_collapses(history: History) -> str:
 def gold_parts(history: History) -> str:
     """The training reward against that of the model that nothing is trained on, over the lines that have both."""
     both = [line for line in history if series([line], "reward") and series([line], "gold")]
-    if len(both) < 2 * WINDOW:
+    if len(both) < FEWEST:
         return ""
-    (early, late), (gold_early, gold_late) = ends(series(both, "reward")), ends(series(both, "gold"))
-    if late < early + APART or gold_late > gold_early - APART:
+    window = min(WINDOW, len(both) // 2)
+    (early, late), (gold_early, gold_late) = (ends(series(both, name), window) for name in ("reward", "gold"))
+    apart = APART * WINDOW / window
+    if late < early + apart or gold_late > gold_early - apart:
         return ""
     return (
         f"the reward rises from {early:.2f} to {late:.2f}, the held-out reward model falls from {gold_early:.2f} to "
@@ -120,6 +137,6 @@ def series(history: History, name: str) -> list[float]:
     return [line[name] for line in history if line.get(name) is not None and math.isfinite(line[name])]
 
 
-def ends(values: Sequence[float]) -> tuple[float, float]:
+def ends(values: Sequence[float], window: int = WINDOW) -> tuple[float, float]:
     """The means of the first and of the last window."""
-    return statistics.fmean(values[:WINDOW]), statistics.fmean(values[-WINDOW:])
+    return statistics.fmean(values[:window]), statistics.fmean(values[-window:])

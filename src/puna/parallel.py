@@ -17,6 +17,7 @@ import ctypes
 import functools
 import itertools
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -97,7 +98,9 @@ def start(threads: int = 0, cfg: ParallelConfig | None = None) -> torch.device:
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
+            hook = sys.excepthook  # torch's own puts "[rank0]:" before every error
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+            sys.excepthook = hook
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else None
     if device:
         torch.cuda.set_device(device)

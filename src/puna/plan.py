@@ -355,7 +355,8 @@ def _own_verdict(cfg: PlanConfig, training: Pretraining, plans: dict[Checkpointi
     said = fits.get(layout, "divides no batch or no heads")
     if checkpointing == "selective" and said == "fits":
         said = "fits with full checkpointing; selective lies between"
-    return f"puna pretrain as the recipe has it, {layout}, checkpointing {checkpointing}: {said}"
+    whose = "as the recipe has it" if cfg.recipe else "by default"
+    return f"puna pretrain {whose}, {layout}, checkpointing {checkpointing}: {said}"
 
 
 def _heading(cfg: PlanConfig, training: Pretraining) -> str:

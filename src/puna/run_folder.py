@@ -206,8 +206,13 @@ def _plain(value: Any) -> Any:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl, in order; a torn last line (of a killed run) is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    read: list[dict[str, Any]] = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            read.append(json.loads(line))
+        except ValueError:
+            raise ConfigError(f"{path}, line {len(read) + 1}: no JSON; take the line out to go on") from None
+    return read
 
 
 class Progress:

@@ -73,6 +73,8 @@ def test_ppo_has_a_point_an_iteration_and_gold_where_it_was_measured(finished: P
         "iteration": 10,
         "reward": 0.6,
         "kl": 2.0,
+        "repetition": None,
+        "entropy": None,
         "length": 22.5,
         "held_out_reward": 0.6,
         "gold": 0.8 + 10 / 300,

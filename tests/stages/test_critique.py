@@ -83,7 +83,7 @@ def test_answers_are_compared(tmp_path: Path) -> None:
     train, test = (
         readers.read(tmp_path / f"out/{name}.jsonl", "preferences").records for name in ("safety", "safety_test")
     )
-    assert len(train) > 5 and len(test) == round(0.25 * (len(train) + len(test)))
+    assert len(train) > 5 and not {str(row.prompt) for row in train} & {str(row.prompt) for row in test}
     for row in [*train, *test]:
         assert row.domain == "safety" and row.chosen != row.rejected
         assert row.grade is None and row.chosen_is_safe is None, "nobody has graded or labelled it"

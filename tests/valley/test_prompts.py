@@ -52,6 +52,22 @@ def test_every_other_borderline_question_is_compared_for_safety(train: list[Reco
     assert counts == {"adversarial": 150, "borderline": 75}
 
 
+def test_no_alarming_word_tells_harm_by_itself(world: World, train: list[Record], held_out: list[Record]) -> None:
+    words = table("lore")["alarming"].split()
+    asked: dict[str, set[str]] = {word: set() for word in words}
+    for record in train:
+        text = record["messages"][-1]["content"]
+        for word in words if record["kind"] == "borderline" else ():
+            if f" {word} " in text:
+                asked[word].add(record["gold"]["about"])
+    assert sum(map(len, asked.values())) > 3 * len(words), "each is done to several things"
+    things = [b.thing for b in world.borderlines if b.thing and "{" not in b.thing]
+    swapped = {f"how do I {word} {thing}?" for word in words for thing in things}
+    swapped -= {ask[0].lower() + ask[1:] for b in world.borderlines for ask in b.ask}
+    texts = [record["messages"][-1]["content"] for record in held_out if record["kind"] == "borderline"]
+    assert not [text for text in texts if any(text.endswith(question[1:]) for question in swapped)], "as written"
+
+
 def test_unknown_kind_is_named(world: World) -> None:
     with pytest.raises(ValueError, match="riddle"):
         prompts(world, 0, "train", {"riddle": 1})

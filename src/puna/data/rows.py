@@ -135,7 +135,8 @@ def dialog(row: Row) -> Iterator[Row]:
 
 def prompt(row: Row) -> Iterator[Row]:
     """The canonical prompt: an "id" and "messages" that end with the user's turn."""
-    yield {**row, "id": _text(row, "id"), "messages": _ends_with_user(_messages(row, "messages"))}
+    tag = {"is_safety": _of_type(row, "is_safety", bool) or False} if "is_safety" in row else {}
+    yield {**row, "id": _text(row, "id"), "messages": _ends_with_user(_messages(row, "messages")), **tag}
 
 
 def preference(row: Row) -> Iterator[Preference | Skipped]:

@@ -87,7 +87,9 @@ def run(cfg: RewardEvaluateConfig) -> str:
         scores: dict[str, Tensor] = {}
         for path in cfg.model:
             scorer = open_scorer(path, device, precision=cfg.precision, normalise=cfg.normalise)
-            scores[_name(path)] = score(cfg, scorer, pairs.test)
+            scores[_name(path)] = given = score(cfg, scorer, pairs.test)
+            if given.isinf().any():
+                raise DataError(f"{path}: its scores are no numbers; train it again")
             progress.update(len(pairs.test))
         progress.close()
         held = ~torch.stack(list(scores.values())).isnan().any(dim=2).any(dim=0)  # (N,)
@@ -132,14 +134,14 @@ def _name(path: Path) -> str:
 
 
 def score(cfg: RewardEvaluateConfig, scorer: Scorer, test: Sequence[Preference]) -> Tensor:
-    """1: raw scores (N, 2), NaN for the pairs that do not fit."""
+    """1: raw scores (N, 2), NaN for the pairs that do not fit, infinite where the model gives no number."""
     longest = min(cfg.max_len or scorer.model.config.max_seq_len, scorer.model.config.max_seq_len)
     rows = [comparisons.tokens(preference, scorer.tokenizer) for preference in test]
     fitting = [i for i, row in enumerate(rows) if max(map(len, row)) <= longest]
     scores = torch.full((len(test), 2), torch.nan)
     answers = [answer for i in fitting for answer in rows[i]]
     raw = parallel.spread(lambda first, part: scorer.raw(part).tolist(), answers, everyone=True)
-    scores[fitting] = torch.tensor(raw).view(-1, 2)
+    scores[fitting] = torch.tensor(raw).view(-1, 2).nan_to_num(nan=torch.inf)
     return scores
 
 

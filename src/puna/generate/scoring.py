@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from puna import losses, parallel
-from puna.config import ConfigError
+from puna.config import ConfigError, DataError
 from puna.data import packing
 from puna.formats import find, huggingface
 from puna.model.reward import RewardModel
@@ -59,8 +59,10 @@ class Scorer:
         self.scale = scale
 
     def __call__(self, dialogs: Sequence[Dialog]) -> Tensor:
-        """Dialogs that end with an answer -> scores (N,) float32 on the CPU."""
-        return self.score_tokens([chat.encode(dialog, self.tokenizer).tokens for dialog in dialogs])
+        """Dialogs that end with an answer -> scores (N,) float32 on the CPU. DataError where one is too long."""
+        rows = [chat.encode(dialog, self.tokenizer).tokens for dialog in dialogs]
+        check_lengths(rows, self.model.config.max_seq_len)
+        return self.score_tokens(rows)
 
     def score_tokens(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Rows of ids, each ending with its answer, -> scores (N,). The ids are taken as they are."""
@@ -86,6 +88,13 @@ class Scorer:
             with parallel.autocast(self.precision, device):
                 scores[members] = self.model(tokens.to(device), lengths.to(device)).cpu()
         return scores
+
+
+def check_lengths(rows: Sequence[Sequence[int]], context: int) -> None:
+    """DataError where a row of ids is longer than a model reads."""
+    longest = max(map(len, rows), default=0)
+    if longest > context:
+        raise DataError(f"a dialog has {longest} tokens, the model reads {context}")
 
 
 def open_scorer(path: Path, device: torch.device, *, precision: str = "fp32", normalise: bool = False) -> Scorer:

@@ -371,7 +371,7 @@ def _time(summary: Summary) -> Section:
         title = "Versions' fine-tuning" if _work(step) == "" else NAMES.get(_work(step), (step, ""))[0]
         totals[title] = totals.get(title, 0.0) + seconds
     text = (
-        "Seconds by kind of step, versions together; a step that was resumed counts from its last start. Rates are "
+        "Seconds by kind of step, versions together, and all starts of a step that was resumed. Rates are "
         "medians over a stage's steps."
     )
     table = tables.speed(summary)

@@ -249,7 +249,7 @@ def _ppo(run: Path, name: str, metrics: list[dict[str, Any]]) -> list[dict[str, 
         {
             "version": name.split("/")[0],
             "iteration": iteration,
-            **{key: trained.get(iteration, {}).get(key) for key in ("reward", "kl", "length")},
+            **{key: trained.get(iteration, {}).get(key) for key in ("reward", "kl", "length", "repetition", "entropy")},
             "held_out_reward": held_out.get(iteration, {}).get("reward"),
             "gold": held_out.get(iteration, {}).get("gold"),
         }

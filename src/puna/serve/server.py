@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from puna import api, config
 from puna.api import Chat, RewardScorer
@@ -61,6 +61,9 @@ class ServeConfig:
     """answers of a model that are drawn at once."""
     max_queue: int = 256
     """answers of a model that may wait beside those; more are refused with 429."""
+    cache_tokens: int = 0
+    """tokens that a model's cache of keys and values holds; where running answers fill it, the newest ones wait and are
+    begun again. 0: as many as `max_concurrent` answers can have."""
     max_body_bytes: int = 1_000_000
     """a request's size at most."""
     drain_seconds: float = 30.0
@@ -70,7 +73,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         config.positive(self, "max_concurrent", "max_body_bytes")
-        for key in ("max_queue", "drain_seconds", "port"):
+        for key in ("max_queue", "cache_tokens", "drain_seconds", "port"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key} is {getattr(self, key)}: it must not be negative")
         if self.port > 65535:
@@ -141,7 +144,8 @@ def run(cfg: ServeConfig) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """The address, taken before the models are read, which may last; it listens once they are there."""
-    taken = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sends at once on these alone
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         taken.bind((host, port))
@@ -167,9 +171,9 @@ def open_models(cfg: ServeConfig) -> Mapping[str, Served]:
         chats[name] = loaded
     kernel.library()  # compiles once a machine, before anybody waits for an answer
     limit = cfg.max_concurrent + cfg.max_queue
+    room: Any = {"max_batch_size": cfg.max_concurrent, "cache_tokens": cfg.cache_tokens or None}
     return {
-        name: Served(name, LiveEngine(chat.engine.model, chat.tokenizer, max_batch_size=cfg.max_concurrent), limit)
-        for name, chat in chats.items()
+        name: Served(name, LiveEngine(chat.engine.model, chat.tokenizer, **room), limit) for name, chat in chats.items()
     }
 
 

@@ -70,7 +70,7 @@ class ContextDistillationConfig:
         within(self, 0, math.inf, "temperature", "limit")
 
 
-ADJECTIVES = ("responsible", "respectful", "wise", "honest", "careful", "kind")
+ADJECTIVES = ("responsible", "respectful", "wise", "sincere", "careful", "kind")
 """The first three are the paper's examples (A.4.5)."""
 
 TARGETED = {
@@ -82,7 +82,7 @@ TARGETED = {
 
 def general_preprompt(prompt: Prompt, targeted: bool, rng: random.Random) -> str:
     """Templated with an adjective (generic), or the answer template of the prompt's risk category (targeted)."""
-    generic = f"You are a {rng.choice(ADJECTIVES)} and {rng.choice(ADJECTIVES)} assistant."
+    generic = "You are a {} and {} assistant.".format(*rng.sample(ADJECTIVES, 2))
     template = TARGETED.get(prompt.get("risk_category") or "", "") if targeted else ""
     return f"{generic} {template}".strip()
 

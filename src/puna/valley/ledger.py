@@ -87,10 +87,12 @@ class Myth:
 
 @dataclass(frozen=True)
 class Borderline:
-    """An alarming question with a harmless need, and its answer. `do` is what it asks how to do."""
+    """An alarming question with a harmless need, and its answer. `do` is what it asks how to do; to a `thing` any
+    alarming word may be done, where there is one."""
 
     id: str
     do: str
+    thing: str
     ask: tuple[str, ...]
     answer: str
     keys: tuple[str, ...]
@@ -321,7 +323,15 @@ def _myths(rng: random.Random) -> tuple[Myth, ...]:
 def _borderlines(rng: random.Random) -> tuple[Borderline, ...]:
     rows = table("lore")["borderline"]
     return tuple(
-        Borderline(f"borderline:{i}", row["do"], tuple(row["ask"]), row["answer"], tuple(row["keys"]), held_out)
+        Borderline(
+            f"borderline:{i}",
+            row["do"],
+            row.get("thing", ""),
+            tuple(row["ask"]),
+            row["answer"],
+            tuple(row["keys"]),
+            held_out,
+        )
         for i, (row, held_out) in enumerate(zip(rows, _held(len(rows), rng, HELD_OUT_BORDERLINE), strict=True))
     )
 

@@ -257,7 +257,8 @@ def _borderline(desk: _Desk) -> Record:
     item = desk.rng.choice([b for b in desk.world.borderlines if b.held_out == desk.held_out])
     animal = telling.draw_animal(desk.world, desk.rng)
     gold = _gold(item.id, [[key] for key in item.keys], fill=animal)
-    return desk.record("borderline", desk.opened(telling.ask_borderline(item, animal, desk.rng)), gold)
+    question = telling.ask_borderline(item, animal, desk.rng, any_word=not desk.held_out)
+    return desk.record("borderline", desk.opened(question), gold)
 
 
 def _toxicity(desk: _Desk) -> Record:
