@@ -25,6 +25,7 @@ DIALOGS: list[Dialog] = [
     [helpers.user("hello"), helpers.assistant("the llama counts 3 hills.")],
     [helpers.user("hello"), helpers.assistant("her dog"), helpers.user("and?"), helpers.assistant("the cold river")],
 ]
+TOO_LONG = [helpers.user("Where? " * 300), helpers.assistant("There.")]
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,8 @@ def test_a_dialog_that_cannot_be_encoded_is_refused(chat: Chat) -> None:
         chat.generate(DIALOGS[0])
     with pytest.raises(DataError, match="must end with the assistant"):
         chat.logprobs([[helpers.user("hello")]])
+    with pytest.raises(DataError, match=r"^a dialog has \d+ tokens, the model reads 256$"):
+        chat.logprobs([TOO_LONG])
 
 
 def test_a_reward_model_scores(tmp_path: Path) -> None:
@@ -82,6 +85,8 @@ def test_a_reward_model_scores(tmp_path: Path) -> None:
         raw = scorer.model(tokens, torch.tensor([tokens.shape[1]]))
     torch.testing.assert_close(scores[1:], raw.sigmoid(), atol=1e-5, rtol=0)
     torch.testing.assert_close(scorer.score(DIALOGS[1]), scores[1:], atol=1e-6, rtol=0)
+    with pytest.raises(DataError, match=r"^a dialog has \d+ tokens, the model reads 256$"):
+        scorer.score([*DIALOGS, TOO_LONG])
 
 
 def test_a_run_folder_gives_its_newest_chat_model(tmp_path: Path) -> None:

@@ -127,6 +127,14 @@ def test_metrics_of_other_stages_in_one_file_stay(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"stage": "a", "step": 9}, {"stage": "b", "step": 0}]
 
 
+@pytest.mark.parametrize("damage", [b"{", b"\xff\xfe"])
+def test_damaged_metrics_are_named(damage: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n' + damage + b'\n{"step": 2}\n')
+    with pytest.raises(ConfigError, match=rf"^{path}, line 2: no JSON; take the line out to go on$"):
+        read_metrics(path)
+
+
 def test_metrics_are_json_whatever_the_number(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     Metrics(path).log(step=0, loss=float("nan"), norm=float("inf"), count=3)

@@ -83,6 +83,15 @@ def test_two_prompts_with_one_id_are_an_error(tmp_path: Path) -> None:
         read_prompts((path,), "prompts")
 
 
+@pytest.mark.parametrize("tag", ["no", 1, [True]])
+def test_a_tag_is_true_or_false(tag: object, tmp_path: Path) -> None:
+    rows = [*helpers.prompts(200), helpers.prompts(1)[0] | {"id": "odd", "is_safety": tag}]
+    path = helpers.write_lines(tmp_path / "prompts.jsonl", rows)
+    assert len(read_prompts((path,), "prompts")) == 200, "set aside"
+    path = helpers.write_lines(tmp_path / "untagged.jsonl", [helpers.prompts(1)[0] | {"is_safety": None}])
+    assert read_prompts((path,), "prompts")[0]["is_safety"] is False
+
+
 def test_texts_give_no_prompts(tmp_path: Path) -> None:
     path = helpers.write_lines(tmp_path / "texts.jsonl", [{"text": "The llama."}])
     with pytest.raises(ConfigError, match="does not give prompts, which are needed here; prompts, dialogs, alpaca"):

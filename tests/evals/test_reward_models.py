@@ -12,7 +12,7 @@ import torch
 from puna.config import ConfigError, DataError
 from puna.evals import reward_models
 from puna.evals.reward_models import RewardEvaluateConfig
-from puna.generate.scoring import open_scorer
+from puna.generate.scoring import Scorer, open_scorer
 from tests import helpers
 
 
@@ -85,6 +85,13 @@ def test_a_pair_that_one_model_cannot_hold_is_left_out_for_all(tmp_path: Path) -
     assert [line["pair"] for line in helpers.read_lines(cfg.out / "scores.jsonl")] == [0, 1]
     with pytest.raises(DataError, match=r"of 12 comparisons none fits every model \(max_len 5\)"):
         reward_models.run(config(tmp_path, test=config(tmp_path).test[:1], max_len=5, out=tmp_path / "short"))
+
+
+def test_a_model_that_gives_no_numbers_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = config(tmp_path)
+    monkeypatch.setattr(Scorer, "raw", lambda self, rows: torch.full((len(rows),), torch.nan))
+    with pytest.raises(DataError, match=rf"^{cfg.model[0]}: its scores are no numbers; train it again$"):
+        reward_models.run(cfg)
 
 
 def test_files_of_several_formats(tmp_path: Path) -> None:

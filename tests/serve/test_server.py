@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -76,7 +77,9 @@ def test_names_are_the_last_part_that_says_something(tmp_path: Path) -> None:
     assert server.name_of(Path("runs/laptop/v5/ppo/model")) == "ppo"
 
 
-@pytest.mark.parametrize("change", [{"max_concurrent": 0}, {"max_queue": -1}, {"port": 99999}, {"drain_seconds": -1.0}])
+@pytest.mark.parametrize(
+    "change", [{"max_concurrent": 0}, {"max_queue": -1}, {"cache_tokens": -1}, {"port": 99999}, {"drain_seconds": -1.0}]
+)
 def test_settings_out_of_range_are_refused(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match=next(iter(change))):
         ServeConfig(Path("llama"), **change)  # type: ignore[arg-type]
@@ -201,6 +204,28 @@ def test_a_real_reward_model_scores(tmp_path: Path) -> None:
         assert 0 < score < 1 and score == pytest.approx(float(rewards["safety"]([dialog])[0]))
         wrong = httpx.post(f"{url}/v1/score", json={"messages": dialog[:1]})
         assert wrong.status_code == 400 and "must end with the assistant's turn" in wrong.json()["error"]["message"]
+        longer = [helpers.user("Who herds llamas? " * 300), dialog[1]]
+        wrong = httpx.post(f"{url}/v1/score", json={"messages": longer})
+        assert wrong.status_code == 400 and "the model reads 256" in wrong.json()["error"]["message"]
+
+
+def test_what_is_written_is_sent_at_once() -> None:
+    """Else an answer waits for the client's delayed acknowledgement, some 40 ms."""
+    listening = server.listen("127.0.0.1", 0)
+    listening.listen()
+
+    async def accepted() -> int:
+        found = asyncio.get_running_loop().create_future()
+        made = await asyncio.start_server(lambda _, writer: found.set_result(writer), sock=listening)
+        async with made:
+            _, writer = await asyncio.open_connection(*listening.getsockname())
+            theirs: asyncio.StreamWriter = await found
+            value: int = theirs.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            writer.close()
+            theirs.close()
+            return value
+
+    assert asyncio.run(accepted())
 
 
 def test_every_answer_forbids_what_a_page_need_not_do() -> None:

@@ -15,6 +15,7 @@ held_out_scripts.jsonl          for its measurement: held-out questions under in
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,6 +71,11 @@ class ValleyConfig:
     """dialogs for Ghost Attention."""
     held_out_scripts: int = 60
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        config.positive(self, "corpus_megabytes")
+        counts = "excellent", "careless", "versions", "preference_prompts", "sampling_prompts", "scripts"
+        config.within(self, 0, math.inf, *counts, "held_out_scripts")
 
 
 def run(cfg: ValleyConfig) -> Path:
