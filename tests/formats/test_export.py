@@ -81,6 +81,8 @@ def test_types(source: Path, tmp_path: Path) -> None:
 
 def test_a_run_gives_its_newest_model_and_a_card_of_it(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
+    helpers.write_lines(run / "done/v1.json", [{"seconds": 3600}])
+    helpers.write_lines(run / "done/v1/ppo.json", [{"seconds": 1800}])
     export.run(ExportConfig(run, tmp_path / "llama-one", license="apache-2.0"))
     card = (tmp_path / "llama-one/README.md").read_text()
     assert card.startswith('---\nlicense: "apache-2.0"\nlibrary_name: "transformers"\n')
@@ -92,6 +94,7 @@ def test_a_run_gives_its_newest_model_and_a_card_of_it(tmp_path: Path) -> None:
     assert ppo.startswith(f"2. ppo: parent `{run}/v1/model`")
     assert "| gold helpfulness | 0.502 (0.45 to 0.56) |\n| accuracy | 0.75 |\n\n" in card
     assert "by kind" not in card
+    assert "These stages took 1.5 hours." in card and "0.064 kg of CO2eq" in card  # 1.5 h x 0.1 kW x 1.1 x 0.385
     assert puna.load(tmp_path / "llama-one").model.state_dict().keys()
 
 

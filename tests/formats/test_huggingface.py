@@ -173,6 +173,23 @@ def test_several_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
         huggingface.load_model(tmp_path)
 
 
+def test_a_large_model_is_written_as_several_files(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    model = Transformer(TINY)
+    monkeypatch.setattr(huggingface, "SHARD", 8000)
+    huggingface.save_model(model, tokenizer, tmp_path / "model")
+    files = huggingface.weight_files(tmp_path / "model")
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    assert all(file.stat().st_size < max(8000, largest) + 2000 for file in files), "and a header"
+    assert equal(huggingface.load_model(tmp_path / "model"), model)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("size", [0, 4, 1000, -1])
 def test_a_truncated_file_is_named(size: int, tokenizer: Tokenizer, tmp_path: Path) -> None:
     huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)

@@ -10,9 +10,14 @@ from puna.formats.lineage import Step
 from puna.model.reward import RewardModel
 from puna.model.transformer import Transformer
 
+PUE, KG_A_KWH = 1.1, 0.385  # the paper's, as puna.plan has them
+
 SHOWN = (
     "data",
+    "prompts",
     "format",
+    "reward_helpfulness",
+    "reward_safety",
     "steps",
     "epochs",
     "iterations",
@@ -45,6 +50,8 @@ def card(model: Transformer | RewardModel, name: str, steps: list[Step], license
     lines += [_what(model), ""]
     if any(step.provenance for step in steps):
         lines += ["## How it was made", "", *_stages(steps), ""]
+    if seconds := sum(step.seconds or 0 for step in steps):
+        lines += ["## Time and carbon", "", _carbon(seconds), ""]
     if steps and steps[-1].evaluation:
         lines += ["## Evaluation", "", "| Measure | Value |", "|---|---|", *_measures(steps[-1].evaluation), ""]
     known = f"The base's licence is {license}." if license else "The files behind this model name no licence."
@@ -79,6 +86,15 @@ def _stages(steps: list[Step]) -> list[str]:
         stage = step.provenance.get("stage", "of unknown origin")
         lines.append(f"{len(lines) + 1}. {stage}{': ' if listed else ''}{listed}")
     return lines
+
+
+def _carbon(seconds: float) -> str:
+    """What can be said without a meter."""
+    kilograms = seconds / 3600 * 0.1 * PUE * KG_A_KWH
+    return (
+        f"These stages took {seconds / 3600:.3g} hours. Their power was not measured: every 100 W of it make "
+        f"{kilograms:.2g} kg of CO2eq, by a PUE of {PUE} and {KG_A_KWH} kg a kWh (Llama 2, Table 2)."
+    )
 
 
 def _measures(evaluation: dict[str, Any]) -> list[str]:

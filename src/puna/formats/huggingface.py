@@ -46,6 +46,8 @@ Stored = dict[str, tuple[str, tuple[int, ...]]]
 CAUSAL, CLASSIFIER = "LlamaForCausalLM", "LlamaForSequenceClassification"
 SCORE = "score.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = 5 * 10**9
+"""Bytes of a weight file; a model of more is written as several, as transformers does it."""
 PROVENANCE = "puna.json"
 REQUIRED = (
     "hidden_size",
@@ -406,7 +408,30 @@ def _write(
         for name, text in (texts or {}).items():
             (made / name).write_text(text, encoding="utf-8")
         tokenizer.save(made)
-        _save_tensors(tensors, made / WEIGHTS)
+        _save_shards(tensors, made)
+
+
+def _save_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    """One file, or an index and files of SHARD bytes at most (a larger tensor has its own)."""
+    shards: list[dict[str, Tensor]] = [{}]
+    room = SHARD
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = SHARD
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        _save_tensors(tensors, folder / WEIGHTS)
+        return
+    names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        _save_tensors(shard, folder / name)
+    index = {
+        "metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())},
+        "weight_map": {key: name for name, shard in zip(names, shards, strict=True) for key in shard},
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -10,12 +10,14 @@ from puna.formats.find import architectures, read_object
 
 
 class Step(NamedTuple):
-    """A model on the way: its folder, its puna.json, and its stage's config.json and evaluation.json, {} without."""
+    """A model on the way: its folder, its puna.json, its stage's config.json and evaluation.json, {} without, and the
+    seconds that a recipe's run took for the stage."""
 
     folder: Path
     provenance: dict[str, Any]
     settings: dict[str, Any]
     evaluation: dict[str, Any]
+    seconds: float | None = None
 
 
 def trace(folder: Path) -> list[Step]:
@@ -26,11 +28,20 @@ def trace(folder: Path) -> list[Step]:
         has_stage = (stage / "run.lock").is_file() and not architectures(stage)
         settings = read_object(stage / "config.json") if has_stage else {}
         measured = [read_object(stage / name) for name in ("evaluation/evaluation.json", "evaluation.json")]
-        steps.append(Step(folder, provenance, settings, next(filter(None, measured), {}) if has_stage else {}))
+        evaluation = next(filter(None, measured), {}) if has_stage else {}
+        steps.append(Step(folder, provenance, settings, evaluation, _seconds(stage)))
         if not provenance.get("parent") or not Path(provenance["parent"]).is_dir():
             break
         folder = Path(provenance["parent"])
     return steps[::-1]
+
+
+def _seconds(stage: Path) -> float | None:
+    """What the done-marker of the run that a stage's folder lies in says, one or two folders above."""
+    for run in stage.parents[:2]:
+        if seconds := read_object(run / f"done/{stage.relative_to(run)}.json").get("seconds"):
+            return float(seconds)
+    return None
 
 
 def license_of(folder: Path) -> str:
