@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import struct
@@ -202,6 +203,10 @@ def test_inspect_every_format(source: Path, tmp_path: Path) -> None:
         assert form == "gguf" or rows["tokenizer"] == f"384 ids, llama2, sha256 {sha256}"
         assert form == "gguf" or (rows["stage"], rows["parent"]) == ("export", str(source))
     assert " bytes  md5 " in looked_at(tmp_path / "meta")["consolidated.01.pth"]
+    for path, name in ((tmp_path / "hf", "model.safetensors"), (tmp_path / "model.gguf", "model.gguf")):
+        file = path / name if path.is_dir() else path
+        said = inspect.run(InspectConfig(path, sha256=True))
+        assert f"sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}" in said
 
 
 def test_inspect_a_run_and_a_reward_model(tmp_path: Path) -> None:

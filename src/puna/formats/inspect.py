@@ -14,6 +14,7 @@ from puna import checkpoint, config
 from puna.config import ConfigError, DataError
 from puna.formats import find, gguf, huggingface, meta
 from puna.model.transformer import ModelConfig
+from puna.run_folder import sha256
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 
@@ -24,19 +25,21 @@ class InspectConfig:
 
     path: Path
     """a model folder, a GGUF file, Meta's folder, a checkpoint, or a run folder, whose models are listed."""
+    sha256: bool = False
+    """read the weights of a model folder or GGUF file too, and print their digests."""
 
 
 def run(cfg: InspectConfig) -> str:
     """Rows of what is known, as text. Errors as those of `find.load`."""
     path = cfg.path
     if find.is_gguf(path):
-        return _table(_gguf(path))
+        return _table(_gguf(path, cfg.sha256))
     if not path.exists():
         raise ConfigError(f"{path}: no such file or folder")
     if (path / checkpoint.MANIFEST).is_file():
         return _table(_checkpoint(path))
     if find.architectures(path):
-        return _table(_hugging_face(path))
+        return _table(_hugging_face(path, cfg.sha256))
     if meta.is_meta(path):
         return _table(_meta(path))
     models = sorted(file.parent for file in path.rglob("config.json") if find.architectures(file.parent))
@@ -49,20 +52,24 @@ def run(cfg: InspectConfig) -> str:
     )
 
 
-def _hugging_face(folder: Path) -> list[tuple[str, str]]:
+def _hugging_face(folder: Path, digest: bool) -> list[tuple[str, str]]:
     architecture = find.architectures(folder)[0]
     shape = huggingface.read_config(folder, architecture)
     files = huggingface.weight_files(folder)
     rows = [("holds", f"a Hugging Face folder, {architecture}"), *_shape(shape, _count_parameters(shape, architecture))]
     rows += [("dtype", _types(_safetensors_types(files))), *_tokenizer(tokenizers.load(folder))]
-    return [*rows, *_provenance(folder), *_files(files, {})]
+    return [*rows, *_provenance(folder), *_files(files, _digests(files) if digest else {})]
 
 
-def _gguf(path: Path) -> list[tuple[str, str]]:
+def _gguf(path: Path, digest: bool) -> list[tuple[str, str]]:
     file, header = gguf.find(path), gguf.read_header(path)
     rows = [("holds", "a GGUF file"), *_shape(header.config, header.config.n_params())]
     rows += [("dtype", _types(header.types)), *_tokenizer(header.tokenizer)]
-    return [*rows, *([("licence", header.license)] if header.license else []), *_files([file], {})]
+    return [
+        *rows,
+        *([("licence", header.license)] if header.license else []),
+        *_files([file], _digests([file]) if digest else {}),
+    ]
 
 
 def _meta(folder: Path) -> list[tuple[str, str]]:
@@ -116,6 +123,10 @@ def _tokenizer(tokenizer: Tokenizer) -> list[tuple[str, str]]:
 def _provenance(folder: Path) -> list[tuple[str, str]]:
     """puna.json as it is: stage, parent and whatever else it says."""
     return [(key, str(value)) for key, value in find.read_object(folder / "puna.json").items()]
+
+
+def _digests(files: Iterable[Path]) -> dict[str, str]:
+    return {file.name: f"sha256 {sha256(file)}" for file in files}
 
 
 def _files(files: Iterable[Path], digests: dict[str, str]) -> list[tuple[str, str]]:
