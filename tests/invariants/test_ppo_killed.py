@@ -58,7 +58,8 @@ while killed < kills:
 def state(out: Path) -> dict[str, Any]:
     """All that a run leaves but its clocks: numbers, answers, the model, the last checkpoint's hashes and memory."""
     lines = [
-        {k: v for k, v in line.items() if not k.startswith("seconds")} for line in read_metrics(out / "metrics.jsonl")
+        {k: v for k, v in line.items() if not k.startswith(("seconds", "tokens_per_second"))}
+        for line in read_metrics(out / "metrics.jsonl")
     ]
     manifest = json.loads(sorted(out.glob("checkpoints/*/manifest.json"))[-1].read_text())
     return {

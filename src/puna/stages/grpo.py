@@ -172,10 +172,12 @@ def run(cfg: GRPOConfig) -> Path:
                     best = measure(cfg, models, held_out, iteration, best, folder.path)
                     if cfg.patience and iteration - best.iteration >= cfg.patience * cfg.evaluate_every:
                         break
+                began = time.perf_counter()
                 rollout, numbers = collect(cfg, models, [prompts[i] for i in batches[iteration]], iteration)
                 numbers |= update(cfg, models, optimizer, rollout, iteration, len(batches))
+                rate = numbers["tokens_per_second"] = int(rollout.action_mask.sum()) / (time.perf_counter() - began)
                 metrics.log(step=iteration, **numbers)
-                progress.update(reward=numbers["reward"], kl=numbers["kl"])
+                progress.update(reward=numbers["reward"], kl=numbers["kl"], tokens_per_second=rate)
                 saver.after(iteration + 1, best._asdict())
             else:
                 best = measure(cfg, models, held_out, len(batches), best, folder.path)

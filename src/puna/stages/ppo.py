@@ -217,9 +217,11 @@ def run(cfg: PPOConfig) -> Path:
                     if cfg.patience and since >= cfg.patience * cfg.evaluate_every:
                         break
                 record = rollouts.Recorder() if cfg.dump and iteration == cfg.dump_iteration else rollouts.ignore
+                began = time.perf_counter()
                 now, batch = replace(cfg, beta=state.beta), [asked[i] for i in batches[iteration]]
                 rollout, numbers, moments = collect(now, models, batch, iteration, state.moments, record)
                 numbers |= update(now, models, optimizer, rollout, iteration, len(batches), record, text)
+                rate = numbers["tokens_per_second"] = int(rollout.action_mask.sum()) / (time.perf_counter() - began)
                 target = cfg.kl_target if iteration >= cfg.critic_warmup else 0.0
                 beta = losses.adapted_beta(state.beta, numbers["kl"], target, cfg.kl_horizon, size)
                 state = replace(state, beta=beta, moments=moments)
@@ -230,7 +232,7 @@ def run(cfg: PPOConfig) -> Path:
                     progress.warn(sentence)
                 signs = monitors.signs(history)
                 metrics.log(step=iteration, **numbers, warnings=" ".join(signs.values()))
-                progress.update(reward=numbers["reward"], kl=numbers["kl"])
+                progress.update(reward=numbers["reward"], kl=numbers["kl"], tokens_per_second=rate)
                 saver.after(iteration + 1, asdict(state))
                 if cfg.stop_on_hacking and signs:
                     break
