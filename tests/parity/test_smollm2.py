@@ -142,7 +142,7 @@ def run(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", ["alone", "other mates", "chunked", "preempted", "compiled"])
+@pytest.mark.parametrize("how", ["alone", "other mates", "chunked", "preempted", "unshared", "few", "many"])
 def test_the_engine_says_what_the_plain_model_says(
     how: str,
     loaded: tuple[Transformer, Tokenizer],
@@ -152,7 +152,7 @@ def test_the_engine_says_what_the_plain_model_says(
 ) -> None:
     model = loaded[0]
     if how == "alone":
-        assert [run(loaded, [prompt])[0] for prompt in ragged[:8]] == greedy[:8]
+        assert [run(loaded, [prompt])[0] for prompt in ragged] == greedy
     elif how == "other mates":
         assert run(loaded, ragged[::-3], max_batch_size=5) == greedy[::-3]
     elif how == "chunked":
@@ -165,7 +165,10 @@ def test_the_engine_says_what_the_plain_model_says(
         monkeypatch.setattr(Scheduler, "_preempt", lambda self, row: (seen.append(row), true(self, row)))
         assert run(loaded, ragged, cache_tokens=1280) == greedy
         assert len(seen) > 3
+    elif how == "unshared":
+        assert run(loaded, ragged, share_prompts=False) == greedy
     else:
         if kernel.library() is None:
             pytest.skip("no compiler here, or no AVX2")
-        assert run(loaded, ragged, weights.pack(model, "fp32"), max_batch_size=8) == greedy
+        rows = {"few": 8, "many": RAGGED}[how]  # through the compiled step
+        assert run(loaded, ragged, weights.pack(model, "fp32"), max_batch_size=rows, share_prompts=False) == greedy
