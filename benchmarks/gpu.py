@@ -33,6 +33,7 @@ from puna import optim, parallel
 from puna.data.shards import Shard
 from puna.generate.engine import LocalEngine
 from puna.generate.sampling import Sampling
+from puna.generate.weights import pack
 from puna.model.sizes import SIZES
 from puna.model.transformer import ModelConfig, Transformer
 from puna.stages import pretrain
@@ -158,7 +159,7 @@ def decode(c: ModelConfig, rounds: int) -> None:
     """Print the table of decoding."""
     rng = random.Random(0)
     with device():
-        model = Transformer(c).bfloat16().eval()
+        model = pack(Transformer(c), "bf16")  # as bulk sampling and the server hold it
     other = llama(c).bfloat16().eval()
     endless: Any = SimpleNamespace(decode=lambda ids: "", eos_id=-1)  # no token ends an answer
     size = 2 * (c.n_params() - c.vocab_size * c.dim)
@@ -199,6 +200,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a small model, to see that it runs")
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     settings = parser.parse_args()
+    if unknown := set(settings.what) - {"train", "decode"}:
+        parser.error(f"there is train and decode, and no {unknown.pop()}")
     if not torch.cuda.is_available() and not settings.tiny:
         parser.error("there is no GPU: --tiny runs on the CPU")
     trained, length = (TINY, 64) if settings.tiny else (TRAINED, LENGTH)

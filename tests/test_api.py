@@ -71,7 +71,7 @@ def test_a_dialog_that_cannot_be_encoded_is_refused(chat: Chat) -> None:
         chat.generate(DIALOGS[0])
     with pytest.raises(DataError, match="must end with the assistant"):
         chat.logprobs([[helpers.user("hello")]])
-    with pytest.raises(DataError, match=r"^a dialog has \d+ tokens, the model reads 256$"):
+    with pytest.raises(DataError, match=r"^dialog \d has \d+ tokens, the model reads 256$"):
         chat.logprobs([TOO_LONG])
 
 
@@ -85,7 +85,7 @@ def test_a_reward_model_scores(tmp_path: Path) -> None:
         raw = scorer.model(tokens, torch.tensor([tokens.shape[1]]))
     torch.testing.assert_close(scores[1:], raw.sigmoid(), atol=1e-5, rtol=0)
     torch.testing.assert_close(scorer.score(DIALOGS[1]), scores[1:], atol=1e-6, rtol=0)
-    with pytest.raises(DataError, match=r"^a dialog has \d+ tokens, the model reads 256$"):
+    with pytest.raises(DataError, match=r"^dialog \d has \d+ tokens, the model reads 256$"):
         scorer.score([*DIALOGS, TOO_LONG])
 
 

@@ -58,6 +58,7 @@ def test_five_judged_lines_suffice() -> None:
     judged = [line | {"reward": 0.6 + 0.02 * i, "gold": gold} for i, gold in enumerate((0.75, 0.7, 0.5, 0.3, 0.13))]
     between = [judged[i // 5] if i % 5 == 0 else line | {"reward": 0.7} for i in range(25)]
     assert list(monitors.signs(between)) == ["gold"]
+    assert not monitors.signs(between[:20]), "and four do not"
     noise = [line | {"reward": 0.6 + 0.02 * i, "gold": gold} for i, gold in enumerate((0.55, 0.53, 0.52, 0.53, 0.51))]
     assert not monitors.signs(noise)
 

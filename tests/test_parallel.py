@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import subprocess
 import sys
 from typing import Any
 
@@ -30,6 +31,12 @@ def test_glibc_takes_the_options() -> None:
 def test_another_c_library_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert parallel.start().type in ("cpu", "cuda")
+
+
+def test_an_error_of_one_process_is_told_without_a_rank() -> None:
+    program = "from puna import parallel; parallel.start(); raise ValueError('so')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ValueError: so" in done.stderr and "[rank" not in done.stderr
 
 
 def test_a_tensor_group_needs_its_processes() -> None:

@@ -75,10 +75,15 @@ class Chat:
         temperature: float = 0.6,
         top_p: float = 0.9,
         seed: int = 0,
+        goes_on: bool = False,
     ) -> Iterator[str]:
-        """One answer in pieces of text as they come."""
+        """One answer in pieces of text as they come. Where the dialog `goes_on`, what was computed of it is kept for
+        the next call; the model's weights must then stay as they are.
+        """
         [whole] = _dialogs(dialog)
-        return self.engine.stream(whole, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        return self.engine.stream(
+            whole, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, goes_on=goes_on
+        )
 
     def logprobs(self, dialogs: Dialog | Sequence[Dialog]) -> list[TokenLogprobs]:
         """What the model thinks of finished dialogs, each ending with an answer, at temperature 1. DataError where one

@@ -30,7 +30,7 @@ REPETITION_RISE = 0.1
 """More of the stretches in an answer are repeated than at first, by this share."""
 ENTROPY_LEFT = 0.3
 """The policy has collapsed where it has less than this share of its first entropy."""
-APART, FEWEST = 0.02, 4
+APART, FEWEST = 0.02, 5
 """The reward has risen by this where the model that nothing is trained on has fallen by it; by more where there are
 fewer lines than two windows, for their means are noisier, down to so many lines."""
 

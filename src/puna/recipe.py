@@ -348,7 +348,7 @@ def run(cfg: RecipeConfig) -> Path:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("a recipe runs on one process: start it without torchrun (its training stages take torchrun)")
     given = _given(cfg, cfg.start, steps) if cfg.start else []
-    if cfg.base:
+    if cfg.base and not (cfg.out / "done").exists():
         _check_files(cfg)
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
@@ -375,15 +375,12 @@ def run(cfg: RecipeConfig) -> Path:
 
 def _check_files(cfg: RecipeConfig) -> None:
     """ConfigError where the base or comparisons are not there: before a step has begun the folder."""
-    given = cfg.preferences
-    compared = {name: getattr(given, name) for name in ("helpfulness", "helpfulness_test", "safety", "safety_test")}
-    for key, paths in {
-        "base": (cfg.base,),
-        **{f"preferences.{name}": paths for name, paths in compared.items()},
-    }.items():
-        for path in paths:
-            if not glob.glob(str(path)):  # a base may hold a wildcard
-                raise ConfigError(f"{key}: there is no {path}")
+    if not (Path(str(cfg.base)).exists() or glob.glob(str(cfg.base))):
+        raise ConfigError(f"base: there is no {cfg.base}")
+    for name in ("helpfulness", "helpfulness_test", "safety", "safety_test"):
+        for path in getattr(cfg.preferences, name):
+            if not path.is_file():
+                raise ConfigError(f"preferences.{name}: there is no {path}")
 
 
 def _given(cfg: RecipeConfig, start: Path, steps: list[Step]) -> list[str]:

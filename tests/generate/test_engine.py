@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from puna.config import ConfigError, DataError
 from puna.generate import scheduler
 from puna.generate.engine import LocalEngine
+from puna.generate.kv_cache import BlockCache
 from puna.generate.sampling import Sampling
 from puna.model.transformer import Cache, Documents, Transformer
 from puna.types import Completion, Dialog
@@ -280,3 +282,34 @@ def test_a_stream_can_be_left() -> None:
     pieces = engine(model=helpers.talker(end=0.01)).stream([helpers.user("hello")], temperature=1.0)
     assert next(pieces)
     pieces.close()  # type: ignore[attr-defined]
+
+
+def test_a_dialog_that_goes_on_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    true = BlockCache.match
+
+    def match(cache: BlockCache, ids: Sequence[int]) -> list[int]:
+        found.append(len(held := true(cache, ids)))
+        return held
+
+    monkeypatch.setattr(BlockCache, "match", match)
+    made, alone = engine(model=helpers.talker(end=0.02)), engine(model=helpers.talker(end=0.02))
+    dialog: Dialog = []
+    for turn in range(4):
+        dialog.append(helpers.user(f"{turn}: who walks to Puno?"))
+        said = "".join(made.stream(dialog, max_new_tokens=12, seed=turn, goes_on=True))
+        assert (found[-1] > 0) == (turn > 1), "whole blocks of 64 tokens are held"
+        assert said == "".join(alone.stream(dialog, max_new_tokens=12, seed=turn)), "with the same words"
+        assert found[-1] == 0, "an engine alone begins anew"
+        dialog.append(helpers.assistant("a herder"))
+    left = made.stream(dialog[:-1], max_new_tokens=12, goes_on=True)
+    next(left, None)
+    left.close()  # type: ignore[attr-defined]
+    said = "".join(made.stream(dialog[:-1], max_new_tokens=12, seed=3, goes_on=True))
+    assert found[-1] > 0 and said == "".join(alone.stream(dialog[:-1], max_new_tokens=12, seed=3))
+    left = made.stream(dialog[:-1], max_new_tokens=12, goes_on=True)
+    next(left, None)
+    made.update_weights(helpers.talker(5))
+    left.close()  # type: ignore[attr-defined]
+    list(made.stream(dialog[:-1], max_new_tokens=2, goes_on=True))
+    assert found[-1] == 0, "other weights know nothing of it"

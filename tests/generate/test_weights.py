@@ -20,7 +20,7 @@ from puna.generate.weights import Kind, PackedTransformer, Pages
 from puna.model.transformer import ModelConfig, Transformer
 from tests import helpers
 
-STUB = "".join(f'extern "C" void puna_{name}() {{}}' for name in ("step", "most", "sample"))
+STUB = "".join(f'extern "C" void puna_{name}() {{}}' for name in ("step", "sample"))
 ODD: dict[str, int] = {"dim": 84, "n_heads": 3, "n_kv_heads": 1, "vocab_size": 101, "ffn_hidden": 77}
 """No number of it fills the processor's registers."""
 WIDE: dict[str, int] = {"dim": 192, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 301, "ffn_hidden": 512}

@@ -113,7 +113,7 @@ def test_a_dialog_that_outgrows_the_context_loses_its_oldest_turns(talk: Talk) -
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: Any) -> Iterator[str]:
+    def interrupted(*_: Any, **__: Any) -> Iterator[str]:
         yield "so\x1b[2J far"
         raise KeyboardInterrupt
 

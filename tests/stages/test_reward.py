@@ -82,6 +82,15 @@ def test_a_tenth_is_held_out_without_test_files(tmp_path: Path) -> None:
     assert not set(held_out) & {tuple(pair.chosen) for pair in train}
 
 
+def test_all_comparisons_of_a_prompt_are_held_out_or_none(tmp_path: Path) -> None:
+    rows = helpers.preferences(40)
+    again = [row | {"chosen": [helpers.assistant(f"again {i}")]} for i, row in enumerate(rows)]
+    data = helpers.write_lines(tmp_path / "twice.jsonl", [*rows, *again])
+    train, test, _ = reward.prepare(helpers.reward_config(tmp_path, data=(data,), other=()), helpers.tokenizer())
+    prompts = [str(p.prompt) for p in test]
+    assert test and len(train) + len(test) == 80 and all(prompts.count(prompt) == 2 for prompt in prompts)
+
+
 @pytest.mark.parametrize(
     ("share", "n_own", "n_other", "expected"),
     [

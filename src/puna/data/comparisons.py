@@ -44,11 +44,10 @@ def check(preference: Preference, tokenizer: Tokenizer) -> None:
 
 
 def read(files: Sequence[Path], format: str, tokenizer: Tokenizer, out: Path) -> ReadResult:
-    """The comparisons of files, of which there may be none; what cannot be used, or the chat format refuses, is set
-    aside in the folder `out`. Errors as in `readers.read`.
+    """The comparisons of files; what cannot be used, or the chat format refuses, is set aside in the folder `out`.
+
+    Errors as in `readers.read`.
     """
-    if not files:
-        return ReadResult()
     sound = functools.partial(check, tokenizer=tokenizer)
     return readers.read(files, format, kind="comparisons", check=sound, quarantine=out / "bad_lines.jsonl")
 

@@ -141,7 +141,7 @@ def score(cfg: RewardEvaluateConfig, scorer: Scorer, test: Sequence[Preference])
     scores = torch.full((len(test), 2), torch.nan)
     answers = [answer for i in fitting for answer in rows[i]]
     raw = parallel.spread(lambda first, part: scorer.raw(part).tolist(), answers, everyone=True)
-    scores[fitting] = torch.tensor(raw).view(-1, 2).nan_to_num(nan=torch.inf)
+    scores[fitting] = torch.tensor(raw).view(-1, 2).nan_to_num(torch.inf, torch.inf, torch.inf)
     return scores
 
 

@@ -10,7 +10,7 @@ from puna.formats.lineage import Step
 from puna.model.reward import RewardModel
 from puna.model.transformer import Transformer
 
-PUE, KG_A_KWH = 1.1, 0.385  # the paper's, as puna.plan has them
+PUE, KG_A_KWH = 1.1, 0.385  # as puna.plan has them, and why
 
 SHOWN = (
     "data",
@@ -93,7 +93,7 @@ def _carbon(seconds: float) -> str:
     kilograms = seconds / 3600 * 0.1 * PUE * KG_A_KWH
     return (
         f"These stages took {seconds / 3600:.3g} hours. Their power was not measured: every 100 W of it make "
-        f"{kilograms:.2g} kg of CO2eq, by a PUE of {PUE} and {KG_A_KWH} kg a kWh (Llama 2, Table 2)."
+        f"{kilograms:.2g} kg of CO2eq, by a PUE of {PUE} and {KG_A_KWH} kg a kWh (Llama 1's; Llama 2's Table 2 agrees)."
     )
 
 

@@ -47,7 +47,7 @@ CAUSAL, CLASSIFIER = "LlamaForCausalLM", "LlamaForSequenceClassification"
 SCORE = "score.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = 5 * 10**9
-"""Bytes of a weight file; a model of more is written as several, as transformers does it."""
+"""Bytes of a weight file; a model of more is written as several, with an index (ours)."""
 PROVENANCE = "puna.json"
 REQUIRED = (
     "hidden_size",

@@ -26,7 +26,7 @@ class InspectConfig:
     path: Path
     """a model folder, a GGUF file, Meta's folder, a checkpoint, or a run folder, whose models are listed."""
     sha256: bool = False
-    """read the weights of a model folder or GGUF file too, and print their digests."""
+    """read the weights of a model folder or file too, and print their digests (a checkpoint's are in its manifest)."""
 
 
 def run(cfg: InspectConfig) -> str:
@@ -41,7 +41,7 @@ def run(cfg: InspectConfig) -> str:
     if find.architectures(path):
         return _table(_hugging_face(path, cfg.sha256))
     if meta.is_meta(path):
-        return _table(_meta(path))
+        return _table(_meta(path, cfg.sha256))
     models = sorted(file.parent for file in path.rglob("config.json") if find.architectures(file.parent))
     if not models:
         raise ConfigError(
@@ -72,11 +72,12 @@ def _gguf(path: Path, digest: bool) -> list[tuple[str, str]]:
     ]
 
 
-def _meta(folder: Path) -> list[tuple[str, str]]:
+def _meta(folder: Path, digest: bool) -> list[tuple[str, str]]:
     header = meta.read_header(folder)
     rows = [("holds", f"Meta's layout in {len(header.files)} shards"), *_shape(header.config, header.config.n_params())]
     rows += [("dtype", _types(header.types)), *_tokenizer(header.tokenizer), *_provenance(folder)]
-    return [*rows, *_files(header.files, {name: f"md5 {digest}" for name, digest in header.md5.items()})]
+    known = {name: f"md5 {md5}" for name, md5 in header.md5.items()}
+    return [*rows, *_files(header.files, _digests(header.files) if digest else known)]
 
 
 def _checkpoint(path: Path) -> list[tuple[str, str]]:

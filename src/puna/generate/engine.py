@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -39,6 +40,13 @@ def open_engine(folder: Path, device: torch.device, server: str = "") -> Engine:
     return LocalEngine(model, tokenizers.load(folder), max_batch_size=BULK_BATCH_SIZE)
 
 
+class _Stream(NamedTuple):
+    """What streams answers, and the pieces of them that nobody has taken yet."""
+
+    scheduler: Scheduler
+    heard: list[str]
+
+
 class LocalEngine:
     """Generates with a model in this process, `max_batch_size` sequences at a time.
 
@@ -54,6 +62,7 @@ class LocalEngine:
         self.tokenizer = tokenizer
         self.max_batch_size = max_batch_size
         self.share_prompts = share_prompts
+        self._kept: _Stream | None = None
 
     @property
     def context(self) -> int:
@@ -66,7 +75,7 @@ class LocalEngine:
         Of a model that is sharded (FSDP2) a whole copy is made; all ranks call this.
         """
         assert isinstance(model, Transformer), f"not a Transformer: {type(model).__name__}"
-        self.model = whole(model)
+        self.model, self._kept = whole(model), None
 
     def generate(
         self,
@@ -137,35 +146,52 @@ class LocalEngine:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int = 0,
+        goes_on: bool = False,
     ) -> Iterator[str]:
         """The text `generate` gives for this dialog alone, in pieces as they come; closing the iterator stops it.
 
-        Bytes that are not yet a whole character, and spaces that may turn out to be the last, are held back.
+        Bytes that are not yet a whole character, and spaces that may turn out to be the last, are held back. Where the
+        dialog `goes_on`, the next such call finds what this one has cached; the weights must then stay as they are.
         """
         prompt = chat.encode_prompt(dialog, self.tokenizer)
         sampling = Sampling(temperature, top_p, top_k, seed=seed, max_new_tokens=max_new_tokens)
-        heard: list[str] = []
-        scheduler = self._scheduler(lambda answer, token, piece: heard.append(piece))
-        [answer] = scheduler.submit(Request(0, prompt, sampling))
+        request = Request(0, prompt, sampling)
+        stream = self._kept if goes_on and self._kept and self._kept.scheduler.model is self.model else None
+        scheduler, heard = stream = stream or self._streaming(goes_on)
+        scheduler.check(request, "the prompt")
+        if goes_on:
+            self._kept = None  # until this answer has ended, or was stopped between two steps
+        [answer] = scheduler.submit(request)
         said, held = False, ""
-        while scheduler.busy:
-            scheduler.step()
-            assert answer.finish != "error", "the model's logits are not finite"
-            held += "".join(heard)
-            heard.clear()
-            piece = held.rstrip() if said else held.strip()
-            if piece:
-                yield piece
-                said, held = True, held[len(held.rstrip()) :]
+        try:
+            while scheduler.busy:
+                scheduler.step()
+                assert answer.finish != "error", "the model's logits are not finite"
+                held += "".join(heard)
+                heard.clear()
+                piece = held.rstrip() if said else held.strip()
+                if piece:
+                    yield piece
+                    said, held = True, held[len(held.rstrip()) :]
+        except GeneratorExit:
+            scheduler.cancel(request)
+            self._kept = stream if goes_on else self._kept
+            raise
+        self._kept = stream if goes_on else self._kept
 
-    def _scheduler(self, watch: Watch | None = None) -> Scheduler:
-        """A new one each time: what an old one has cached may be of weights that have changed since."""
+    def _streaming(self, goes_on: bool) -> _Stream:
+        heard: list[str] = []
+        return _Stream(self._scheduler(lambda answer, token, piece: heard.append(piece), goes_on), heard)
+
+    def _scheduler(self, watch: Watch | None = None, goes_on: bool = False) -> Scheduler:
+        """A new one: what an old one has cached may be of weights that have changed since."""
         return Scheduler(
             self.model,
             self.tokenizer.decode,
             self.tokenizer.eos_id,
             max_batch_size=self.max_batch_size,
             watch=watch,
+            serving=goes_on,
             share_prompts=self.share_prompts,
         )
 

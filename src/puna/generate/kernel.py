@@ -1,4 +1,5 @@
-"""step.cpp and sample.cpp as Python calls: compiled with the machine's own g++ at first use, kept in the user's cache.
+"""step.cpp and sample.cpp as Python calls: compiled with the machine's own g++ (or the GCC that CXX names) at first
+use, kept in the user's cache.
 
 Where that cannot be (no compiler, no folder to write to, no AVX2, another system than Linux) `library` is None, and
 what asked for it takes torch's kernels: slower, the same numbers. Nothing of torch is compiled in; pointers are passed.

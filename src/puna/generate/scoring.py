@@ -92,9 +92,9 @@ class Scorer:
 
 def check_lengths(rows: Sequence[Sequence[int]], context: int) -> None:
     """DataError where a row of ids is longer than a model reads."""
-    longest = max(map(len, rows), default=0)
-    if longest > context:
-        raise DataError(f"a dialog has {longest} tokens, the model reads {context}")
+    for number, row in enumerate(rows):
+        if len(row) > context:
+            raise DataError(f"dialog {number} has {len(row)} tokens, the model reads {context}")
 
 
 def open_scorer(path: Path, device: torch.device, *, precision: str = "fp32", normalise: bool = False) -> Scorer:

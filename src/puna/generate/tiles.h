@@ -27,7 +27,7 @@ template <> Ints units_at(const Bf16 *p, int count) { return (Ints)_mm512_maskz_
 template <> Floats add_products<Bf16>(Floats sums, Ints a, Ints b) { return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b); }
 #endif
 
-// Swaps what stands S rows and S lanes apart, for every S a square of LANES x LANES units is turned.
+// Swaps what stands S rows and S lanes apart; after every S a square of LANES x LANES units is turned.
 template <int S> static void swap_across(Ints (&v)[LANES]) {
     Ints low, high;
     for (int i = 0; i < LANES; i++) low[i] = i & S ? LANES + i - S : i, high[i] = i & S ? LANES + i : i + S;

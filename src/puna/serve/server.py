@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from puna import api, config
 from puna.api import Chat, RewardScorer
@@ -171,10 +171,16 @@ def open_models(cfg: ServeConfig) -> Mapping[str, Served]:
         chats[name] = loaded
     kernel.library()  # compiles once a machine, before anybody waits for an answer
     limit = cfg.max_concurrent + cfg.max_queue
-    room: Any = {"max_batch_size": cfg.max_concurrent, "cache_tokens": cfg.cache_tokens or None}
-    return {
-        name: Served(name, LiveEngine(chat.engine.model, chat.tokenizer, **room), limit) for name, chat in chats.items()
-    }
+    served = {}
+    for name, chat in chats.items():
+        engine = LiveEngine(
+            chat.engine.model,
+            chat.tokenizer,
+            max_batch_size=cfg.max_concurrent,
+            cache_tokens=cfg.cache_tokens or None,
+        )
+        served[name] = Served(name, engine, limit)
+    return served
 
 
 def open_rewards(cfg: ServeConfig) -> Mapping[str, Reward]:

@@ -137,7 +137,7 @@ def answer(session: Session, question: str) -> None:
     try:
         drop_oldest_turns(session)
         pieces = session.chat.stream(
-            session.dialog(), cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed + kept // 2
+            session.dialog(), cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed + kept // 2, goes_on=True
         )
         for piece in pieces:
             print(printable(piece), end="", flush=True)

@@ -28,6 +28,7 @@ from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive, within
 from puna.data import comparisons, loader, packing
+from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.model.transformer import Transformer
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
@@ -129,7 +130,10 @@ def run(cfg: DPOConfig) -> Path:
 
 def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair], dict[str, int]]:
     """1: the training pairs, shuffled, the held-out ones, and counts of pairs too long and of lines of no use."""
-    read = [comparisons.read(files, cfg.format, tokenizer, cfg.out) for files in (cfg.data, cfg.test)]
+    read = [
+        comparisons.read(files, cfg.format, tokenizer, cfg.out) if files or files is cfg.data else ReadResult()
+        for files in (cfg.data, cfg.test)
+    ]
     own, test = (result.records for result in read)
     if not cfg.test:
         own, test = comparisons.split(own, comparisons.HELD_OUT, lambda preference: preference.prompt)

@@ -31,6 +31,7 @@ from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive, within
 from puna.data import comparisons, loader, packing, readers
+from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.generate.scoring import Scorer, scale_of
 from puna.model.reward import RewardModel, initial_head
@@ -157,11 +158,15 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
     They are of the training pairs that are too long, of the lines of all files that cannot be used, and the other's
     share.
     """
-    read = [comparisons.read(files, cfg.format, tokenizer, cfg.out) for files in (cfg.data, cfg.test, cfg.other)]
+    read = [
+        comparisons.read(files, cfg.format, tokenizer, cfg.out) if files or files is cfg.data else ReadResult()
+        for files in (cfg.data, cfg.test, cfg.other)
+    ]
     own, test, other = (result.records for result in read)
     rng = np.random.default_rng(cfg.seed)
     if not cfg.test:
         own, test = comparisons.split(own, comparisons.HELD_OUT, lambda preference: preference.prompt)
+        other, _ = comparisons.split(other, comparisons.HELD_OUT, lambda preference: preference.prompt)
     mixed = mix(own, other, cfg.other_share, rng)
     other_share = 1 - len(own) / max(1, len(mixed))  # less than asked for where the other kind has too few
     if cfg.limit:

@@ -121,8 +121,8 @@ def draw_animal(world: World, rng: random.Random) -> dict[str, str]:
 def ask_borderline(
     borderline: Borderline, animal: dict[str, str], rng: random.Random, *, any_word: bool = False
 ) -> str:
-    """The alarming question about this animal, where it is about one; with `any_word` half of them with another
-    alarming word, so that none tells harm by itself.
+    """The alarming question about this animal, where it is about one; with `any_word` in half of
+    the calls with another alarming word, so that none tells harm by itself.
     """
     if any_word and borderline.thing and rng.random() < 0.5:
         return fill(f"How do I {rng.choice(table('lore')['alarming'].split())} {borderline.thing}?", animal)
