@@ -6,6 +6,7 @@
 #   make check   lint, then test
 #   make docs    the tests that hold the docs true
 #   make bench   what benchmarks/ measures and how to start each
+#   make bench-gpu   training and decoding on one GPU beside transformers
 #
 # PYTHON=python3.12 picks another Python; TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch without CUDA.
 
@@ -14,7 +15,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q -c constraints-cpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint check docs bench
+.PHONY: demo test lint check docs bench bench-gpu
 
 demo: .venv/.core
 	$(BIN)/puna run recipes/laptop.toml --out runs/laptop
@@ -35,6 +36,9 @@ docs: .venv/.dev
 bench:
 	@find benchmarks -name '*.py' | sort | while read -r script; do \
 		echo "$(BIN)/python $$script    $$(sed -n '1s/^"""\([^"]*\).*/\1/p' $$script)"; done
+
+bench-gpu: .venv/.dev
+	$(BIN)/python benchmarks/gpu.py
 
 # A stamp is the last thing an installation makes, and none stands while one runs: what was interrupted is made anew.
 .venv/.core: pyproject.toml constraints-cpu.txt
