@@ -88,7 +88,7 @@ def test_every_command_line_is_accepted(texts: dict[str, str], root: Path, monke
 
 def test_every_make_target_that_is_named_exists(texts: dict[str, str], root: Path) -> None:
     makefile = (root / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
     mention = re.compile(r"^make (.+)$|`make ([^`]+)`", re.MULTILINE)
     lines = ["".join(words).split("#")[0] for text in texts.values() for words in mention.findall(text)]
     named = {word for line in lines for word in line.split() if "=" not in word}
