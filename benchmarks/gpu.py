@@ -48,7 +48,6 @@ CONTENDERS = ("puna", "puna, compiled", "transformers", "transformers, compiled"
 WARM_UP, SQUARE = 2, 8192
 
 Step = Callable[[int], None]
-Decode = Callable[[int], int]
 
 
 def device() -> torch.device:

@@ -157,12 +157,14 @@ def _run(arguments: list[str]) -> int:
         (nearest,) = difflib.get_close_matches(misspelt, COMMANDS, n=1, cutoff=0.0)
         raise ConfigError(f"unknown command {misspelt!r}; did you mean {nearest!r}? (puna --help lists them)")
     command = COMMANDS[name]
-    is_recipe = bool(rest) and command.positional != "recipe" and rest[0].endswith((".toml", "config.json"))
-    if command.positional and rest and not rest[0].startswith("-") and not is_recipe:
-        rest.insert(0, f"--{command.positional}")
+    field, takes = command.positional, "recipe.toml"
+    if field and field != "recipe":
+        takes = f"recipe.toml | {field}"
+    is_recipe = bool(rest) and takes != "recipe.toml" and rest[0].endswith((".toml", "config.json"))
+    if field and rest and not rest[0].startswith("-") and not is_recipe:
+        rest.insert(0, f"--{field}")
     module = importlib.import_module(command.module)
-    usage = f"puna {name} [{f'recipe.toml | {command.positional}' if command.positional else 'recipe.toml'}]"
-    cfg: Any = config.load(getattr(module, command.config), rest, command.section, prog=usage)
+    cfg: Any = config.load(getattr(module, command.config), rest, command.section, prog=f"puna {name} [{takes}]")
     result = module.run(cfg)
     if result is not None:
         print(result)

@@ -74,7 +74,7 @@ def kl_leaps(history: History) -> str:
 
 def kl_is_far(history: History) -> str:
     """Late KL a token; the lines that have both numbers."""
-    both = [line for line in history if series([line], "kl") and series([line], "length")]
+    both = having(history, "kl", "length")
     if len(both) < WINDOW:
         return ""
     kl, length = (ends(series(both, name))[1] for name in ("kl", "length"))
@@ -118,7 +118,7 @@ def entropy_collapses(history: History) -> str:
 
 def gold_parts(history: History) -> str:
     """The training reward against that of the model that nothing is trained on, over the lines that have both."""
-    both = [line for line in history if series([line], "reward") and series([line], "gold")]
+    both = having(history, "reward", "gold")
     if len(both) < FEWEST:
         return ""
     window = min(WINDOW, len(both) // 2)
@@ -130,6 +130,11 @@ def gold_parts(history: History) -> str:
         f"the reward rises from {early:.2f} to {late:.2f}, the held-out reward model falls from {gold_early:.2f} to "
         f"{gold_late:.2f}: the gain is not real"
     )
+
+
+def having(history: History, *names: str) -> History:
+    """The lines that have a finite value of each."""
+    return [line for line in history if all(series([line], name) for name in names)]
 
 
 def series(history: History, name: str) -> list[float]:

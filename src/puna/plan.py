@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from puna import config
 from puna.config import ConfigError, known, positive
+from puna.formats.card import KG_A_KWH, PUE
 from puna.model.sizes import LLAMA_2, SIZES, cache_bytes
 from puna.model.transformer import ModelConfig
 from puna.stages.pretrain import PretrainConfig
@@ -93,9 +94,9 @@ class PlanConfig:
     """share of the dense bfloat16 rate, attention counted in full (Table 2 implies 0.43)."""
     watts: int = 0
     """power of a GPU; 0 takes its TDP (Table 2's 34B ran under a cap of 350 W)."""
-    pue: float = 1.1
+    pue: float = PUE
     """power of the data centre over that of its computers (Llama 1's; Table 2 agrees)."""
-    kg_per_kwh: float = 0.385
+    kg_per_kwh: float = KG_A_KWH
     """carbon intensity (Llama 1's; Table 2 agrees)."""
     json: bool = False
     """print JSON."""

@@ -31,7 +31,7 @@ def read_prompts(paths: Sequence[Path], format: str, safety: Sequence[Path] = ()
     prompts: dict[str, Prompt] = {}
     for files, tagged in ((paths, False), (safety, True)):
         for record in readers.read(files, format, kind="prompts").records if files else ():
-            prompt = {"is_safety": False} | record if format == "prompts" else _prompt(record)
+            prompt = record if format == "prompts" else _prompt(record)
             first = prompts.setdefault(prompt["id"], prompt)
             if first["messages"] != prompt["messages"]:
                 raise DataError(f"{_named(files)}: two prompts have the id {prompt['id']!r}: give each its own")

@@ -135,8 +135,9 @@ def dialog(row: Row) -> Iterator[Row]:
 
 def prompt(row: Row) -> Iterator[Row]:
     """The canonical prompt: an "id" and "messages" that end with the user's turn."""
-    tag = {"is_safety": _of_type(row, "is_safety", bool) or False} if "is_safety" in row else {}
-    yield {**row, "id": _text(row, "id"), "messages": _ends_with_user(_messages(row, "messages")), **tag}
+    is_safety = _of_type(row, "is_safety", bool) or False
+    messages = _ends_with_user(_messages(row, "messages"))
+    yield {**row, "id": _text(row, "id"), "messages": messages, "is_safety": is_safety}
 
 
 def preference(row: Row) -> Iterator[Preference | Skipped]:

@@ -10,7 +10,7 @@ from puna.formats.lineage import Step
 from puna.model.reward import RewardModel
 from puna.model.transformer import Transformer
 
-PUE, KG_A_KWH = 1.1, 0.385  # as puna.plan has them, and why
+PUE, KG_A_KWH = 1.1, 0.385  # puna.plan says why
 
 SHOWN = (
     "data",

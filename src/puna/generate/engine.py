@@ -175,9 +175,8 @@ class LocalEngine:
                     said, held = True, held[len(held.rstrip()) :]
         except GeneratorExit:
             scheduler.cancel(request)
-            self._kept = stream if goes_on else self._kept
-            raise
-        self._kept = stream if goes_on else self._kept
+        if goes_on:
+            self._kept = stream
 
     def _streaming(self, goes_on: bool) -> _Stream:
         heard: list[str] = []

@@ -28,7 +28,6 @@ from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive, within
 from puna.data import comparisons, loader, packing
-from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.model.transformer import Transformer
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
@@ -130,13 +129,7 @@ def run(cfg: DPOConfig) -> Path:
 
 def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair], dict[str, int]]:
     """1: the training pairs, shuffled, the held-out ones, and counts of pairs too long and of lines of no use."""
-    read = [
-        comparisons.read(files, cfg.format, tokenizer, cfg.out) if files or files is cfg.data else ReadResult()
-        for files in (cfg.data, cfg.test)
-    ]
-    own, test = (result.records for result in read)
-    if not cfg.test:
-        own, test = comparisons.split(own, comparisons.HELD_OUT, lambda preference: preference.prompt)
+    own, test, bad = comparisons.read_apart(cfg.data, cfg.test, cfg.format, tokenizer, cfg.out)
     order = np.random.default_rng(cfg.seed).permutation(len(own))
     train = [own[i] for i in order[: cfg.limit or None]]
     longest = min(cfg.max_len, huggingface.read_config(cfg.init).max_seq_len)
@@ -147,14 +140,7 @@ def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair
     if not fitting:
         files = ", ".join(map(str, cfg.data))
         raise DataError(f"no pair of {files} fits {longest} tokens (max_len, or the model's context if that is less)")
-    return (
-        fitting,
-        held_out,
-        {
-            "left_out": len(train) - len(fitting),
-            "set_aside": sum(len(result.bad) for result in read),
-        },
-    )
+    return fitting, held_out, {"left_out": len(train) - len(fitting), "set_aside": bad}
 
 
 def update(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -158,15 +159,12 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
     They are of the training pairs that are too long, of the lines of all files that cannot be used, and the other's
     share.
     """
-    read = [
-        comparisons.read(files, cfg.format, tokenizer, cfg.out) if files or files is cfg.data else ReadResult()
-        for files in (cfg.data, cfg.test, cfg.other)
-    ]
-    own, test, other = (result.records for result in read)
+    own, test, bad = comparisons.read_apart(cfg.data, cfg.test, cfg.format, tokenizer, cfg.out)
+    read = comparisons.read(cfg.other, cfg.format, tokenizer, cfg.out) if cfg.other else ReadResult()
+    other = read.records
     rng = np.random.default_rng(cfg.seed)
     if not cfg.test:
-        own, test = comparisons.split(own, comparisons.HELD_OUT, lambda preference: preference.prompt)
-        other, _ = comparisons.split(other, comparisons.HELD_OUT, lambda preference: preference.prompt)
+        other, _ = comparisons.split(other, comparisons.HELD_OUT, operator.attrgetter("prompt"))
     mixed = mix(own, other, cfg.other_share, rng)
     other_share = 1 - len(own) / max(1, len(mixed))  # less than asked for where the other kind has too few
     if cfg.limit:
@@ -183,7 +181,7 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
         test,
         {
             "left_out": len(pairs) - len(fitting),
-            "set_aside": sum(len(result.bad) for result in read),
+            "set_aside": bad + len(read.bad),
             "other_share": round(other_share, 3),
         },
     )
