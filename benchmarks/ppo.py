@@ -4,10 +4,10 @@
     python benchmarks/ppo.py wide            # a random Llama 288 wide, 6 layers, 2 key heads, 4096 tokens
 
 64 prompts, 64 new tokens each (no token ends an answer), one mini-batch, `--epochs` passes over it, bfloat16 autocast
-over float32 weights; all keep the memory that they free. `--trl-ppo` and `--trl-grpo` are Pythons of environments that
-have TRL 0.24, the last with PPO, and 1.x. Each contender is a process of its own a round, by turns, and its first
-iteration warms up; numbers are medians over the rounds. Puna scores with two reward models where TRL has one; GRPO has
-no critic and draws 4 answers to each of a quarter of the prompts.
+over float32 weights where the CPU computes in it; all keep the memory that they free. `--trl-ppo` and `--trl-grpo` are
+Pythons of environments that have TRL 0.24, the last with PPO, and 1.x. Each contender is a process of its own a round,
+by turns, and its first iteration warms up; numbers are medians over the rounds. Puna scores with two reward models
+where TRL has one; GRPO has no critic and draws 4 answers to each of a quarter of the prompts.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 
 MALLOPT = ((-4, 0), (-1, 2**31 - 1), (-2, 2**28))  # as puna.parallel has it
 WORDS = "llama river stone grass herd snow path fire moon wall salt bread wool wind lake goat".split()
+BF16 = machine.fast_type() == torch.bfloat16
 PARTS = ("generate", "score", "update", "iteration")
 
 Seconds = dict[str, float]
@@ -141,7 +143,7 @@ def trl_ppo(folder: Path, new: int, epochs: int, iterations: int) -> list[Second
         model.config.pad_token_id = 0
     part = max(n for n in (16, 8, 4, 2, 1) if len(ids) % n == 0)
     settings = trl.PPOConfig(
-        output_dir=str(folder / "trl"), use_cpu=True, bf16=True, per_device_train_batch_size=part, report_to=[],
+        output_dir=str(folder / "trl"), use_cpu=True, bf16=BF16, per_device_train_batch_size=part, report_to=[],
         gradient_accumulation_steps=len(ids) // part, num_mini_batches=1, num_ppo_epochs=epochs, response_length=new,
         total_episodes=len(ids) * iterations, local_rollout_forward_batch_size=part, num_sample_generations=0,
         temperature=1.0, learning_rate=1e-6, kl_coef=0.01, save_strategy="no", stop_token=None,
@@ -188,7 +190,7 @@ def trl_grpo(folder: Path, new: int, epochs: int, iterations: int) -> list[Secon
     policy.config.pad_token_id = reward.config.pad_token_id = 0
     part = max(n for n in (16, 8, 4) if len(ids) % n == 0)
     settings = trl.GRPOConfig(
-        output_dir=str(folder / "grpo"), use_cpu=True, bf16=True, per_device_train_batch_size=part, report_to=[],
+        output_dir=str(folder / "grpo"), use_cpu=True, bf16=BF16, per_device_train_batch_size=part, report_to=[],
         gradient_accumulation_steps=len(ids) // part, num_generations=4, num_iterations=epochs, beta=0.01,
         max_completion_length=new, generation_kwargs={"min_new_tokens": new}, temperature=1.0, learning_rate=1e-6,
         max_steps=epochs * iterations, save_strategy="no", gradient_checkpointing=False,

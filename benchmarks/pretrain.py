@@ -1,16 +1,16 @@
-"""Pretraining on a CPU beside transformers and plain torch code: tokens/s, share of the bfloat16 rate, memory.
+"""Pretraining on a CPU beside transformers and plain torch code: tokens/s, share of the products' rate, memory.
 
     python benchmarks/pretrain.py [--shapes v4k v32k laptop] [--rounds 5] [--steps 6] [--threads 2]
 
 Every contender runs in a process of its own, by turns, so that what else the machine does falls on each; a process
 warms up for two steps and tells the median of the others, the table the medians over the rounds. All take random tokens
 and AdamW's fused kernel, and clip. The rate is counted as 6 operations a weight and token, embeddings left out, and
-6 L D T of causal attention, over what a square product of bfloat16 reaches between the turns. Memory is the largest
-resident size less what the process had before its model.
+6 L D T of causal attention, over what a square product reaches between the turns. Memory is the largest resident size
+less what the process had before its model.
 
 puna is `stages.pretrain.update` and `optim.clip_and_step`; transformers runs as it comes (float32), and with autocast,
 torch.compile and the allocator told to keep memory, which is its best setting here; plain is a Llama in the style of
-nanoGPT: one file, autocast, logits as a whole.
+nanoGPT: one file, autocast, logits as a whole. Where a CPU has no bfloat16 arithmetic all compute in float32.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import machine
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -58,7 +59,7 @@ CONTENDERS: dict[str, dict[str, str]] = {
 """By name the environment of its process; what else differs its name says."""
 Step = Callable[[int], None]
 
-WARM_UP, SQUARE = 2, 2048
+WARM_UP = 2
 
 
 def ours(shape: str) -> Step:
@@ -135,6 +136,7 @@ class Plain(nn.Module):
 def looped(model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], shape: str, autocast: bool) -> Step:
     """The loop that everyone writes: loss, backward, clip, AdamW."""
     config, batch, length = SHAPES[shape]
+    autocast = autocast and machine.fast_type() == torch.bfloat16
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     generator = torch.Generator().manual_seed(0)
 
@@ -197,17 +199,6 @@ def alone(name: str, shape: str, steps: int) -> None:
     print(json.dumps({"tokens_per_second": rate, "peak": resident("VmHWM") - before}))
 
 
-def matrix_rate() -> float:
-    """Operations a second of a square product in bfloat16, the best of ten."""
-    a, b = (torch.randn(SQUARE, SQUARE, dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(12):
-        began = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - began)
-    return 2 * SQUARE**3 / min(seconds[2:])
-
-
 def operations(shape: str) -> int:
     """Floating-point operations a token."""
     config, _, length = SHAPES[shape]
@@ -226,12 +217,12 @@ def race(shape: str, names: list[str], rounds: int, steps: int, threads: int) ->
             env = inherited | {"OMP_NUM_THREADS": str(threads)} | CONTENDERS[name]
             out = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
             found[name].append(json.loads(out.splitlines()[-1]))
-            rates.append(matrix_rate())
+            rates.append(machine.matrix_rate(machine.fast_type()))
             print(f"{shape}: round {turn + 1} of {rounds}: {name}", file=sys.stderr, flush=True)
     rate, per_token = statistics.median(rates), operations(shape)
     config, batch, length = SHAPES[shape]
     print(f"\n{shape}: {config.n_params() / 1e6:.1f} M parameters, {batch} x {length} tokens a step")
-    print(f"bfloat16 product {rate / 1e9:.0f} GFLOP/s on {threads} threads\n")
+    print(f"{str(machine.fast_type())[6:]} product {rate / 1e9:.0f} GFLOP/s on {threads} threads\n")
     width = max(map(len, names))
     print(f"{'':{width}}{'tok/s':>9}{'(range)':>16}{'of rate':>9}{'peak MB':>9}")
     for name, rows in found.items():

