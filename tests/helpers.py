@@ -100,8 +100,8 @@ def talker(seed: int = 0, end: float = 0.25) -> Transformer:
     return made
 
 
-def reward_model(seed: int = 0) -> RewardModel:
-    made = RewardModel(model(seed))
+def reward_model(seed: int = 0, **changes: Any) -> RewardModel:
+    made = RewardModel(model(seed, **changes))
     made.init_head(torch.Generator().manual_seed(seed + 1))
     return made
 

@@ -229,6 +229,33 @@ def test_an_evil_metadata_does_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("left_out", [".metadata", "__0_0.distcp"])
+def test_a_file_without_a_hash_is_refused(tmp_path: Path, left_out: str) -> None:
+    path = checkpoint.save(tmp_path, 1, Transformer(TINY))
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["files"][left_out]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=f"refused, {left_out} is no file of this folder in its manifest"):
+        checkpoint.load(path, Transformer(TINY))
+    (path / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
+    with pytest.raises(DataError, match="is no file of this folder in its manifest"):
+        checkpoint.load(path, Transformer(TINY))
+
+
+@pytest.mark.parametrize("folder", ["../", "/"])
+def test_a_file_outside_the_folder_is_refused(tmp_path: Path, folder: str) -> None:
+    path = checkpoint.save(tmp_path, 1, Transformer(TINY))
+    outside = "../outside" if folder == "../" else str(tmp_path / "outside")
+    (path / outside).write_bytes((path / "__0_0.distcp").read_bytes())
+    metadata = pickle.loads((path / ".metadata").read_bytes())
+    for part in metadata.storage_data.values():
+        part.relative_path = outside
+    rewrite(path, outside, (path / outside).read_bytes())
+    rewrite(path, ".metadata", pickle.dumps(metadata))
+    with pytest.raises(DataError, match=r"refused, .*outside is no file of this folder"):
+        checkpoint.load(path, Transformer(TINY))
+
+
 def test_an_evil_setting_does_not_run(tmp_path: Path) -> None:
     model, optimizer = model_and_optimizer()
     optimizer.param_groups[0]["note"] = Evil(tmp_path / "owned")
@@ -324,6 +351,24 @@ def test_on_sigterm_the_step_is_saved_and_the_signal_does_what_it_did(tmp_path: 
     finally:
         signal.signal(signal.SIGTERM, before)
     assert [path.name for path in tmp_path.iterdir()] == ["step_000007"]
+
+
+def test_a_sigterm_in_the_last_step_is_raised_at_the_end(tmp_path: Path) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: heard.append(signum))
+    try:
+        with Saver(tmp_path, *model_and_optimizer(), every=1) as saver:
+            saver.after(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert not heard, "not in the middle of a step"
+        assert heard == [signal.SIGTERM]
+        with pytest.raises(ValueError, match="of the step"), Saver(tmp_path, *model_and_optimizer(), every=1):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise ValueError("of the step")
+        assert len(heard) == 1, "an error is not hidden"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
 def _two_ranks(folder: Path) -> None:

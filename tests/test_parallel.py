@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import subprocess
 import sys
 from typing import Any
@@ -42,6 +43,21 @@ def test_an_error_of_one_process_is_told_without_a_rank() -> None:
 def test_a_tensor_group_needs_its_processes() -> None:
     with pytest.raises(ConfigError, match=r"parallel\.tensor is 2, which does not divide the 1 processes"):
         parallel.start(cfg=ParallelConfig(tensor=2))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tensor": 0}, "tensor is 0: it must be positive"),
+        ({"heartbeat": 0.5}, "heartbeat is 0.5: it must be 0, or at least 3 seconds"),
+        ({"heartbeat": -1.0}, "heartbeat is -1.0: it must be 0, or at least 3 seconds"),
+        ({"heartbeat": math.nan}, "heartbeat is nan"),
+    ],
+)
+def test_mistakes(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(**fields)
+    assert ParallelConfig(heartbeat=0).heartbeat == 0
 
 
 def test_one_process_does_all_itself() -> None:

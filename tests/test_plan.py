@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from puna.stages.pretrain import PretrainConfig
 
 PARAMETERS = {"7b": 6_738_415_616, "13b": 13_015_864_320, "34b": 33_743_970_304, "70b": 68_976_648_192}
 SHAPES = [ModelConfig(192, 4, 6, 3, 2048, 512, 1024), ModelConfig(128, 8, 4, 4, 512, 352, 1024)]
+LARGE = ModelConfig(32, 2, 2, 2, 16384, 96, 1024)
 
 
 def table_2(size: str, mfu: float) -> plan.Cost:
@@ -68,7 +70,7 @@ def uncached() -> Iterator[None]:
     torch.set_autocast_cache_enabled(True)
 
 
-@pytest.mark.parametrize("model", SHAPES, ids=["grouped", "deep"])
+@pytest.mark.parametrize("model", [*SHAPES, LARGE], ids=["grouped", "deep", "large"])
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_memory_is_the_measured_peak(model: ModelConfig, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert close(model, precision, "off", monkeypatch)
@@ -77,6 +79,7 @@ def test_memory_is_the_measured_peak(model: ModelConfig, precision: str, monkeyp
 @pytest.mark.usefixtures("uncached")
 def test_memory_with_checkpointing_is_the_measured_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     assert close(SHAPES[1], "bf16", "full", monkeypatch)
+    assert close(LARGE, "fp32", "full", monkeypatch)
 
 
 def close(model: ModelConfig, precision: Any, checkpointing: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
@@ -95,11 +98,22 @@ def test_sharding_divides_the_states_and_nothing_else() -> None:
     replicated = plan.memory(model, 4096, 1, Layout(8))
     sharded = plan.memory(model, 4096, 1, Layout(8, sharded=True))
     assert sharded[:3] == tuple(part / 8 for part in replicated[:3])
-    assert sharded[5:] == replicated[5:] and sharded.gathered > replicated.gathered == 0
+    assert sharded.activations == replicated.activations and sharded.gathered > replicated.gathered == 0
     assert replicated.copies > sharded.copies == 0, "sharded weights are gathered in bfloat16"
     assert sum(replicated[:3]) == 16 * PARAMETERS["7b"]
     tensor = plan.memory(model, 4096, 1, Layout(1, tensor=8))
     assert tensor[:-1] == tuple(part / 8 for part in replicated[:-1]) and tensor.logits == replicated.logits
+
+
+def test_the_loss_of_a_large_vocabulary_is_a_chunks_and_the_heads() -> None:
+    # 7B, 4,096 tokens: V D = 131,072,000, V C = 16,384,000, T D = 16,777,216; by hand.
+    model, head, chunk, states = LLAMA_2["7b"], 131_072_000, 16_384_000, 16_777_216
+    replicated = plan.memory(model, 4096, 1, Layout(8))
+    # The head's copy, its gradient and a product of its size; the chunk's slopes; three states a token.
+    assert replicated.logits == (2 + 4 + 2) * head + 2 * chunk + 8 * states < 12 * 4096 * 32000
+    assert plan.memory(model, 4096, 1, Layout(8, sharded=True)).logits == 8 * head + 6 * states
+    assert plan.memory(model, 4096, 1, Layout(1, 8, sharded=True)).logits == replicated.logits
+    assert plan.memory(model, 512, 1).logits == 12 * 512 * 32000, "few tokens have whole logits"
 
 
 def test_keys_and_values_of_a_token() -> None:
@@ -129,8 +143,10 @@ def test_the_smallest_layout_that_fits(model: str, gpus: int, gpu: str, none: st
     assert (smallest(cfg, "off"), smallest(cfg, "full")) == (none, full)
 
 
-def test_layouts_divide_batch_and_heads() -> None:
+def test_layouts_divide_batch_and_model() -> None:
     assert {layout.tensor for layout in plan.layouts(SHAPES[0], 8, 16)} == {1}  # three key heads
+    one_token_more = dataclasses.replace(LLAMA_2["7b"], vocab_size=32001)
+    assert {layout.tensor for layout in plan.layouts(one_token_more, 8, 16)} == {1}
     assert [layout.data for layout in plan.layouts(LLAMA_2["70b"], 16, 4)] == [4, 4, 2, 2]
     with pytest.raises(ConfigError, match="batch of 1024 windows does not divide over 3 GPUs"):
         plan.layouts(LLAMA_2["70b"], 3, 1024)
@@ -217,7 +233,7 @@ def test_the_recipes_own_layout_is_judged(tmp_path: Path) -> None:
     assert verdict("", 512) == "FSDP over 512, checkpointing off: does not fit"
     assert verdict('checkpointing = "full"', 512) == "FSDP over 512, checkpointing full: fits"
     assert verdict("tensor = 8", 512) == "FSDP over 64 x tensor parallel 8, checkpointing off: fits"
-    assert verdict("tensor = 3", 512).endswith("divides no batch or no heads")
+    assert verdict("tensor = 3", 512).endswith("divides no batch or no model")
     assert verdict('checkpointing = "selective"', 512).endswith("fits with full checkpointing; selective lies between")
 
 
@@ -314,6 +330,7 @@ def test_recipes_are_the_papers(size: str, root: Path) -> None:
     assert optim.learning_rate(pretraining.optim, 1999, pretraining.steps) < pretraining.optim.lr
     rates = {cfg.reward_helpfulness.optim.lr, cfg.reward_safety.optim.lr}
     assert (pretraining.optim.lr, *rates, cfg.ppo.beta) == SIZES[size]
+    assert cfg.ppo.sample_precision == "bf16", "a whole policy on a GPU"
     given = ["--out", "x", "--data", "text.jsonl"]
     assert config.load(PretrainConfig, [file, *given], "pretrain").model == LLAMA_2[size]
 

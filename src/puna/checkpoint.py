@@ -28,7 +28,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -98,7 +98,8 @@ class Saver:
     """Saves a training's checkpoints while it goes on; use it in a `with` around the loop, on all ranks.
 
     One save runs at a time. An error of one (as `save`) is raised at the next, or when the `with` ends. On SIGTERM the
-    step is finished, saved, and the signal raised again, to do what it did before.
+    step is finished, saved, and the signal raised again, to do what it did before; heard in the last step, after which
+    nothing is saved, it is raised when the `with` ends.
     """
 
     def __init__(self, folder: Path, model: nn.Module, optimizer: Optimizer, every: int, keep: int = 2) -> None:
@@ -123,6 +124,7 @@ class Saver:
             self._running = self._thread.submit(_write, self.folder, _manifest(step, extra), state, self.keep)
         if stopped:
             self._wait()
+            self._stopped = False
             signal.signal(signal.SIGTERM, self._before)
             signal.raise_signal(signal.SIGTERM)
 
@@ -133,6 +135,8 @@ class Saver:
             signal.signal(signal.SIGTERM, self._before)
         self._thread.shutdown()
         self._wait()
+        if kind is None and parallel.largest(self._stopped):
+            signal.raise_signal(signal.SIGTERM)
 
     def _stop(self, signum: int, frame: FrameType | None) -> None:
         self._stopped = True
@@ -184,7 +188,7 @@ def load(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> di
     manifest = read_manifest(path)
     names = sorted(manifest["files"])[parallel.rank() :: parallel.world_size()]
     _on_all_ranks(lambda: _verify(path, names, manifest["files"]))
-    reader, state = _Reader(path), _state(model, optimizer)
+    reader, state = _Reader(path, manifest["files"]), _state(model, optimizer)
     try:
         with _plain_errors():
             state_dict_loader.load(
@@ -215,22 +219,30 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
-    """Reads .metadata with an unpickler that knows ALLOWED_IN_METADATA and nothing else, before anything else."""
+    """Reads .metadata with an unpickler that knows ALLOWED_IN_METADATA and nothing else, before anything else.
 
-    def __init__(self, path: Path) -> None:
+    DataError where that is not a checkpoint's, or where it or a file that it names is none of the manifest's `files`.
+    """
+
+    def __init__(self, path: Path, files: Container[str]) -> None:
         super().__init__(path)
         try:
             self._metadata: Metadata = _MetadataUnpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
+            names = {".metadata", *(part.relative_path for part in self._metadata.storage_data.values())}
         except (
             pickle.UnpicklingError,
             AttributeError,
             EOFError,
             ImportError,
             IndexError,
+            OSError,
             TypeError,
             ValueError,
         ) as error:
             raise DataError(f"{path / '.metadata'}: refused, it is not a checkpoint's: {error}") from error
+        for name in names:
+            if name not in files or Path(name).name != name:
+                raise DataError(f"{path}: refused, {name} is no file of this folder in its {MANIFEST}")
         self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

@@ -44,7 +44,7 @@ from torch.distributed.tensor.parallel import (
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from puna import heartbeat
-from puna.config import ConfigError
+from puna.config import ConfigError, positive
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -53,6 +53,8 @@ R = TypeVar("R")
 MALLOPT = ((-4, 0), (-1, 2**31 - 1), (-2, 2**28))  # glibc's M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 DIVIDED = ("n_heads", "n_kv_heads", "ffn_hidden", "vocab_size")
 """What tensor parallelism cuts."""
+LEAST_HEARTBEAT = 3 * heartbeat.BEAT
+"""Seconds: a sign of life or two may come late."""
 _aten = torch.ops.aten
 COSTLY = [
     _aten.mm.default,
@@ -67,7 +69,11 @@ COSTLY = [
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the processes of a run share a model. Nothing of it changes a result: a run may go on with other values."""
+    """How the processes of a run share a model; a run may go on with other values.
+
+    Results stay the same but for this: an epoch leaves out what does not divide by the ranks along data, whose number
+    `tensor` changes.
+    """
 
     tensor: int = 1
     """ranks that share each matrix and each row's tokens, of one machine; all ranks over these share the batch."""
@@ -77,6 +83,11 @@ class ParallelConfig:
     """torch.compile every block."""
     heartbeat: float = 20.0
     """seconds of silence after which a rank counts as dead and the others end; 0 waits for torch's time-outs."""
+
+    def __post_init__(self) -> None:
+        positive(self, "tensor")
+        if self.heartbeat and not self.heartbeat >= LEAST_HEARTBEAT:
+            raise ConfigError(f"heartbeat is {self.heartbeat}: it must be 0, or at least {LEAST_HEARTBEAT:g} seconds")
 
 
 _mesh: DeviceMesh | None = None  # data x tensor, or data alone; None on one process
@@ -200,6 +211,13 @@ def total(x: Tensor) -> Tensor:
     x = x.detach().clone()
     dist.all_reduce(x, group=_data_group())
     return x
+
+
+def totals(passes: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Each name's sum over the passes of all parts of a batch, numbers on one device; every pass has all names."""
+    names = list(passes[0])
+    sums = torch.stack([torch.stack([numbers[name] for name in names]) for numbers in passes]).sum(dim=0)
+    return dict(zip(names, total(sums).tolist(), strict=True))
 
 
 def largest(number: int) -> int:

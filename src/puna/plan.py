@@ -10,7 +10,7 @@
    imply 0.4235 kg a kWh, which is Llama 1's PUE 1.1 times 0.385 kg a kWh (arXiv 2302.13971, section 6).
 
 `stages.pretrain` shards over all ranks along data (FSDP2); replicas are planned for only. Tensor parallelism with
-sequence-parallel norms is taken to divide every part by its degree but the logits, which each rank has whole;
+sequence-parallel norms is taken to divide every part by its degree but the loss, which each rank computes whole;
 checkpointing keeps each block's input and one block's activations, with autocast's cache off.
 
 Shapes: N parameters, L layers, D model width, T tokens a window.
@@ -24,9 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from puna import config
+from puna import config, parallel
 from puna.config import ConfigError, known, positive
 from puna.formats.card import KG_A_KWH, PUE
+from puna.model.head import CHUNK, LARGE
 from puna.model.sizes import LLAMA_2, SIZES, cache_bytes
 from puna.model.transformer import ModelConfig
 from puna.stages.pretrain import PretrainConfig
@@ -149,7 +150,7 @@ class Memory(NamedTuple):
     """autocast's bfloat16 copies of the weight matrices, which the backward pass needs where nothing is sharded."""
     activations: float
     logits: float
-    """log-probabilities and two gradients of them, float32."""
+    """log-probabilities and two gradients of them, float32; of a large vocabulary what the loss by chunks holds."""
 
     @property
     def total(self) -> float:
@@ -238,6 +239,21 @@ def activation_bytes(model: ModelConfig, precision: str = "bf16") -> tuple[int, 
     return 34 * model.dim + 8 * model.ffn_hidden + 4 * model.n_heads, 10 * model.dim
 
 
+def chunked_loss_bytes(model: ModelConfig, tokens: int, layout: Layout, precision: str) -> int:
+    """Bytes that the loss by chunks (`model.head`) holds at most; tensor parallelism divides none of them.
+
+    In a chunk: the head's matrix where that is a copy or gathered from tensor ranks, its gradient in float32, of each
+    token the states and their gradient, and the chunk's logits, the same in float32 and log-probabilities, or then the
+    logits' gradient and its product. In the backward pass: both gradients, and once more as they are scaled.
+    """
+    size = 2 if precision == "bf16" else 4
+    head, chunk = model.vocab_size * model.dim, min(tokens, CHUNK) * model.vocab_size
+    copied = size * head if layout.tensor > 1 or (size == 2 and not layout.sharded) else 0
+    in_chunk = max((10 if size == 2 else 8) * chunk, size * (chunk + head))
+    forward = copied + 4 * head + in_chunk + 8 * tokens * model.dim
+    return max(forward, 8 * head + (4 + size) * tokens * model.dim)
+
+
 def memory(
     model: ModelConfig,
     seq_len: int,
@@ -256,7 +272,7 @@ def memory(
     states = model.n_params() / layout.tensor / (layout.data if layout.sharded else 1)
 
     def held(copied: int, activations: int, logits: int) -> Memory:
-        """All parts at one of the two moments, given numbers copied and bytes a token."""
+        """All parts at one of the two moments, given numbers copied, bytes a token and the loss's."""
         return Memory(
             weights=4 * states,
             gradients=4 * states,
@@ -264,11 +280,13 @@ def memory(
             gathered=8 * (root + 2 * block) / layout.tensor if layout.sharded else 0,
             copies=2 * copied / layout.tensor if precision == "bf16" and not layout.sharded else 0,
             activations=tokens * activations / layout.tensor,
-            logits=tokens * logits,
+            logits=logits,
         )
 
     whole, last = activation_bytes(model, precision)
-    logits, gradients = 12 * model.vocab_size, 2 * size * model.ffn_hidden
+    logits, gradients = 12 * tokens * model.vocab_size, 2 * size * model.ffn_hidden
+    if tokens * model.vocab_size > LARGE:  # the copy of the head and the states that it reads are the loss's
+        logits, last, head = chunked_loss_bytes(model, tokens, layout, precision), last - size * model.dim, 0
     if checkpointing == "full":
         inputs = 4 * model.dim * model.n_layers
         moments = held(head, inputs + last, logits), held(block, inputs + whole + gradients, 0)
@@ -280,7 +298,8 @@ def memory(
 
 def layouts(model: ModelConfig, gpus: int, batch_size: int) -> list[Layout]:
     """All layouts, the simplest first; ConfigError where the batch divides over none."""
-    degrees = [t for t in (1, 2, 4, NODE) if gpus % t == 0 and model.n_kv_heads % t == 0]
+    divided = (gpus, *(getattr(model, name) for name in parallel.DIVIDED))
+    degrees = [t for t in (1, 2, 4, NODE) if all(number % t == 0 for number in divided)]
     found = [
         Layout(gpus // t, t, sharded)
         for t in degrees
@@ -353,7 +372,7 @@ def _own_verdict(cfg: PlanConfig, training: Pretraining, plans: dict[Checkpointi
     layout = Layout(cfg.gpus // tensor, tensor, sharded=cfg.gpus > tensor)
     rows = plans["off" if checkpointing == "off" else "full"]
     fits = {row.layout: "fits" if row.fits else "does not fit" for row in rows}
-    said = fits.get(layout, "divides no batch or no heads")
+    said = fits.get(layout, "divides no batch or no model")
     if checkpointing == "selective" and said == "fits":
         said = "fits with full checkpointing; selective lies between"
     whose = "as the recipe has it" if cfg.recipe else "by default"

@@ -100,7 +100,7 @@ class RecipeConfig:
     """each version's fine-tuning of the base, on the excellent demonstrations and the pool."""
     collect: CollectConfig = field(default_factory=lambda: CollectConfig(NOT_SET, (), ()))
     reward_helpfulness: RewardConfig = field(default_factory=lambda: RewardConfig(NOT_SET, NOT_SET, ()))
-    reward_safety: RewardConfig = field(default_factory=lambda: RewardConfig(NOT_SET, NOT_SET, ()))
+    reward_safety: RewardConfig = field(default_factory=lambda: RewardConfig(NOT_SET, NOT_SET, (), other_share=0.1))
     rejection_sampling: RejectionSamplingConfig = field(
         default_factory=lambda: RejectionSamplingConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ())
     )
@@ -114,7 +114,7 @@ class RecipeConfig:
     critique: CritiqueConfig = field(default_factory=lambda: CritiqueConfig(NOT_SET, NOT_SET, ()))
     evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(NOT_SET, NOT_SET))
     threads: int = 0
-    """torch threads of every stage; 0 leaves torch's choice."""
+    """torch threads of every stage; 0 leaves each its own setting, or torch's choice."""
     seed: int = 0
     """every stage's seed is made from this one."""
     start: Path | None = None
@@ -419,7 +419,7 @@ def _seconds_before(run: Path, step: Step) -> float:
 
 def _with_threads(settings: Any, threads: int) -> Any:
     names = {f.name for f in dataclasses.fields(settings)}
-    return replace(settings, threads=threads) if "threads" in names else settings
+    return replace(settings, threads=threads) if threads and "threads" in names else settings
 
 
 def _inputs(settings: Any) -> str:

@@ -161,6 +161,36 @@ def test_a_finished_run_is_not_begun_again(tmp_path: Path, monkeypatch: pytest.M
         prepare.run(replace(cfg, sources=heavier))
 
 
+def test_a_source_that_changed_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = source(tmp_path, helpers.sentences(30))
+    (data,) = cfg.data
+    with monkeypatch.context() as patch:
+        patch.delattr(prepare.shards, "write_index")
+        with pytest.raises(AttributeError, match="write_index"):
+            prepare.run(cfg)
+    whole, times = data.read_bytes(), (data.stat().st_atime_ns, data.stat().st_mtime_ns)
+    data.write_bytes(whole.split(b"\n", 1)[1])
+    with pytest.raises(ConfigError, match=r"x\.jsonl is not as it was when .*out was begun: use another --out"):
+        prepare.run(cfg)
+    data.write_bytes(whole)
+    os.utime(data, ns=times)
+    assert documents(prepare.run(cfg), "train") == {"data": helpers.sentences(30)}
+
+
+def test_a_damaged_piece_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = recipe(tmp_path, repeated_tokens=12)
+    with monkeypatch.context() as patch:
+        patch.delattr(prepare, "compare")
+        with pytest.raises(NameError, match="compare"):
+            prepare.run(cfg)
+    file = cfg.out / "pieces/00001.tokens"
+    data = bytearray(file.read_bytes())
+    data[17] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"pieces/00001\.tokens: damaged"):
+        prepare.run(cfg)
+
+
 def test_killed_before_its_pieces_were_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = recipe(tmp_path, repeated_tokens=12)
     with monkeypatch.context() as patch:
@@ -234,8 +264,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_mistakes_in_the_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="nothing to prepare"):
         PrepareConfig(tmp_path, tmp_path)
-    with pytest.raises(ConfigError, match="validation_share is in"):
-        PrepareConfig(tmp_path, tmp_path, (tmp_path,), validation_share=1)
+    with pytest.raises(ConfigError, match=r"validation_share is 0\.7: it must be from 0 to 0\.5"):
+        PrepareConfig(tmp_path, tmp_path, (tmp_path,), validation_share=0.7)
     with pytest.raises(ConfigError, match=r"weight is 0\.0: it must be positive"):
         Source((tmp_path,), weight=0.0)
 

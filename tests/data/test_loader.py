@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from puna.config import ConfigError, DataError
 from puna.data import loader
 from puna.data.loader import Joined, Mixture, n_windows, smallest, steps_of_epochs, windows
 from puna.data.shards import Shard
@@ -50,7 +51,13 @@ def test_a_short_last_batch_is_spread(n: int, batch_size: int, multiple: int, si
 
 def test_no_batch_is_short_where_all_must_be_full() -> None:
     assert [len(step) for step in steps_of_epochs(11, 4, 2, seed=0, multiple=4)] == [4, 4, 4, 4]
-    assert steps_of_epochs(3, 4, 2, seed=0, multiple=4) == []
+
+
+def test_too_few_for_the_processes_or_a_batch_that_does_not_divide_is_said() -> None:
+    with pytest.raises(DataError, match="3 examples are too few for 4 processes"):
+        steps_of_epochs(3, 4, 2, seed=0, multiple=4)
+    with pytest.raises(ConfigError, match="batch of 12 does not divide over 8 processes"):
+        steps_of_epochs(96, 12, 1, seed=0, multiple=8)
 
 
 def test_windows_are_disjoint_and_all_of_them_come() -> None:

@@ -80,6 +80,7 @@ BAD_DIALOGS: list[tuple[Any, str]] = [
     (b"{", "not JSON: Expecting property name enclosed in double quotes at column 2"),
     (b'{"messages": "\xff"}', "not UTF-8 at byte 14"),
     (b"[" * 100_000, "not JSON: nested too deep"),
+    (b'{"messages": ' + b"1" * 5000 + b"}", "a number has too many digits"),
     ([1], "a list, not an object"),
     ({}, "'messages' is missing or holds no messages"),
     ({"messages": []}, "'messages' is missing or holds no messages"),
@@ -306,6 +307,24 @@ def test_oasst_follows_the_best_ranked_replies_to_an_answer(tmp_path: Path) -> N
     assert result.records == [{"messages": [user("a"), assistant("b0")], "id": "t"}]
     alone = {"message_tree_id": "u", "prompt": {"text": "a", "role": "prompter", "replies": []}}
     assert readers.read(jsonl(tmp_path, alone), "oasst").skipped == {"no answer in the tree": 1}
+
+
+@pytest.mark.parametrize("format", ["oasst", "oasst_preferences"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt": "a"}, "a node has no role out of prompter, assistant"),
+        ({"prompt": {"text": "a", "role": ["prompter"]}}, "a node has no role out of prompter, assistant"),
+        ({"prompt": {"text": "a", "role": "prompter", "replies": ["b"]}}, "a node's 'replies' are no list of nodes"),
+        (
+            {"prompt": {"text": "a", "role": "prompter", "replies": [{"rank": 0}, {"rank": "1"}]}},
+            "'rank' is '1', not a int",
+        ),
+    ],
+)
+def test_a_tree_of_other_things_is_set_aside(tmp_path: Path, format: str, change: Any, reason: str) -> None:
+    result = readers.read(jsonl(tmp_path, tree(), change), format)
+    assert [line.reason for line in result.bad] == [reason]
 
 
 def test_oasst_preferences_are_ranked_siblings(tmp_path: Path) -> None:

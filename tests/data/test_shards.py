@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from puna.config import ConfigError, DataError
-from puna.data.shards import Entry, is_prepared, read_prepared, read_shard, write_index, write_shard
+from puna.data.shards import (
+    Entry,
+    is_held_out,
+    is_prepared,
+    read_prepared,
+    read_shard,
+    read_sound,
+    write_index,
+    write_shard,
+)
 from puna.text import tokenizer as tokenizers
 from tests import helpers
 
@@ -73,6 +84,39 @@ def test_description(tmp_path: Path) -> None:
     assert described["tokenizer"] == helpers.tokenizer().sha256
 
 
+@pytest.mark.parametrize("change", [{"dtype": "<u8"}, {"dtype": ["<u2"]}, {"tokens": "9"}, {"documents": -1}])
+def test_a_description_of_no_shard_of_ours_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    write_shard(tmp_path / "train", helpers.sentences(3), helpers.tokenizer())
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(DataError, match=rf"train\.json: {next(iter(change))} is .*prepare the data again"):
+        read_shard(tmp_path / "train", helpers.tokenizer())
+
+
+def test_offsets_have_a_hash_too(tmp_path: Path) -> None:
+    write_shard(tmp_path / "train", helpers.sentences(3), helpers.tokenizer())
+    read_sound(tmp_path / "train", helpers.tokenizer())
+    file = tmp_path / "train.offsets"
+    data = bytearray(file.read_bytes())
+    data[8] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"train\.offsets: damaged"):
+        read_sound(tmp_path / "train", helpers.tokenizer())
+    described = json.loads((tmp_path / "train.json").read_text())
+    described.pop("offsets_sha256")  # as it was written before
+    (tmp_path / "train.json").write_text(json.dumps(described))
+    read_sound(tmp_path / "train", helpers.tokenizer())
+
+
+def test_every_nth_document_is_held_out() -> None:
+    def held_out(share: float, seed: int = 0) -> list[int]:
+        return [number for number in range(30) if is_held_out(number, share, seed)]
+
+    assert held_out(0.1) == [0, 10, 20] and held_out(0.1, 13) == [3, 13, 23]
+    assert held_out(0.5) == held_out(0.4) == list(range(0, 30, 2))
+    assert held_out(0) == []
+
+
 def prepared(folder: Path) -> Path:
     """Three shards of two sources, one of them without validation."""
     for name in ("train/00000", "train/00001", "validation/00000"):
@@ -107,4 +151,30 @@ def test_one_flipped_bit_is_refused(tmp_path: Path) -> None:
         read_prepared(folder, "train", helpers.tokenizer())
     file.with_suffix(".json").unlink()
     with pytest.raises(DataError, match=r"train/00001\.json"):
+        read_prepared(folder, "train", helpers.tokenizer())
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    return {"sources": {"a": {"weight": 1.0, "train": ["train/00000"], "validation": []} | changes}}
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "why"),
+    [
+        (None, DataError, "missing or damaged"),
+        ({"source": {}}, DataError, "missing or damaged"),
+        ({"sources": {"a": {"weight": 1.0}}}, DataError, "missing or damaged"),
+        (entry(train="train/00000"), DataError, "the shards of 'a' are no lists of names"),
+        (entry(weight=0), ConfigError, "the weight of 'a' is 0: it must be a number above 0"),
+        (entry(weight=-1.0), ConfigError, "the weight of 'a' is -1.0"),
+        (entry(weight="2"), ConfigError, "the weight of 'a' is '2'"),
+        (entry(train=["/train/00000"]), ConfigError, "refused, it names '/train/00000'"),
+        (entry(validation=["train/../../x"]), ConfigError, "refused, it names 'train/../../x'"),
+        (entry(train=[""]), ConfigError, "refused, it names '.'"),
+    ],
+)
+def test_a_damaged_or_hostile_index_is_refused(index: Any, error: type[Exception], why: str, tmp_path: Path) -> None:
+    folder = prepared(tmp_path)
+    (folder / "index.json").write_text(json.dumps(index) if index else '{"sources": ')
+    with pytest.raises(error, match=re.escape("index.json: " + why)):
         read_prepared(folder, "train", helpers.tokenizer())

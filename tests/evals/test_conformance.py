@@ -320,6 +320,20 @@ def test_what_a_dump_lacks_is_not_shown(dump: Dump) -> None:
     found = verdicts(Dump({k: v for k, v in dump.tensors.items() if k != "logits"}, dump.facts))
     assert (found["a"].holds, found["a"].why) == (None, "the dump has no logits")
     assert found["b"].holds
+    left_out = ("values", "advantages", "returns", "pass_values", "value_clip", "lr")
+    found = verdicts(Dump(*({k: v for k, v in part.items() if k not in left_out} for part in dump)))
+    assert found["b"].holds and found["x"].holds and found["v"].holds and found["n"].holds is None
+
+
+@pytest.mark.parametrize("kl", ["token", "sequence"])
+def test_what_stands_where_no_action_is_is_not_looked_at(kl: str, dump: Dump) -> None:
+    mask, rewards = mask_of(dump.tensors), dump.tensors["rewards"]
+    if kl == "sequence":
+        rewards = with_kl(dump.tensors, dump.facts, lambda kl: 0 * kl)["rewards"]
+        rewards[np.arange(len(rewards)), last_of(dump.tensors)] -= dump.facts["beta"] * kl_of(dump.tensors).sum(1)
+    tensors = dump.tensors | {"rewards": np.where(mask, rewards, np.nan)}
+    found = verdicts(Dump(tensors, dump.facts | {"kl": kl}))
+    assert all(found[detail].holds for detail in "fprs")
 
 
 @pytest.mark.parametrize(
@@ -330,6 +344,8 @@ def test_what_a_dump_lacks_is_not_shown(dump: Dump) -> None:
         ({"pass_at": np.full((1, 2), 10**6)}, "pass_at|pass_logprobs"),
         ({"logits_at": np.full((1, 2), 10**6), "logits": np.zeros((1, 4))}, "logits_at names places outside"),
         ({"update_size": np.array([1, 2, 3, 4])}, "do not cut the"),
+        ({"pass_size": np.zeros(0, int)}, "pass_size is empty, or has a count below 0"),
+        ({"update_size": np.array([0, 1, 2, 3])}, "update_size is empty, or has a count below 1"),
         ({"policy_weights": np.zeros((3, 4))}, r"policy_weights is \(3, 4\), expected \(2, W\)"),
     ],
 )

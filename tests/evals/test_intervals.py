@@ -45,6 +45,14 @@ def test_answers_about_one_thing_are_no_more_evidence_than_one() -> None:
     assert ten_times["high"] - ten_times["low"] > 2.5 * (apart["high"] - apart["low"])
 
 
+def test_resamples_drawn_a_few_at_a_time_are_those_drawn_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, clusters = [i % 3 == 0 for i in range(100)], [i % 30 for i in range(100)]
+    at_once = intervals.clustered(values, clusters)
+    for drawn in (1, 30 * 7, 30 * intervals.RESAMPLES - 1):  # a resample, seven, all but one
+        monkeypatch.setattr(intervals, "DRAWN", drawn)
+        assert intervals.clustered(values, clusters) == at_once
+
+
 def test_a_large_cluster_weighs_as_much_as_it_holds() -> None:
     # The mean is over answers: 1 of 4. A resample is {a, a}, {a, b} or {b, b}: 0, 1/4 or 1.
     found = intervals.clustered([0, 0, 0, 1], ["a", "a", "a", "b"])

@@ -71,6 +71,9 @@ def test_obedience_is_counted_by_turn() -> None:
     script = {"constraint": {"check": {"ends": "so be it"}}, "turns": ["a", "b"]}
     found = valley.obedience([script, script], [["Yes, so be it.", "No."], ["So be it.", "Well, so be it."]])
     assert [(point["turn"], point["obeys"]["mean"]) for point in found] == [(1, 1.0), (2, 0.5)]
+    small = {"constraint": {"check": {"lower": True}}, "turns": ["a", "b"]}
+    found = valley.obedience([small], [["yes.", valley.NO_ANSWER]])
+    assert [point["obeys"]["mean"] for point in found] == [1.0, 0.0], "what is no answer is in small letters too"
 
 
 @pytest.mark.parametrize("plain", [True, False])
@@ -91,7 +94,8 @@ def test_a_dialog_that_outgrows_the_context_does_not_obey(plain: bool, tmp_path:
 
 def test_held_out_answers_of_ppo_are_judged(world: World, records: list[dict[str, Any]], tmp_path: Path) -> None:
     readers.write_jsonl(tmp_path / "prompts.jsonl", records)
-    (tmp_path / "config.json").write_text(json.dumps({"prompts": [str(tmp_path / "prompts.jsonl")]}))
+    asked = {"prompts": [], "held_out": [str(tmp_path / "prompts.jsonl")]}
+    (tmp_path / "config.json").write_text(json.dumps(asked))
     facts = [record for record in records if record["kind"] == "fact"]
     lines = [
         {"prompt_id": r["id"], "answer": excellent_answer(world, r), "finished": True, "reward": 0.5} for r in facts

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from puna.config import ConfigError
-from puna.formats import convert, huggingface
+from puna.formats import convert, huggingface, meta
 from puna.formats.convert import ImportConfig
 from puna.text import tokenizer as tokenizers
 from tests import helpers
@@ -36,3 +36,13 @@ def test_a_hugging_face_folder_is_imported_once(tmp_path: Path) -> None:
 def test_a_folder_that_holds_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"holds no model: looked for a config\.json"):
         convert.run(ImportConfig(path=tmp_path, out=tmp_path / "base"))
+
+
+@pytest.mark.parametrize("name", ["published", "meta"])
+def test_bfloat16_is_imported(name: str, tmp_path: Path) -> None:
+    source = helpers.talker_folder(tmp_path / "published")
+    meta.save(huggingface.load_model(source), helpers.tokenizer(), tmp_path / "meta")
+    folder = convert.run(ImportConfig(tmp_path / name, tmp_path / "base", dtype="bf16"))
+    assert json.loads((folder / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    before, after = (huggingface.load_model(path).state_dict() for path in (source, folder))
+    assert all(torch.equal(before[key].bfloat16().float(), after[key]) for key in before)

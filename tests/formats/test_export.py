@@ -178,6 +178,30 @@ def test_what_cannot_be_exported_is_refused(changes: dict[str, Any], why: str, s
     assert isinstance(puna.load(source), Chat)
 
 
+@pytest.mark.parametrize("name", ["model.gguf", "model.md"])
+def test_a_gguf_file_replaces_no_other_file(name: str, source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    out = tmp_path / "model.gguf"
+    gguf.save(helpers.talker(), helpers.tokenizer(), tmp_path / name)
+    precious = (tmp_path / name).read_bytes()
+    with pytest.raises(ConfigError, match=rf"{name} stands there already and is no export"):
+        export.run(ExportConfig(source, out, "gguf"))
+    assert (tmp_path / name).read_bytes() == precious
+    (tmp_path / name).unlink()
+    export.run(ExportConfig(source, out, "gguf"))
+    assert gguf.read_stage(out) == "export"
+
+
+def test_every_format_has_a_card(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    run = a_run(tmp_path / "run")
+    export.run(ExportConfig(run, tmp_path / "one.gguf", "gguf", license="mit"))
+    export.run(ExportConfig(run, tmp_path / "one", "meta", license="mit"))
+    for card in ((tmp_path / "one.md").read_text(), (tmp_path / "one/README.md").read_text()):
+        assert card.startswith('---\nlicense: "mit"\npipeline_tag: "text-generation"\n')
+        assert "\n# one\n" in card and f"2. ppo: parent `{run}/v1/model`" in card
+
+
 def test_an_export_does_not_replace_itself(source: Path, tmp_path: Path) -> None:
     folder = export.run(ExportConfig(source, tmp_path / "out"))
     with pytest.raises(ConfigError, match="--out is the model itself"):

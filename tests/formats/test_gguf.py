@@ -227,6 +227,48 @@ def test_a_truncated_file_is_named(size: int, tmp_path: Path) -> None:
         our_gguf.load(path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "why"),
+    [
+        ("uint32", "attention.head_count", 0, "n_heads is 0: a Llama has a number above 0"),
+        ("string", "attention.head_count", "4", "n_heads is '4'"),
+        ("array", "embedding_length", [64, 64], r"dim is \[64, 64\]"),
+        ("string", "attention.layer_norm_rms_epsilon", "1e-5", "norm_eps is '1e-5'"),
+    ],
+)
+def test_a_hostile_shape_is_refused(kind: str, key: str, value: Any, why: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "model.gguf", Transformer(TINY), more=[(kind, f"llama.{key}", value)])
+    with pytest.raises(ConfigError, match=rf"model\.gguf: {why}"):
+        our_gguf.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bos_token_id": 999}, {"merges": [1, 2]}, {"merges": ["q qq"]}, {"tokens": [1, 2, 3, 4]}, {"token_type": [1]}],
+)
+def test_a_hostile_tokenizer_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    vocabulary = {"model": "gpt2", "tokens": ["a", "b", "ab", "</s>"], "token_type": [1, 1, 1, 3], "merges": ["a b"]}
+    path = write(tmp_path / "model.gguf", Transformer(TINY), vocabulary | change)
+    with pytest.raises(DataError, match=r"model\.gguf: its tokenizer is damaged or not complete"):
+        our_gguf.load(path)
+
+
+def test_the_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    small = Transformer(ModelConfig(64, 2, 4, 2, 290, 128, max_seq_len=16))
+    path = write(tmp_path / "model.gguf", small)
+    for read in (our_gguf.load, our_gguf.read_header):
+        with pytest.raises(ConfigError, match="its tokenizer has 300 ids, the model only 290: it is another model's"):
+            read(path)
+
+
+def test_shapes_are_checked_before_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "model.gguf", Transformer(TINY), more=[("uint32", "llama.feed_forward_length", 64)])
+    monkeypatch.setattr(gguf, "dequantize", None)
+    with pytest.raises(DataError, match=r"feed_forward\.w1\.weight has shape \(128, 64\), its config says \(64, 64\)"):
+        our_gguf.load(path)
+
+
 # Writing -------------------------------------------------------------------------------------------------------------
 
 

@@ -16,11 +16,12 @@ import safetensors.torch
 import torch
 
 from puna.config import ConfigError, DataError
-from puna.formats import huggingface
+from puna.formats import folders, huggingface, tokenizer_json
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text import tokenizer as tokenizers
-from puna.text.tokenizer import Tokenizer
+from puna.text.pieces import USER_DEFINED, read_pieces, sentencepiece_model
+from puna.text.tokenizer import SentencePieceTokenizer, Tokenizer
 from tests import helpers
 
 pytestmark = pytest.mark.formats
@@ -116,6 +117,23 @@ def test_a_save_killed_between_its_renames_loses_nothing(
         huggingface.save_model(Transformer(TINY), tokenizer, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert equal(huggingface.load_model(tmp_path / "model"), model)
+
+
+def test_a_save_is_on_the_disk(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[tuple[str, bool]] = []
+    monkeypatch.setattr(folders, "sync_folder", lambda folder: synced.append((folder.name, (tmp_path / "m").exists())))
+    huggingface.save_model(Transformer(TINY), tokenizer, tmp_path / "m")
+    assert synced == [(f".m.tmp-{os.getpid()}", False), (tmp_path.name, True)]
+
+
+@pytest.mark.parametrize("is_reward", [False, True])
+def test_a_tokenizer_is_loaded_with_its_model_alone(is_reward: bool, tmp_path: Path) -> None:
+    folder = (helpers.reward_folder if is_reward else helpers.talker_folder)(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    assert huggingface.load_tokenizer(folder).sha256 == helpers.tokenizer().sha256
+    edit_config(folder, vocab_size=300)
+    with pytest.raises(ConfigError, match="model: its tokenizer has 384 ids, the model only 300: it is another"):
+        huggingface.load_tokenizer(folder)
 
 
 def _full(*_: Any, **__: Any) -> None:
@@ -289,3 +307,11 @@ def test_a_sharded_model_is_gathered(tokenizer: Tokenizer, tmp_path: Path) -> No
     helpers.in_processes(_save_sharded, tmp_path)
     torch.manual_seed(0)
     assert equal(huggingface.load_model(tmp_path / "model"), Transformer(TINY))
+
+
+def test_a_tokenizer_with_user_defined_symbols_has_no_tokenizer_json(tokenizer: Tokenizer) -> None:
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    pieces = read_pieces(tokenizer.serialized).pieces
+    assert tokenizer_json.files(tokenizer)
+    own = sentencepiece_model([*pieces, ("<tool>", 0.0, USER_DEFINED)])
+    assert tokenizer_json.files(SentencePieceTokenizer(own)) == {}

@@ -75,7 +75,7 @@ def test_unsafe_over_safe_is_left_out_of_the_safety_batch(
         return Judgement(1, "slightly_better", (rejected_is_safe, chosen_is_safe))
 
     prompt = {"id": "p", "messages": [helpers.user("Where?")], "is_safety": domain == "safety"}
-    pair = [{"text": text, "model": text, "temperature": 1.0} for text in ("here", "there")]
+    pair = [{"text": text, "finished": True, "model": text, "temperature": 1.0} for text in ("here", "there")]
     row = collect.record(prompt, pair, annotator, config(tmp_path))
     if domain == "safety" and rejected_is_safe and not chosen_is_safe:
         assert row == {"skip": "the chosen answer is unsafe, the rejected one safe", "domain": "safety"}
@@ -92,11 +92,15 @@ def test_unsafe_over_safe_is_left_out_of_the_safety_batch(
         ("here", "", "an empty answer"),
         ("", " ", "identical answers"),
         ("here [/INST] there", "there", "an answer with a chat tag"),
+        ("here", "there and...", "an answer that did not end"),
     ],
 )
 def test_what_says_nothing_is_skipped(first: str, second: str, reason: str, tmp_path: Path) -> None:
     prompt = {"id": "p", "messages": [helpers.user("Where?")], "is_safety": False}
-    pair = [{"text": text, "model": "m", "temperature": 1.0} for text in (first, second)]
+    pair = [
+        {"text": text.removesuffix("..."), "finished": "..." not in text, "model": "m", "temperature": 1.0}
+        for text in (first, second)
+    ]
     assert collect.record(prompt, pair, longer, config(tmp_path)) == {"skip": reason, "domain": "helpfulness"}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from puna.config import ConfigError
+from puna.config import ConfigError, DataError
 from puna.formats import huggingface
 from puna.generate.scoring import Scorer
 from puna.stages import context_distillation
@@ -143,6 +143,21 @@ def test_a_prompt_that_fills_the_context_is_left_out(tmp_path: Path) -> None:
     context_distillation.run(replace(config(tmp_path), prompts=(prompts,)))
     done = json.loads((tmp_path / "out/done/context_distillation.json").read_text())
     assert (done["prompts"], done["left_out"]) == (4, 1)
+
+
+def test_prompts_are_tagged_by_their_file_or_none_is_said(tmp_path: Path) -> None:
+    harmless = helpers.write_lines(tmp_path / "some.jsonl", [p | {"is_safety": False} for p in helpers.prompts(4)])
+    with pytest.raises(DataError, match=r"some\.jsonl: no prompt is a safety prompt"):
+        context_distillation.run(config(tmp_path, prompts=(harmless,)))
+    context_distillation.run(config(tmp_path, out=tmp_path / "tagged", prompts=(), safety_prompts=(harmless,)))
+    assert json.loads((tmp_path / "tagged/done/context_distillation.json").read_text())["prompts"] == 4
+
+
+def test_a_reward_model_with_a_shorter_context_is_refused(tmp_path: Path) -> None:
+    short = tmp_path / "short"
+    huggingface.save_reward_model(helpers.reward_model(max_seq_len=64), helpers.tokenizer(), short)
+    with pytest.raises(ConfigError, match="context is 64 tokens"):
+        context_distillation.run(config(tmp_path, reward_safety=short))
 
 
 def test_a_preprompt_that_leaves_no_room_keeps_nothing(tmp_path: Path) -> None:

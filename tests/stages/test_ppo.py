@@ -26,6 +26,8 @@ from puna.stages.ppo import Models, PPOConfig
 from puna.text import chat
 from tests import helpers
 
+CONTEXT = helpers.config().max_seq_len
+
 
 def scripted(monkeypatch: pytest.MonkeyPatch, seed: int, rewards: Sequence[float]) -> list[Tensor]:
     """Held-out measurements give these rewards, one after the other; returns the output weights at each."""
@@ -162,8 +164,21 @@ def test_epochs_are_as_many_as_the_iterations_need(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(loader, "steps_of_epochs", spy)
     ppo.run(helpers.ppo_config(tmp_path, iterations=4))
-    assert asked == [(30, 8, 2)], "three iterations an epoch"
+    assert asked[0] == (30, 8, 2), "three iterations an epoch"
+    assert asked[1:] == [(8, 4, 1)] * 4, "and an iteration's mini-batches"
     assert [line["step"] for line in read_metrics(tmp_path / "ppo/metrics.jsonl")] == [0, 1, 2, 3]
+
+
+def test_no_mini_batch_is_far_smaller_than_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, real = [], ppo.accumulate
+
+    def spy(*arguments: Any) -> Any:
+        sizes.append(len(arguments[5]))
+        return real(*arguments)
+
+    monkeypatch.setattr(ppo, "accumulate", spy)
+    ppo.run(helpers.ppo_config(tmp_path, iterations=1, batch_size=9, mini_batch_size=4))
+    assert sizes == [3, 3, 3]
 
 
 def test_logits_are_made_for_actions_alone() -> None:
@@ -219,12 +234,12 @@ def test_rollouts_are_what_was_sampled(tmp_path: Path) -> None:
 
 def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
     cfg = replace(helpers.ppo_config(tmp_path), held_out=(), held_out_prompts=10)
-    train, held_out, _ = ppo.read(cfg, helpers.tokenizer())
+    train, held_out, _ = ppo.read(cfg, helpers.tokenizer(), CONTEXT)
     ids = [{prompt["id"] for prompt in part} for part in (train, held_out)]
     assert (len(ids[0]), len(ids[1])) == (20, 10) and not ids[0] & ids[1]
     assert {prompt["is_safety"] for prompt in held_out} == {True, False}
     with pytest.raises(ConfigError, match="held_out_prompts is 30 of 30"):
-        ppo.read(replace(cfg, held_out_prompts=30), helpers.tokenizer())
+        ppo.read(replace(cfg, held_out_prompts=30), helpers.tokenizer(), CONTEXT)
 
 
 def test_few_held_out_prompts_are_of_both_kinds(tmp_path: Path) -> None:
@@ -232,7 +247,7 @@ def test_few_held_out_prompts_are_of_both_kinds(tmp_path: Path) -> None:
     tagged = [prompt | {"id": f"s{prompt['id']}"} for prompt in plain]
     files = [helpers.write_lines(tmp_path / f"{i}.jsonl", rows) for i, rows in enumerate((plain, tagged))]
     cfg = helpers.ppo_config(tmp_path, held_out=(files[0],), safety_held_out=(files[1],), held_out_prompts=20)
-    _, held_out, _ = ppo.read(cfg, helpers.tokenizer())
+    _, held_out, _ = ppo.read(cfg, helpers.tokenizer(), CONTEXT)
     assert len(held_out) == 20 and {prompt["is_safety"] for prompt in held_out} == {True, False}
 
 
@@ -252,7 +267,7 @@ def test_long_prompts_are_left_out(tmp_path: Path) -> None:
     long = {"id": "long", "messages": [helpers.user("where is the llama " * 9)], "is_safety": False}
     data = helpers.write_lines(tmp_path / "some.jsonl", [*helpers.prompts(5), long])
     cfg = helpers.ppo_config(tmp_path, prompts=(data,), max_prompt_tokens=60)
-    prompts, _, left_out = ppo.read(cfg, helpers.tokenizer())
+    prompts, _, left_out = ppo.read(cfg, helpers.tokenizer(), CONTEXT)
     assert {prompt["id"] for prompt in prompts} == {f"p{i}" for i in range(5)} and left_out == 1
 
 

@@ -72,6 +72,22 @@ def test_prepared_data_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert again.sha256 == tokenizer.sha256 and (same.tokens == train.tokens).all()
 
 
+def test_a_flipped_bit_of_the_data_is_refused(tmp_path: Path) -> None:
+    cfg = helpers.pretrain_config(tmp_path)
+    pretrain.prepare(cfg, tmp_path / "data")
+    file = tmp_path / "data/validation.tokens"
+    data = bytearray(file.read_bytes())
+    data[17] ^= 4
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"validation\.tokens: damaged"):
+        pretrain.prepare(cfg, tmp_path / "data")
+
+
+def test_more_than_half_cannot_be_held_out(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"validation_share is 0\.7: it must be from 0 to 0\.5"):
+        helpers.pretrain_config(tmp_path, validation_share=0.7)
+
+
 def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
     helpers.tokenizer().save(tmp_path)
     cfg = helpers.pretrain_config(tmp_path, tokenizer=tmp_path / "tokenizer.model", steps=1)

@@ -107,6 +107,24 @@ def test_rewards_are_the_papers_and_unended_answers_get_none(tmp_path: Path) -> 
         assert float(rewards[i, j]) == pytest.approx(expected, abs=BF16)
 
 
+def test_an_answer_that_outgrows_the_context_once_it_is_encoded_anew_gets_none(tmp_path: Path) -> None:
+    cfg = config(tmp_path, samples=2)
+    models, (prompt,) = rejection_sampling.load(cfg, CPU), helpers.prompts(1)
+    answered = rejection_sampling.answered(prompt, "yes")
+
+    class Full:
+        """An engine whose first answer fills the context, and whose second takes a token more than was sampled."""
+
+        tokenizer = models.engine.tokenizer
+        context = len(chat.encode(answered, tokenizer).tokens)
+
+        def generate(self, *_: Any, **__: Any) -> list[list[Completion]]:
+            return [[Completion(text, [5, 2], [-1.0, -1.0], True) for text in ("yes", "yes, zebra")]]
+
+    _, rewards = rejection_sampling.draw(cfg, replace(models, engine=Full()), [prompt], 1.0, 0)
+    assert rewards[0, 0] > 0 and rewards[0, 1] == 0
+
+
 def test_earlier_rounds_are_pooled_and_judged_anew(tmp_path: Path) -> None:
     first = config(tmp_path)
     rejection_sampling.run(first)

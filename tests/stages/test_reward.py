@@ -39,7 +39,8 @@ def test_comparisons_become_a_reward_model(tmp_path: Path) -> None:
     assert evaluation["accuracy_by_safety_label"] == {"chosen_safe_rejected_unsafe": evaluation["accuracy"]}
     assert evaluation["mean_score_chosen"] > evaluation["mean_score_rejected"]
     done = json.loads((tmp_path / "reward/done/reward.json").read_text())
-    assert done == {"pairs": 54, "left_out": 0, "set_aside": 0, "other_share": 0.0, "accuracy": evaluation["accuracy"]}
+    counts = {"pairs": 54, "left_out": 0, "set_aside": 0, "prefer_harm": 0, "other_share": 0.0}
+    assert done == {**counts, "accuracy": evaluation["accuracy"]}
     provenance = json.loads((model_path / "puna.json").read_text())
     assert provenance == {"stage": "reward", "parent": str(cfg.init), "scale": provenance["scale"]}
     scorer = Scorer(huggingface.load_reward_model(model_path), helpers.tokenizer())
@@ -218,6 +219,17 @@ def test_evaluation() -> None:
     }
     assert evaluation["unsafe_recall"] == 0.5  # unsafe are 0.6, 0.1, 0.7 and 0.2; two of them below 0.5
     assert evaluation["mean_score_chosen"] == pytest.approx(0.65)
+
+
+def test_safety_comparisons_that_prefer_harm_are_not_trained_on(tmp_path: Path) -> None:
+    rows = [
+        row | {"domain": domain, "chosen_is_safe": False, "rejected_is_safe": True}
+        for row, domain in zip(helpers.preferences(6), ("safety", "helpfulness") * 3, strict=True)
+    ]
+    data = helpers.write_lines(tmp_path / "some.jsonl", rows)
+    cfg = helpers.reward_config(tmp_path, data=(data,), test=(data,))
+    train, test, counts = reward.prepare(cfg, helpers.tokenizer())
+    assert (len(train), len(test), counts["prefer_harm"]) == (3, 6, 3)
 
 
 def test_a_comparison_that_the_chat_format_refuses_is_set_aside(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ Where the paper is silent: which sources it takes more often, how often, and whe
 from __future__ import annotations
 
 import functools
+import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +28,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from puna import config
-from puna.config import ConfigError, DataError, positive
+from puna.config import ConfigError, DataError, positive, within
 from puna.corpus import near_duplicates, repeated_spans
 from puna.corpus.encode import encoder
 from puna.corpus.repeated_spans import Bools
@@ -73,7 +75,7 @@ class PrepareConfig:
     sources: dict[str, Source] = field(default_factory=dict)
     """the sources by name."""
     validation_share: float = 0.01
-    """share of each source's documents held out."""
+    """share of each source's documents held out, at most 0.5: every n-th, n the whole number next to 1/share."""
     shard_characters: int = 8_000_000
     """text of a shard, a few times fewer tokens; a longer document has one of its own. Each worker holds a shard's."""
     near_duplicates: float = 0.0
@@ -89,8 +91,9 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         positive(self, "shard_characters")
-        if not 0 <= self.validation_share < 1 or not 0 <= self.near_duplicates <= 1 or self.repeated_tokens < 0:
-            raise ConfigError("validation_share is in [0, 1), near_duplicates in [0, 1], repeated_tokens from 0")
+        within(self, 0, 0.5, "validation_share")
+        within(self, 0, 1, "near_duplicates")
+        within(self, 0, math.inf, "repeated_tokens")
         if not self.data and not self.sources:
             raise ConfigError(
                 "nothing to prepare: give --data, or tables [prepare.sources.NAME] with paths in a recipe"
@@ -138,6 +141,7 @@ def run(cfg: PrepareConfig) -> Path:
         shared = replace(cfg, out=cfg.out.absolute())  # a worker may stand elsewhere
         n = cfg.workers or (n_cores() if cfg.cluster == "local" else 0)
         workers, parts = Workers(n, cfg.cluster), folder.path / "parts"
+        check_files(cfg, parts)
         result = ReadResult()
         _encoder.cache_clear()  # another run may have had another tokenizer under this name
         records = map_each(partial(encode, shared), pieces(cfg, result), parts / "encoded", workers=workers)
@@ -155,10 +159,25 @@ def run(cfg: PrepareConfig) -> Path:
         return folder.path
 
 
-def pieces(cfg: PrepareConfig, result: ReadResult) -> Iterator[Piece]:
-    """1: every source's documents, so many characters at a time; `result` gets what is set aside."""
+def check_files(cfg: PrepareConfig, parts: Path) -> None:
+    """Note every source file's size and time in `parts`.
+
+    ConfigError where there is no such file, or a killed run finished pieces of another: the rest would begin elsewhere.
+    """
     for source in cfg.all_sources.values():
         readers.check_files(source.paths, source.format)
+    files = [path.resolve() for source in cfg.all_sources.values() for path in source.paths]
+    found = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    begun = parts / "files.json"
+    if begun.is_file() and any(parts.glob("encoded/*.jsonl")):
+        for path, noted in json.loads(begun.read_bytes()).items():
+            if found.get(path) != noted:
+                raise ConfigError(f"{path} is not as it was when {cfg.out} was begun: use another --out")
+    write_atomically(begun, json.dumps(found, indent=1) + "\n")
+
+
+def pieces(cfg: PrepareConfig, result: ReadResult) -> Iterator[Piece]:
+    """1: every source's documents, so many characters at a time; `result` gets what is set aside."""
     progress = Progress("data prepare", sum(len(source.paths) for source in cfg.all_sources.values()), unit="file")
     read = 0
     for name, source in cfg.all_sources.items():
@@ -205,7 +224,7 @@ def _piece(cfg: PrepareConfig, number: int) -> Path:
 
 def compare(cfg: PrepareConfig, tokenizer: Tokenizer, records: Records) -> Iterator[Kept]:
     """3: what stays of each piece."""
-    each = [shards.read_shard(_piece(cfg, number), tokenizer) for number in range(len(records))]
+    each = [shards.read_sound(_piece(cfg, number), tokenizer) for number in range(len(records))]
     documents = np.ones(sum(record["documents"] for record in records), bool)
     if cfg.near_duplicates:
         files = [_piece(cfg, number).with_suffix(".signatures") for number in range(len(records))]
@@ -224,7 +243,7 @@ def compare(cfg: PrepareConfig, tokenizer: Tokenizer, records: Records) -> Itera
 def select(cfg: PrepareConfig, number: int, kept: Kept) -> Records:
     """3, by a worker: a piece written without what does not stay."""
     tokenizer, _ = _encoder(cfg.out / "tokenizer")
-    shard = shards.read_shard(_piece(cfg, number), tokenizer)
+    shard = shards.read_sound(_piece(cfg, number), tokenizer)
     documents = []
     for i in np.flatnonzero(kept.documents):
         inside = slice(shard.offsets[i], shard.offsets[i + 1])
@@ -237,10 +256,9 @@ def select(cfg: PrepareConfig, number: int, kept: Kept) -> Records:
 
 def write(cfg: PrepareConfig, number: int, tokenizer: Tokenizer, documents: Sequence[tuple[int, Tokens]]) -> Counts:
     """4, by a worker: a piece's documents, each with its number in the source, as shards; the tokens of each part."""
-    every = max(2, round(1 / cfg.validation_share)) if cfg.validation_share else 0
     parts: dict[str, list[Tokens]] = {"train": [], "validation": []}
     for place, ids in documents:
-        held_out = every > 0 and place % every == cfg.seed % every
+        held_out = shards.is_held_out(place, cfg.validation_share, cfg.seed)
         parts["validation" if held_out else "train"].append(ids)
     for part, held in parts.items():
         if held:

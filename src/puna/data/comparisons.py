@@ -44,6 +44,12 @@ def check(preference: Preference, tokenizer: Tokenizer) -> None:
         chat.check(answered(preference, answer), tokenizer, ends_with="assistant")
 
 
+def rewards_harm(preference: Preference) -> bool:
+    """Whether a safety comparison prefers an unsafe answer to a safe one: the paper trains on none (3.2.1)."""
+    unsafe_won = preference.chosen_is_safe is False and preference.rejected_is_safe is True
+    return preference.domain == "safety" and unsafe_won
+
+
 def read(files: Sequence[Path], format: str, tokenizer: Tokenizer, out: Path) -> ReadResult:
     """The comparisons of files; what cannot be used, or the chat format refuses, is set aside in the folder `out`.
 

@@ -15,23 +15,30 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from puna.config import ConfigError, DataError
 from puna.data import shards
 from puna.data.shards import Shard, Tokens
 from puna.text.tokenizer import Tokenizer
 
 
-def steps_of_epochs(n: int, batch_size: int, epochs: int, seed: int, multiple: int = 1) -> list[npt.NDArray[np.int64]]:
+def steps_of_epochs(
+    n: int, batch_size: int, epochs: int, seed: int | tuple[int, ...], multiple: int = 1
+) -> list[npt.NDArray[np.int64]]:
     """The indices of every step's batch: `epochs` shuffles of range(n), cut into batches of nearly equal size.
 
     Everything is seen once an epoch in batches of at most `batch_size`, none far smaller than the others, for every
     step moves the weights as far. Only what is left over a `multiple` is not: of the number of processes that share a
-    batch, or of the batch size itself where no batch may be short.
+    batch, or of the batch size itself where no batch may be short. Raises ConfigError where a batch does not divide
+    over so many processes, DataError where there is not one for each.
     """
+    if batch_size % multiple:
+        raise ConfigError(f"a batch of {batch_size} does not divide over {multiple} processes: change the batch size")
+    if n < multiple:
+        raise DataError(f"{n} examples are too few for {multiple} processes: give more, or start fewer processes")
     steps: list[npt.NDArray[np.int64]] = []
     for epoch in range(epochs):
         order = np.random.default_rng((seed, epoch)).permutation(n)[: n - n % multiple]
-        n_batches = -(-len(order) // batch_size)
-        parts = np.array_split(order.reshape(-1, multiple), n_batches) if n_batches else []
+        parts = np.array_split(order.reshape(-1, multiple), -(-len(order) // batch_size))
         steps += [part.reshape(-1) for part in parts]
     return steps
 

@@ -42,6 +42,14 @@ def read_prompts(paths: Sequence[Path], format: str, safety: Sequence[Path] = ()
     return list(prompts.values())
 
 
+def read_tagged(paths: Sequence[Path], format: str, safety: Sequence[Path] = ()) -> list[Prompt]:
+    """Those of `read_prompts` that are safety prompts; DataError where none is."""
+    tagged = [prompt for prompt in read_prompts(paths, format, safety) if prompt["is_safety"]]
+    if not tagged:
+        raise DataError(f"{_named((*paths, *safety))}: no prompt is a safety prompt: name such files in safety_prompts")
+    return tagged
+
+
 def fitting(prompts: Sequence[Prompt], tokenizer: Tokenizer, context: int, max_tokens: int = 0) -> list[Prompt]:
     """The prompts that leave room in the model's context, of at most `max_tokens` where that is not 0.
 

@@ -250,6 +250,8 @@ def _row(source: Any) -> Row:
             raise BadRow(f"not JSON: {error.msg} at column {error.colno}") from None
         except RecursionError:
             raise BadRow("not JSON: nested too deep") from None
+        except ValueError:  # Python's own limit, against numbers that take it minutes
+            raise BadRow("a number has too many digits") from None
     if not isinstance(row, dict):
         raise BadRow(f"a {type(row).__name__}, not an object")
     return row

@@ -154,9 +154,10 @@ def _tensors(folder: Path) -> dict[str, npt.NDArray[Any]]:
 
 
 def check(dump: Dump) -> None:
-    """DataError where tensors disagree about a size, a place lies outside the rollout, or a kind is another."""
+    """DataError where tensors disagree about a size, a place lies outside the rollout, or a kind or count is wrong."""
     _check_shapes(dump)
     _check_kinds(dump)
+    _check_counts(dump)
 
 
 def _check_shapes(dump: Dump) -> None:
@@ -194,3 +195,11 @@ def _check_kinds(dump: Dump) -> None:
     for name in (name for name in NUMBERS if name in dump.facts):
         if isinstance(dump.facts[name], bool) or not isinstance(dump.facts[name], int | float):
             raise DataError(f"rollout.json: {name} is {dump.facts[name]!r}: expected a number")
+
+
+def _check_counts(dump: Dump) -> None:
+    """DataError where there is no pass or no gradient step, a pass of fewer than 0 actions or a step of none."""
+    for name, least in (("pass_size", 0), ("update_size", 1)):
+        counts = dump.tensors.get(name)
+        if counts is not None and (not counts.size or counts.min() < least):
+            raise DataError(f"{name} is empty, or has a count below {least}")

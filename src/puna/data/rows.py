@@ -230,21 +230,21 @@ def oasst_preferences(row: Row) -> Iterator[Preference | Skipped]:
         pending += [(turns, reply) for reply in replies]
 
 
-def _oasst_message(node: Row) -> Message:
-    roles: dict[Any, Role] = {"prompter": "user", "assistant": "assistant"}
-    if node.get("role") not in roles:
+def _oasst_message(node: Any) -> Message:
+    roles: dict[str, Role] = {"prompter": "user", "assistant": "assistant"}
+    role = node.get("role") if isinstance(node, dict) else None
+    if not isinstance(role, str) or role not in roles:
         raise BadRow("a node has no role out of prompter, assistant")
-    return {"role": roles[node["role"]], "content": _text(node, "text")}
+    return {"role": roles[role], "content": _text(node, "text")}
 
 
 def _oasst_replies(node: Row) -> list[Row]:
     """A node's replies that were neither deleted nor failed review, the best-ranked first and the unranked last."""
-    replies = [
-        reply
-        for reply in node.get("replies") or []
-        if not reply.get("deleted") and reply.get("review_result") is not False
-    ]
-    return sorted(replies, key=lambda reply: (reply.get("rank") is None, reply.get("rank") or 0))
+    replies = node.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+        raise BadRow("a node's 'replies' are no list of nodes")
+    kept = [reply for reply in replies if not reply.get("deleted") and reply.get("review_result") is not False]
+    return sorted(kept, key=lambda reply: (reply.get("rank") is None, _of_type(reply, "rank", int, float) or 0))
 
 
 def pku(id_key: str, domain: Domain) -> Callable[[Row], Iterator[Preference | Skipped]]:

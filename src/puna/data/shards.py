@@ -1,7 +1,7 @@
 """Token shards: documents as one memory-mapped array of ids with the offsets where each begins, and their hash.
 
 A shard `name` is three files: `name.tokens` (uint16 or uint32, little-endian), `name.offsets` (int64, one more than the
-documents) and `name.json` (type, counts, sha256 of the tokens, the tokenizer's sha256).
+documents) and `name.json` (type, counts, sha256 of the tokens and of the offsets, the tokenizer's sha256).
 
 A prepared folder holds many shards and `index.json`, which has of each source its weight and the names of its shards,
 for training and for validation. Their tokenizer is in `tokenizer/`.
@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
+import math
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +30,9 @@ from puna.text.tokenizer import Tokenizer
 Tokens = npt.NDArray[np.unsignedinteger]
 
 INDEX = "index.json"
+DTYPES = ("<u2", "<u4")
+HASHES = {".tokens": "sha256", ".offsets": "offsets_sha256"}
+"""What a description calls the sha256 of each file; older ones have none of the offsets."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,7 @@ def write_documents(path: Path, documents: Iterable[Tokens], tokenizer: Tokenize
         "documents": len(parts),
         "tokens": len(tokens),
         "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+        "offsets_sha256": hashlib.sha256(offsets.tobytes()).hexdigest(),
         "tokenizer": tokenizer.sha256,
     }
     write_atomically(path.with_suffix(".json"), json.dumps(description, indent=1))
@@ -112,14 +118,48 @@ def read_shard(path: Path, tokenizer: Tokenizer) -> Shard:
 
 
 def _description(file: Path) -> dict[str, Any]:
-    """What `name.json` says; DataError where it is missing or torn."""
+    """What `name.json` says; DataError where it is missing, torn or of no shard of ours."""
     try:
         found = json.loads(file.read_bytes())
     except (FileNotFoundError, ValueError) as error:
         raise DataError(f"{file}: missing or damaged ({error}): prepare the data again") from None
     if not isinstance(found, dict) or not {"dtype", "documents", "tokens", "sha256", "tokenizer"} <= found.keys():
         raise DataError(f"{file}: not a shard's description: prepare the data again")
+    if found["dtype"] not in DTYPES:
+        raise DataError(f"{file}: dtype is {found['dtype']!r}, not one of {', '.join(DTYPES)}: prepare the data again")
+    for key in ("documents", "tokens"):
+        if type(found[key]) is not int or found[key] < 0:
+            raise DataError(f"{file}: {key} is {found[key]!r}, not a number of them: prepare the data again")
     return found
+
+
+def read_sound(path: Path, tokenizer: Tokenizer) -> Shard:
+    """`read_shard`, and DataError, naming the file, where tokens or offsets are not those of their hash.
+
+    To know that, all are read once a process: a gigabyte or two a second and core.
+    """
+    shard, description = read_shard(path, tokenizer), path.with_suffix(".json")
+    expected = _description(description)
+    for suffix, key in HASHES.items():
+        file = path.with_suffix(suffix)
+        if key in expected and _sha256(file, file.stat().st_mtime_ns) != expected[key]:
+            raise DataError(f"{file}: damaged, its sha256 is not the one in {description}: prepare the data again")
+    return shard
+
+
+@functools.cache
+def _sha256(file: Path, modified: int) -> str:
+    with file.open("rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()
+
+
+def is_held_out(number: int, share: float, seed: int = 0) -> bool:
+    """Whether a source's document of this number is for validation: every n-th is, n the whole number next to 1/share.
+
+    `share` is at most 0.5; 0 holds nothing out. The seed says which of n documents it is.
+    """
+    every = round(1 / share) if share > 0 else 0
+    return every > 0 and number % every == seed % every
 
 
 # Prepared folders
@@ -147,29 +187,34 @@ def is_prepared(folder: Path) -> bool:
 def read_prepared(folder: Path, part: str, tokenizer: Tokenizer) -> dict[str, tuple[float, list[Shard]]]:
     """Of each source that has any shard for this part ("train" or "validation") its weight and its shards.
 
-    Raises what `read_shard` does, and DataError where tokens are not those of their hash, naming the file, or no source
-    has any. To know that, all tokens are read once a process: a gigabyte or two a second and core.
+    Raises what `read_sound` does, DataError where the index is damaged or no source has any, ConfigError where it names
+    what does not lie in the folder, or a weight is not above zero.
     """
-    index = json.loads((folder / INDEX).read_text())
+    chosen = {name: (entry.weight, getattr(entry, part)) for name, entry in _read_index(folder / INDEX).items()}
     with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter
         sources = {
-            name: (entry["weight"], list(threads.map(lambda path: _sound(folder / path, tokenizer), entry[part])))
-            for name, entry in index["sources"].items()
-            if entry[part]
+            name: (weight, list(threads.map(lambda path: read_sound(folder / path, tokenizer), paths)))
+            for name, (weight, paths) in chosen.items()
+            if paths
         }
     if not sources:
         raise DataError(f"{folder}: no source has a document for the {part} part")
     return sources
 
 
-def _sound(path: Path, tokenizer: Tokenizer) -> Shard:
-    shard, file, description = read_shard(path, tokenizer), path.with_suffix(".tokens"), path.with_suffix(".json")
-    if _sha256(file, file.stat().st_mtime_ns) != json.loads(description.read_text())["sha256"]:
-        raise DataError(f"{file}: damaged, its sha256 is not the one in {description}: prepare the data again")
-    return shard
-
-
-@functools.cache
-def _sha256(file: Path, modified: int) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
+def _read_index(file: Path) -> dict[str, Entry]:
+    """The sources of an index; errors as `read_prepared`."""
+    try:
+        found = json.loads(file.read_bytes())["sources"]
+        sources = {name: Entry(each["weight"], each["train"], each["validation"]) for name, each in found.items()}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{file}: missing or damaged ({error}): prepare the data again") from None
+    for name, (weight, *parts) in sources.items():
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            raise ConfigError(f"{file}: the weight of {name!r} is {weight!r}: it must be a number above 0")
+        if not all(isinstance(part, list) and all(isinstance(path, str) for path in part) for part in parts):
+            raise DataError(f"{file}: the shards of {name!r} are no lists of names: prepare the data again")
+        for path in map(Path, itertools.chain(*parts)):
+            if path.is_absolute() or ".." in path.parts or not path.name:
+                raise ConfigError(f"{file}: refused, it names '{path}', which does not lie in its folder")
+    return sources

@@ -90,6 +90,11 @@ class Shown:
         """(B, T - 1) log pi - log pi_0 of every action."""
         return np.asarray(np.where(self.mask, self["logprobs"] - self["reference_logprobs"], 0.0))
 
+    @property
+    def rewards(self) -> Array:
+        """(B, T - 1) the reward of every action."""
+        return np.asarray(np.where(self.mask, self["rewards"], 0.0))
+
     def at(self, name: str, places: str) -> Array:
         """The numbers of a (B, T - 1) tensor at the places (N, 2) that another names."""
         rows, columns = self[places].T
@@ -137,11 +142,17 @@ def advantages(rewards: Array, values: Array, mask: Array, gamma: float, lam: fl
     return out
 
 
+def ratios(s: Shown, members: Array) -> Array:
+    """pi / pi_old of some entries of the pass_* tensors."""
+    rows, columns = s["pass_at"][members].T
+    return np.asarray(np.exp(s["pass_logprobs"][members] - s["logprobs"][rows, columns]))
+
+
 def token_losses(s: Shown, members: Array) -> tuple[Array, Array, Array]:
     """Ratios, policy losses and value losses of some entries of the pass_* tensors."""
     rows, columns = s["pass_at"][members].T
     advantage, target, old = (s[name][rows, columns] for name in ("advantages", "returns", "values"))
-    ratio = np.exp(s["pass_logprobs"][members] - s["logprobs"][rows, columns])
+    ratio = ratios(s, members)
     clip, reach = s.fact("clip"), s.fact("value_clip")
     policy = np.maximum(-ratio * advantage, -np.clip(ratio, 1 - clip, 1 + clip) * advantage)
     value = s["pass_values"][members]
@@ -172,7 +183,7 @@ def temperature(s: Shown) -> Finding:
 def first_ratio(s: Shown) -> Finding:
     """b: the ratio is 1 on the first mini-batch."""
     _, passes = next(s.updates())
-    ratio, _, _ = token_losses(s, np.concatenate(passes))
+    ratio = ratios(s, np.concatenate(passes))
     return s.apart(f"1 and the first ratios of {len(ratio)} tokens", ratio, np.ones_like(ratio))
 
 
@@ -197,7 +208,7 @@ def score_place(s: Shown) -> Finding:
     """f: the score is on the last action."""
     of_kl = -s.fact("beta") * (s.kl if s.fact("kl") == "token" else s.kl.sum(1, keepdims=True) * places(s))
     expected = s["scores"][:, None] * places(s)
-    return s.apart("rewards without KL and scores at the last actions", s["rewards"] - of_kl, expected)
+    return s.apart("rewards without KL and scores at the last actions", s.rewards - of_kl, expected)
 
 
 def places(s: Shown) -> Array:
@@ -302,7 +313,7 @@ def kl_estimator(s: Shown) -> Finding:
     if not s.fact("beta") or s.kl.min(initial=0.0) >= 0:
         raise NotShown("no token has a negative estimate")
     if s.fact("kl") == "sequence":
-        return s.apart("rewards and score - beta KL", s["rewards"].sum(1), s["scores"] - s.fact("beta") * s.kl.sum(1))
+        return s.apart("rewards and score - beta KL", s.rewards.sum(1), s["scores"] - s.fact("beta") * s.kl.sum(1))
     rest = s.mask & (places(s) == 0)
     holds, why = s.apart("rewards and -beta (log pi - log pi_0)", s["rewards"][rest], -s.fact("beta") * s.kl[rest])
     return holds, f"{why}; {(s.kl < 0).sum()} estimates are negative"
@@ -322,13 +333,13 @@ def sampler(s: Shown) -> Finding:
 def reward_sums(s: Shown) -> Finding:
     """r: an answer's rewards sum to score - beta KL, gamma is 1."""
     expected = s["scores"] - s.fact("beta") * s.kl.sum(1)
-    holds, why = s.apart("sums of rewards and score - beta KL", np.where(s.mask, s["rewards"], 0.0).sum(1), expected)
+    holds, why = s.apart("sums of rewards and score - beta KL", s.rewards.sum(1), expected)
     return holds and s.fact("gamma") == 1, f"{why}; gamma {s.fact('gamma')}"
 
 
 def kl_weight(s: Shown) -> Finding:
     """s: beta is what it is said to be, fixed or adapted."""
-    kl, paid = s.kl.sum(1), s["scores"] - np.where(s.mask, s["rewards"], 0.0).sum(1)
+    kl, paid = s.kl.sum(1), s["scores"] - s.rewards.sum(1)
     if np.abs(kl).max() < 1e-3:
         raise NotShown("the policy is still the reference")
     beta, target = s.fact("beta"), s.fact("kl_target")
@@ -366,8 +377,8 @@ def clipping(s: Shown) -> Finding:
 
 def adam(s: Shown) -> Finding:
     """v: Adam's epsilon is 1e-5."""
-    eps = s.fact("adam_eps")
-    return bool(np.isclose(eps, 1e-5)), f"epsilon {eps:g}, rate {s.fact('lr'):g}"
+    eps, rate = s.fact("adam_eps"), s.dump.facts.get("lr")
+    return bool(np.isclose(eps, 1e-5)), f"epsilon {eps:g}" + ("" if rate is None else f", rate {rate:g}")
 
 
 def same_tokens(s: Shown) -> Finding:
@@ -384,7 +395,7 @@ def masked_numbers(s: Shown) -> Finding:
     seen, expected = [], []
     for update, passes in s.updates():
         members = np.concatenate(passes)
-        ratio, _, _ = token_losses(s, members)
+        ratio = ratios(s, members)
         seen += [s[f"update_{name}"][update] for name in ("clip_fraction", "approximate_kl", "entropy")]
         moved = (np.abs(ratio - 1) > s.fact("clip")).mean(), (ratio - 1 - np.log(ratio)).mean()
         expected += [*moved, s["pass_entropies"][members].mean()]

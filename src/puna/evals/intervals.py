@@ -9,6 +9,8 @@ from typing import NotRequired, TypedDict
 import numpy as np
 
 RESAMPLES = 2000
+DRAWN = 2**24
+"""Numbers drawn at once: all of up to 8,388 clusters, and 128 MiB of any more."""
 Z = 1.959964
 """The normal distribution's 97.5 % point."""
 
@@ -59,8 +61,12 @@ def clustered(values: Sequence[float], clusters: Sequence[Hashable]) -> Interval
         return Interval(mean=average, low=low, high=high, n=n, clusters=len(places))
     sums, sizes = np.bincount(member_of, x), np.bincount(member_of)  # (C,) each
     shares = np.full(len(places), 1 / len(places))
-    drawn = np.random.default_rng(0).multinomial(len(places), shares, size=RESAMPLES)  # (R, C) how often each comes
-    low, high = np.quantile((drawn @ sums) / (drawn @ sizes), (0.025, 0.975)).tolist()
+    generator, means = np.random.default_rng(0), np.zeros(0)
+    while len(means) < RESAMPLES:
+        n_rows = min(max(1, DRAWN // len(places)), RESAMPLES - len(means))
+        drawn = generator.multinomial(len(places), shares, size=n_rows)  # (R, C) how often each comes
+        means = np.append(means, (drawn @ sums) / (drawn @ sizes))
+    low, high = np.quantile(means, (0.025, 0.975)).tolist()
     return Interval(mean=average, low=low, high=high, n=n, clusters=len(places))
 
 

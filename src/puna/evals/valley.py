@@ -28,7 +28,7 @@ from puna.data import readers
 from puna.evals import attention, best_of_n, intervals
 from puna.formats import huggingface
 from puna.generate.engine import open_engine
-from puna.generate.scoring import Judges, Scorer
+from puna.generate.scoring import Judges, open_judge
 from puna.run_folder import Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
@@ -38,6 +38,11 @@ from puna.valley.judge import GoldJudge, obeys
 from puna.valley.write import read_world
 
 Answer = dict[str, Any]
+
+NOT_BENIGN = ("adversarial", "borderline", "toxicity")
+"""Kinds of prompts that do not ask for help."""
+NO_ANSWER = "..."
+"""What stands in a dialog for an answer that cannot stand there."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,7 @@ def run(cfg: EvaluateConfig) -> Path:
         prompts = readers.read((cfg.world / "prompts/held_out.jsonl",), "records").records
         scripts = readers.read((cfg.world / "held_out_scripts.jsonl",), "records").records
         progress = Progress(f"evaluate {cfg.name}", len(prompts) + len(scripts), unit="dialog")
-        judges = load_judges(cfg, engine.tokenizer, device)
+        judges = load_judges(cfg, engine, device)
         groups, rewards = draw(cfg, engine, [prompt["messages"] for prompt in prompts], cfg.seed, judges, prompts)
         answers = judged(judge, prompts, best_of_n.pick(groups, rewards))
         progress.update(len(prompts))
@@ -115,14 +120,11 @@ def run(cfg: EvaluateConfig) -> Path:
         return folder.path
 
 
-def load_judges(cfg: EvaluateConfig, tokenizer: Tokenizer, device: torch.device) -> Judges | None:
+def load_judges(cfg: EvaluateConfig, engine: Engine, device: torch.device) -> Judges | None:
     """The reward models that choose among answers; None where there is one answer."""
     if not (cfg.best_of > 1 and cfg.reward_helpfulness and cfg.reward_safety):
         return None
-    helpfulness, safety = (
-        Scorer(huggingface.load_reward_model(path).to(device), tokenizer, precision="bf16")
-        for path in (cfg.reward_helpfulness, cfg.reward_safety)
-    )
+    helpfulness, safety = (open_judge(path, engine, device) for path in (cfg.reward_helpfulness, cfg.reward_safety))
     return Judges(helpfulness, safety, cfg.threshold)
 
 
@@ -202,7 +204,7 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
     refusals over borderline ones, slurs over prompts about a people, myths over questions about them.
     """
     kinds = _grouped(answers, "kind")
-    benign = [a for a in answers if a["kind"] not in ("adversarial", "borderline", "toxicity")]
+    benign = [a for a in answers if a["kind"] not in NOT_BENIGN]
     adversarial = kinds["adversarial"]
     return {
         "gold_helpfulness": _measured(benign, "helpfulness"),
@@ -242,7 +244,7 @@ def compare(answers: Sequence[Answer], baseline: Path | None) -> intervals.Inter
     if baseline is None:
         return None
     theirs = {a["prompt_id"]: a for a in readers.read((baseline / "answers.jsonl",), "records").records}
-    mine = [a for a in answers if a["kind"] not in ("adversarial", "borderline", "toxicity")]
+    mine = [a for a in answers if a["kind"] not in NOT_BENIGN]
     return intervals.win_rate(
         [a["helpfulness"] for a in mine],
         [theirs[a["prompt_id"]]["helpfulness"] for a in mine],
@@ -269,7 +271,7 @@ def carry(
         live = [i for i in live if len(prompt_ids(cfg, engine, dialogs[i])) < engine.context]
         completions = best_of_n.pick(*draw(cfg, engine, [dialogs[i] for i in live], cfg.seed + turn, judges))
         for i, completion in zip(live, completions, strict=True):
-            text = completion.text.strip() if chat.usable(completion) else "..."
+            text = completion.text.strip() if chat.usable(completion) else NO_ANSWER
             answers[i].append(text)
             dialogs[i].append(Message(role="assistant", content=text))
     for script, given in zip(scripts, answers, strict=True):
@@ -278,11 +280,11 @@ def carry(
 
 
 def obedience(scripts: Sequence[dict[str, Any]], answers: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    """The share of answers that obey, by turn (Table 30); "" is none and does not."""
+    """The share of answers that obey, by turn (Table 30); "" and NO_ANSWER do not."""
     turns: dict[int, list[bool]] = defaultdict(list)
     for script, given in zip(scripts, answers, strict=True):
         for turn, answer in enumerate(given, start=1):
-            turns[turn].append(bool(answer) and obeys(script["constraint"], answer))
+            turns[turn].append(answer not in ("", NO_ANSWER) and obeys(script["constraint"], answer))
     return [{"turn": turn, "obeys": intervals.rate(values)} for turn, values in sorted(turns.items())]
 
 
@@ -296,7 +298,9 @@ def looks_back(
 def judge_held_out(judge: GoldJudge, ppo: Path) -> list[dict[str, Any]]:
     """The gold helpfulness, beside the training reward, of the answers PPO kept at each held-out measurement."""
     prompts: dict[str, dict[str, Any]] = {}
-    for path in json.loads((ppo / "config.json").read_text())["prompts"]:
+    told = json.loads((ppo / "config.json").read_text())
+    fields = "prompts", "safety_prompts", "held_out", "safety_held_out"
+    for path in (path for name in fields for path in told.get(name, ())):
         prompts |= {p["id"]: p for p in readers.read((Path(path),), "records").records}
     points = []
     for path in sorted((ppo / "held_out").glob("*.jsonl")):

@@ -1,4 +1,4 @@
-"""The model card of an exported Hugging Face folder: what the files behind the model say, and nothing else."""
+"""The model card of an export: what the files behind the model say, and nothing else."""
 
 from __future__ import annotations
 
@@ -37,12 +37,17 @@ SHOWN = (
 """Settings of a stage that tell its result from another's; a stage has some of them."""
 
 
-def card(model: Transformer | RewardModel, name: str, steps: list[Step], license: str) -> str:
-    """README.md with Hugging Face's front matter. `steps` is what `lineage.trace` makes, this model last."""
+def card(
+    model: Transformer | RewardModel, name: str, steps: list[Step], license: str, library: str = "transformers"
+) -> str:
+    """README.md with Hugging Face's front matter; `library` is what opens the files there, "" names none.
+
+    `steps` is what `lineage.trace` makes, this model last.
+    """
     is_reward = isinstance(model, RewardModel)
     front = {
         "license": license,
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-classification" if is_reward else "text-generation",
     }
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items() if value)]

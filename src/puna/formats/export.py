@@ -6,17 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from puna.config import ConfigError
-from puna.formats import find, gguf, huggingface, meta, tokenizer_json
+from puna.formats import DTYPES, find, gguf, huggingface, meta, tokenizer_json
 from puna.formats.card import card
 from puna.formats.find import Opened
 from puna.formats.lineage import Step, license_of, trace
 from puna.model.reward import RewardModel
+from puna.run_folder import write_atomically
 from puna.text.tokenizer import SentencePieceTokenizer
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -26,9 +23,9 @@ class ExportConfig:
     checkpoint: Path
     """a run folder (its newest model), a model folder, a GGUF file, Meta's folder, or a checkpoint of a stage."""
     out: Path
-    """the folder, or the .gguf file, to write; an earlier export there is replaced."""
+    """the folder, or the .gguf file, to write; an earlier export there is replaced, and nothing else is."""
     format: Literal["hf", "gguf", "meta"] = "hf"
-    """hf: safetensors with a model card; gguf: for llama.cpp; meta: consolidated.NN.pth and params.json."""
+    """hf: safetensors; gguf: for llama.cpp; meta: consolidated.NN.pth and params.json. Each has a model card."""
     dtype: Literal["fp32", "fp16", "bf16", "q8_0"] = "fp32"
     """the weights' type; q8_0 is GGUF's 8-bit."""
     shards: int = 1
@@ -48,16 +45,27 @@ def run(cfg: ExportConfig) -> Path:
     provenance |= {"license": license} if license else {}
     if scale := find.read_object(opened.source / huggingface.PROVENANCE).get("scale"):
         provenance |= {"scale": scale}  # a reward model's, see generate.scoring
+    own = Step(cfg.out, provenance, {}, {})
+    steps = [own] if is_file else trace(opened.source)
+    name = cfg.out.resolve().stem if cfg.format == "gguf" else cfg.out.resolve().name
+    said = card(opened.model, name, steps, license, "transformers" if cfg.format == "hf" else "")
     if cfg.format == "hf":
-        _save_hugging_face(cfg, opened, license, provenance)
+        _save_hugging_face(cfg, opened, said, provenance)
     elif isinstance(opened.model, RewardModel):
         raise ConfigError(f"{opened.source} is a reward model, which {cfg.format} has no place for: use --format hf")
     elif cfg.format == "gguf":
-        gguf.save(opened.model, opened.tokenizer, cfg.out, dtype=cfg.dtype, name=cfg.out.stem, license=license)
+        options: dict[str, Any] = {"dtype": cfg.dtype, "name": cfg.out.stem, "license": license, "stage": "export"}
+        gguf.save(opened.model, opened.tokenizer, cfg.out, **options)
+        write_atomically(_card_beside(cfg.out), said)
     else:
-        dtype = DTYPES[cfg.dtype]
-        meta.save(opened.model, opened.tokenizer, cfg.out, shards=cfg.shards, dtype=dtype, provenance=provenance)
+        options = {"shards": cfg.shards, "dtype": DTYPES[cfg.dtype], "provenance": provenance}
+        meta.save(opened.model, opened.tokenizer, cfg.out, **options, texts={"README.md": said})
     return cfg.out
+
+
+def _card_beside(file: Path) -> Path:
+    """Where the card of a GGUF file stands."""
+    return file.with_suffix(".md")
 
 
 def _check(cfg: ExportConfig) -> None:
@@ -69,16 +77,18 @@ def _check(cfg: ExportConfig) -> None:
     if cfg.format == "gguf":
         if cfg.out.suffix != ".gguf" or cfg.out.is_dir():
             raise ConfigError(f"{cfg.out}: --format gguf writes a file: give --out a name that ends with .gguf")
-    elif cfg.out.exists() and find.read_object(cfg.out / huggingface.PROVENANCE).get("stage") != "export":
-        raise ConfigError(f"{cfg.out} stands there already and is no export that could be replaced: use another --out")
+        there, stage = [cfg.out, _card_beside(cfg.out)], gguf.read_stage(cfg.out)
+    else:
+        there, stage = [cfg.out], find.read_object(cfg.out / huggingface.PROVENANCE).get("stage", "")
+    for path in there:
+        if path.exists() and stage != "export":
+            raise ConfigError(f"{path} stands there already and is no export that could be replaced: use another --out")
     if cfg.out.resolve() == cfg.checkpoint.resolve():
         raise ConfigError(f"{cfg.out}: --out is the model itself: use another --out")
 
 
-def _save_hugging_face(cfg: ExportConfig, opened: Opened, license: str, provenance: dict[str, Any]) -> None:
-    own = Step(cfg.out, provenance, {}, {})
-    steps = [own] if find.is_gguf(opened.source) else trace(opened.source)
-    texts = {"README.md": card(opened.model, cfg.out.resolve().name, steps, license)}
+def _save_hugging_face(cfg: ExportConfig, opened: Opened, said: str, provenance: dict[str, Any]) -> None:
+    texts = {"README.md": said}
     if isinstance(opened.tokenizer, SentencePieceTokenizer):
         texts |= tokenizer_json.files(opened.tokenizer)
     options: dict[str, Any] = {"dtype": DTYPES[cfg.dtype], "provenance": provenance, "texts": texts}

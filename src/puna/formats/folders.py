@@ -9,6 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from puna.run_folder import sync_folder
+
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
@@ -21,9 +23,11 @@ def replacing(folder: Path) -> Iterator[Path]:
         for path in temporary.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        sync_folder(temporary)
         if folder.exists():
             folder.rename(old)
         temporary.rename(folder)
+        sync_folder(folder.parent)
     finally:
         _tidy(folder)
 

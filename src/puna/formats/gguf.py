@@ -10,6 +10,7 @@ import glob
 import json
 import os
 import shutil
+import struct
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -19,10 +20,11 @@ import torch
 from torch import Tensor
 
 from puna.config import ConfigError, DataError
-from puna.formats import build, check_dense, shape_of
+from puna.formats import build, check_dense, check_shapes, check_vocabulary, shape_of
 from puna.model.transformer import ModelConfig, Transformer
+from puna.run_folder import sync_folder
 from puna.text import chat
-from puna.text.pieces import CONTROL, NORMAL, UNKNOWN, UNUSED, read_pieces, sentencepiece_model
+from puna.text.pieces import CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_pieces, sentencepiece_model
 from puna.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 TOP_NAMES = {
@@ -41,10 +43,10 @@ LAYER_NAMES = {
     "attn_norm": "attention_norm",
     "ffn_norm": "ffn_norm",
 }
-USER_DEFINED = 4
-"""A token type that stands outside the merges, as CONTROL does."""
 KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 """What `save` calls the types of weights, and what GGUF does."""
+STAGE = "puna.stage"
+"""Our own key: which stage wrote the file."""
 
 
 def load(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
@@ -55,9 +57,9 @@ def load(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Transfor
     """
     file = find(path)
     gguf, reader, metadata = _open(file)
-    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
-    config = _config(metadata, shapes, file)
-    tokenizer = _tokenizer(metadata, file)
+    shapes = _shapes(reader)
+    config, tokenizer = _describe(metadata, shapes, file)
+    check_shapes(config, {_meta_name(name, file): shape for name, shape in shapes.items()}, file)
     weights: dict[str, Tensor] = {}
     for tensor in reader.tensors:
         try:
@@ -82,10 +84,17 @@ def read_header(path: Path | str) -> Header:
     """The shape, the tokenizer and the licence of a file, without its weights. Errors as `load`."""
     file = find(path)
     _, reader, metadata = _open(file)
-    shapes = {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
     types = Counter(tensor.tensor_type.name for tensor in reader.tensors)
     license = str(metadata.get("general.license", ""))
-    return Header(_config(metadata, shapes, file), _tokenizer(metadata, file), dict(types), license)
+    return Header(*_describe(metadata, _shapes(reader), file), dict(types), license)
+
+
+def read_stage(file: Path) -> str:
+    """The stage of ours that wrote a file; "" where it is another's, no GGUF file or not there."""
+    try:
+        return str(_open(file)[2].get(STAGE, ""))
+    except (FileNotFoundError, DataError):
+        return ""
 
 
 def _open(file: Path) -> tuple[Any, Any, dict[str, Any]]:
@@ -101,12 +110,32 @@ def _open(file: Path) -> tuple[Any, Any, dict[str, Any]]:
         raise DataError(f"{file}: not a complete GGUF file: {error}") from error
 
 
+def _shapes(reader: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, by GGUF's name."""
+    return {tensor.name: tuple(int(n) for n in reversed(tensor.shape)) for tensor in reader.tensors}
+
+
+def _describe(
+    metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]], file: Path
+) -> tuple[ModelConfig, Tokenizer]:
+    config, tokenizer = _config(metadata, shapes, file), _tokenizer(metadata, file)
+    check_vocabulary(tokenizer, config, file)
+    return config, tokenizer
+
+
 def save(
-    model: Transformer, tokenizer: Tokenizer, file: Path, *, dtype: str = "fp32", name: str = "", license: str = ""
+    model: Transformer,
+    tokenizer: Tokenizer,
+    file: Path,
+    *,
+    dtype: str = "fp32",
+    name: str = "",
+    license: str = "",
+    stage: str = "",
 ) -> None:
     """Write a file that llama.cpp runs, whole or not at all: matrices as `dtype` of KINDS says, norms in float32.
 
-    ConfigError where a tokenizer or a shape has no place in GGUF.
+    `stage` is what `read_stage` gives back. ConfigError where a tokenizer or a shape has no place in GGUF.
     """
     try:
         import gguf
@@ -127,6 +156,8 @@ def save(
             writer.add_name(name)
         if license:
             writer.add_license(license)
+        if stage:
+            writer.add_string(STAGE, stage)
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "fp32" else f"MOSTLY_{kind.name}"])
         _add_shape(writer, config)
         _add_vocabulary(writer, vocabulary)
@@ -143,6 +174,7 @@ def save(
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(file)
+        sync_folder(file.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -213,25 +245,24 @@ def _config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]], file: 
             raise DataError(f"{file}: llama.{name} is missing")
         return found
 
-    dim, heads = value("embedding_length"), value("attention.head_count")
-    for name, plain in (("rope.scaling.type", "none"), ("expert_count", 0), ("rope.dimension_count", dim // heads)):
-        if value(name, plain) != plain:
-            raise ConfigError(f"{file}: llama.{name} {value(name)!r} is not supported: Llama 2 has none like it")
-    return shape_of(
+    heads, epsilon = value("attention.head_count"), value("attention.layer_norm_rms_epsilon")
+    shape = shape_of(
         file,
-        dim=dim,
+        dim=value("embedding_length"),
         n_layers=value("block_count"),
         n_heads=heads,
         n_kv_heads=value("attention.head_count_kv", heads),
         vocab_size=shapes["token_embd.weight"][0],
         ffn_hidden=value("feed_forward_length"),
         max_seq_len=value("context_length"),
-        norm_eps=float(
-            f"{value('attention.layer_norm_rms_epsilon'):.7g}"
-        ),  # Stored as float32: 9.99999975e-06 is 1e-5.
+        norm_eps=float(f"{epsilon:.7g}") if isinstance(epsilon, float) else epsilon,  # float32's 9.99999975e-06 is 1e-5
         rope_theta=value("rope.freq_base", 10000.0),
         tie_embeddings="output.weight" not in shapes,
     )
+    for name, plain in (("rope.scaling.type", "none"), ("expert_count", 0), ("rope.dimension_count", shape.head_dim)):
+        if value(name, plain) != plain:
+            raise ConfigError(f"{file}: llama.{name} {value(name)!r} is not supported: Llama 2 has none like it")
+    return shape
 
 
 def _add_shape(writer: Any, config: ModelConfig) -> None:
@@ -266,8 +297,8 @@ def _tokenizer(metadata: dict[str, Any], file: Path) -> Tokenizer:
             return _sentencepiece(metadata)
         if kind == "gpt2":
             return _byte_level(metadata, file)
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{file}: its tokenizer is not complete: {error}") from error
+    except (LookupError, ValueError, TypeError, AttributeError, OverflowError, struct.error) as error:
+        raise DataError(f"{file}: its tokenizer is damaged or not complete: {error}") from error
     raise ConfigError(f"{file}: tokenizer.ggml.model {kind!r} is not supported: 'llama' and 'gpt2' are")
 
 
@@ -295,7 +326,10 @@ def _byte_level(metadata: dict[str, Any], file: Path) -> Tokenizer:
         )
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    try:
+        backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    except Exception as error:  # The package raises bare Exceptions.
+        raise ValueError(str(error)) from error
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*digits[split], byte_level])
     backend.decoder = decoders.ByteLevel()

@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from puna import parallel
 from puna.config import ConfigError, DataError
-from puna.formats import LARGEST, build, check_shapes, shape_of
+from puna.formats import LARGEST, build, check_shapes, check_vocabulary, shape_of
 from puna.formats.folders import replacing, standing
 from puna.model.moe import MoEConfig
 from puna.model.reward import RewardModel
@@ -162,10 +162,22 @@ def load_reward_model(folder: Path, dtype: torch.dtype = torch.float32) -> Rewar
     return model.requires_grad_()
 
 
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a chat or a reward model's folder, whose weights are not read.
+
+    ConfigError, naming the folder, where there is none or it is another model's.
+    """
+    folder = standing(folder)
+    tokenizer = tokenizers.load(folder)
+    is_reward = any(is_classifier(str(name)) for name in _read_object(folder).get("architectures") or [])
+    check_vocabulary(tokenizer, read_config(folder, CLASSIFIER if is_reward else CAUSAL), folder)
+    return tokenizer
+
+
 def check_alike(folder: Path, tokenizer: Tokenizer, context: int, architecture: str = CLASSIFIER) -> None:
     """ConfigError where a folder's model reads other tokens than a policy writes, or fewer than its context."""
     folder = standing(folder)
-    if tokenizers.load(folder).sha256 != tokenizer.sha256:
+    if load_tokenizer(folder).sha256 != tokenizer.sha256:
         raise ConfigError(f"{folder}: this model has another tokenizer than the policy that it is to read")
     own = read_config(folder, architecture).max_seq_len
     if own < context:
@@ -174,15 +186,7 @@ def check_alike(folder: Path, tokenizer: Tokenizer, context: int, architecture: 
 
 def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
     """The model's shape from config.json. ConfigError where it asks for what Llama 2's architecture does not have."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{folder}: no config.json: not a Hugging Face model folder")
-    try:
-        config: dict[str, Any] = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: not a JSON object")
+    path, config = folder / "config.json", _read_object(folder)
     named = config.get("architectures") or []
     has_experts = any(str(name).startswith("Mixtral") for name in named)
     if architecture not in named and of_mixtral(architecture) not in named:
@@ -218,6 +222,20 @@ def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
         if present:
             raise ConfigError(f"{path}: {key} {config.get(key, rope)} is not supported: Llama 2 has none like it")
     return shape
+
+
+def _read_object(folder: Path) -> dict[str, Any]:
+    """The folder's config.json. ConfigError where there is none, DataError where it is damaged."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ConfigError(f"{folder}: no config.json: not a Hugging Face model folder")
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return config
 
 
 def is_classifier(architecture: str) -> bool:

@@ -98,8 +98,9 @@ def save(
     shards: int = 1,
     dtype: torch.dtype | None = None,
     provenance: dict[str, Any] | None = None,
+    texts: dict[str, str] | None = None,
 ) -> None:
-    """Write the folder, whole or not at all; an older one of that name is replaced.
+    """Write the folder, whole or not at all; an older one of that name is replaced. `texts` are further files by name.
 
     ConfigError where `shards` does not divide the model, or the tokenizer is not the SentencePiece model of as many
     ids that Meta's code takes the vocabulary from.
@@ -124,6 +125,8 @@ def save(
         for rank in range(shards):
             part = {name: _slice(name, tensor, rank, shards) for name, tensor in weights.items()}
             torch.save(part, made / f"consolidated.{rank:02d}.pth")
+        for name, text in (texts or {}).items():
+            (made / name).write_text(text, encoding="utf-8")
         tokenizer.save(made)
         listed = sorted(path for path in made.iterdir() if path.name == PARAMS or SHARD.fullmatch(path.name))
         (made / CHECKLIST).write_text("".join(f"{_md5(path)}  {path.name}\n" for path in listed))

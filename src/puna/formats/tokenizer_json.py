@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from puna.text import chat
-from puna.text.pieces import CONTROL, NORMAL, UNKNOWN, Pieces, read_pieces
+from puna.text.pieces import CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Pieces, read_pieces
 from puna.text.tokenizer import SentencePieceTokenizer
 
 SPACE = "\u2581"
@@ -15,9 +15,12 @@ OUTSIDE = (UNKNOWN, CONTROL)
 
 
 def files(tokenizer: SentencePieceTokenizer) -> dict[str, str]:
-    """tokenizer.json and tokenizer_config.json; {} for a model that is not as Llama's: BPE without normalisation."""
+    """tokenizer.json and tokenizer_config.json; {} for a model that is not as Llama's.
+
+    That is BPE without normalisation and without user-defined symbols, which stand outside the merges.
+    """
     read = read_pieces(tokenizer.serialized)
-    if not (read.is_bpe and read.is_plain):
+    if not (read.is_bpe and read.is_plain) or any(kind == USER_DEFINED for _, _, kind in read.pieces):
         return {}
     bos, eos, unk = (read.pieces[i][0] for i in (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id))
     config = {

@@ -25,7 +25,6 @@ from puna.model.reward import RewardModel, ValueHead
 from puna.model.transformer import Transformer
 from puna.parallel import ParallelConfig
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 from puna.types import Completion, Engine
 
@@ -69,7 +68,7 @@ def load(
     ConfigError where a reward model cannot read what the policy writes, or
     several processes are to share a critic that shares the policy's body.
     """
-    tokenizer = tokenizers.load(init)
+    tokenizer = huggingface.load_tokenizer(init)
     how: Any = (device, cfg, precision)
     helpfulness, safety, gold = (scorer(path, init, tokenizer, how) if path else None for path in rewards)
     assert helpfulness and safety

@@ -18,7 +18,6 @@ from puna.generate.vllm import VLLMEngine
 from puna.generate.weights import pack, whole
 from puna.model.transformer import Transformer
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 from puna.types import Completion, Dialog, Engine
 
@@ -32,12 +31,12 @@ def open_engine(folder: Path, device: torch.device, server: str = "") -> Engine:
     With the address of a vLLM `server` it is that one, which is told to load the folder (puna.generate.vllm).
     """
     if server:
-        engine = VLLMEngine(server, tokenizers.load(folder))
+        engine = VLLMEngine(server, huggingface.load_tokenizer(folder))
         engine.load(folder)
         return engine
     dtype = parallel.dtype("bf16", device)
     model = pack(huggingface.load_model(folder, dtype=dtype).to(device), "bf16" if dtype == torch.bfloat16 else "fp32")
-    return LocalEngine(model, tokenizers.load(folder), max_batch_size=BULK_BATCH_SIZE)
+    return LocalEngine(model, huggingface.load_tokenizer(folder), max_batch_size=BULK_BATCH_SIZE)
 
 
 class _Stream(NamedTuple):

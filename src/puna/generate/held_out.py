@@ -14,7 +14,10 @@ from torch import Tensor
 
 from puna import parallel
 from puna.config import DataError
+from puna.formats import huggingface
+from puna.model.transformer import Transformer
 from puna.run_folder import RunFolder, write_atomically
+from puna.text.tokenizer import Tokenizer
 from puna.types import Completion
 
 
@@ -41,6 +44,14 @@ def keep_answers(
         for prompt, completion, reward in zip(prompts, completions, rewards.tolist(), strict=True)
     ]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def keep_policy(
+    policy: Transformer, tokenizer: Tokenizer, folder: Path, iteration: int, provenance: dict[str, Any]
+) -> None:
+    """Save the policy of a measurement that is the best so far; all ranks call this."""
+    path = kept_policy(folder, iteration)
+    huggingface.save_model(policy, tokenizer, path, provenance=provenance | {"iteration": iteration})
 
 
 def mean_score(scores: Tensor, completions: Sequence[Completion], penalty: float) -> float:

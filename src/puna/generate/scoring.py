@@ -17,9 +17,8 @@ from puna.formats import find, huggingface
 from puna.model.reward import RewardModel
 from puna.model.transformer import Transformer
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
-from puna.types import Dialog
+from puna.types import Dialog, Engine
 
 
 class Scale(NamedTuple):
@@ -106,8 +105,17 @@ def open_scorer(path: Path, device: torch.device, *, precision: str = "fp32", no
     stored = find.read_object(folder / huggingface.PROVENANCE).get("scale")
     if normalise and stored is None:
         raise ConfigError(f"{folder}: its puna.json has no scale: train it again, or leave normalise away")
-    model, tokenizer = huggingface.load_reward_model(folder).to(device), tokenizers.load(folder)
+    model, tokenizer = huggingface.load_reward_model(folder).to(device), huggingface.load_tokenizer(folder)
     return Scorer(model, tokenizer, precision=precision, scale=Scale(**stored) if normalise and stored else None)
+
+
+def open_judge(folder: Path, engine: Engine, device: torch.device) -> Scorer:
+    """The reward model of a folder as a Scorer of what an engine writes, in bfloat16 where the machine computes in it.
+
+    ConfigError where it reads other tokens than the engine's, or fewer than its context.
+    """
+    huggingface.check_alike(folder, engine.tokenizer, engine.context)
+    return Scorer(huggingface.load_reward_model(folder).to(device), engine.tokenizer, precision="bf16")
 
 
 def combined_reward(safety: Tensor, helpfulness: Tensor, is_safety: Sequence[bool], threshold: float) -> Tensor:

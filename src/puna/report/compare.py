@@ -7,7 +7,8 @@
 
 A trained policy's KL is that of answers to its training prompts at the temperature that it was trained at, 1 unless it
 was told another. The formula of the best of n holds for answers drawn at temperature 1 from all tokens: rejection
-sampling's curve is drawn where its were.
+sampling's curve is drawn where its were. What the judge saw was drawn as evaluations draw (0.6, top-p 0.9 unless told
+otherwise): there the best of n's KL is from such draws, a policy's from its training's.
 
 Runs compare on equal terms where they have one world, one SFT model and the same prompts (docs/guides/baselines.md). A
 reward is that of the run's own reward models: of other models it is another scale.

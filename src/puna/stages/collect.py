@@ -5,8 +5,8 @@
 3. Helpfulness and safety prompts make separate batches; in the safety batch, pairs whose chosen answer is unsafe while
    the rejected one is safe are left out.
 
-Where the paper is silent: pairs of identical answers are skipped and counted; each prompt goes to one annotator of the
-pool in turn.
+Where the paper is silent: pairs of identical answers, or with one that did not end, are skipped and counted; each
+prompt goes to one annotator of the pool in turn.
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ def answer(
                 seed=2 * seed + side,
             )
             for i, (completion,) in zip(mine, completions, strict=True):
-                pairs[i].append({"text": completion.text, "model": names[index], "temperature": temperatures[i]})
+                told = {"text": completion.text, "finished": completion.finished}
+                pairs[i].append(told | {"model": names[index], "temperature": temperatures[i]})
     return pairs
 
 
@@ -141,6 +142,8 @@ def record(prompt: Prompt, pair: Sequence[dict[str, Any]], annotator: Annotator,
     first, second = (answer["text"].strip() for answer in pair)
     if not first or not second or first == second:
         return {"skip": "identical answers" if first == second else "an empty answer", "domain": domain}
+    if not all(answer["finished"] for answer in pair):
+        return {"skip": "an answer that did not end", "domain": domain}
     if chat.marker_in(first) or chat.marker_in(second):
         return {"skip": "an answer with a chat tag", "domain": domain}
     judgement: Judgement = annotator(prompt, first, second)

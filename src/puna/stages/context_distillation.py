@@ -22,10 +22,9 @@ from puna import config, parallel
 from puna.config import known, positive, within
 from puna.data import readers
 from puna.data.map_shards import map_shards
-from puna.data.prompts import Prompt, fitting, read_prompts
-from puna.formats import huggingface
+from puna.data.prompts import Prompt, fitting, read_tagged
 from puna.generate.engine import open_engine
-from puna.generate.scoring import Scorer
+from puna.generate.scoring import Scorer, open_judge
 from puna.run_folder import Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.types import Dialog, Engine, Message
@@ -42,6 +41,8 @@ class ContextDistillationConfig:
     reward_safety: Path
     prompts: tuple[Path, ...]
     """prompt files; only prompts tagged as safety are used."""
+    safety_prompts: tuple[Path, ...] = ()
+    """more of them, all tagged."""
     format: str = "prompts"
     """how to read them (see puna.data.readers)."""
     preprompts: str = "general"
@@ -109,13 +110,12 @@ def run(cfg: ContextDistillationConfig) -> Path:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("context_distillation"):
             return folder.path
-        tagged = [p for p in read_prompts(cfg.prompts, cfg.format) if p["is_safety"]]
+        tagged = read_tagged(cfg.prompts, cfg.format, cfg.safety_prompts)
         engine = open_engine(cfg.init, device, cfg.vllm)
-        prompts = fitting(tagged, engine.tokenizer, engine.context) if tagged else []
+        prompts = fitting(tagged, engine.tokenizer, engine.context)
         left_out = len(tagged) - len(prompts)
         prompts = prompts[: cfg.limit] if cfg.limit else prompts
-        reward_model = huggingface.load_reward_model(cfg.reward_safety).to(device)
-        safety = Scorer(reward_model, engine.tokenizer, precision="bf16")
+        safety = open_judge(cfg.reward_safety, engine, device)
         progress = Progress("context distillation", len(prompts), unit="prompt")
 
         def work(number: int, shard: Sequence[Prompt]) -> list[dict[str, Any]]:
@@ -186,7 +186,7 @@ def _with_system(text: str, dialog: Dialog) -> Dialog:
 
 
 def _answers(cfg: ContextDistillationConfig, engine: Engine, dialogs: Sequence[Dialog], seed: int) -> list[str]:
-    """An answer to each dialog; "" where it did not end, holds a chat tag, or a preprompt left it no room."""
+    """An answer to each dialog; "" where it cannot stand in one, or a preprompt left it no room."""
     fit = [i for i, dialog in enumerate(dialogs) if chat.fits(dialog, engine.tokenizer, engine.context)]
     completions = engine.generate(
         [dialogs[i] for i in fit],
@@ -197,7 +197,9 @@ def _answers(cfg: ContextDistillationConfig, engine: Engine, dialogs: Sequence[D
     )
     answers = [""] * len(dialogs)
     for i, (completion,) in zip(fit, completions, strict=True):
-        answers[i] = completion.text.strip() if chat.usable(completion) else ""
+        answers[i] = (
+            completion.text.strip() if chat.stands(dialogs[i], completion, engine.tokenizer, engine.context) else ""
+        )
     return answers
 
 

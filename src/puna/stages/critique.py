@@ -25,13 +25,12 @@ from puna import config, parallel
 from puna.config import DataError, known, positive, within
 from puna.data import comparisons, readers
 from puna.data.map_shards import map_shards
-from puna.data.prompts import Prompt, fitting, read_prompts
+from puna.data.prompts import Prompt, fitting, read_tagged
 from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import sequence_logprobs
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.types import Dialog, Message, Preference
 
 
@@ -45,6 +44,8 @@ class CritiqueConfig:
     """the chat model."""
     prompts: tuple[Path, ...]
     """prompt files; only prompts tagged as safety are used."""
+    safety_prompts: tuple[Path, ...] = ()
+    """more of them, all tagged."""
     format: str = "prompts"
     """how to read them (see puna.data.readers)."""
     task: Literal["revise", "compare"] = "revise"
@@ -121,8 +122,8 @@ def run(cfg: CritiqueConfig) -> Path:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("critique"):
             return folder.path
-        engine = LocalEngine(huggingface.load_model(cfg.init).to(device), tokenizers.load(cfg.init))
-        tagged = [prompt for prompt in read_prompts(cfg.prompts, cfg.format) if prompt["is_safety"]]
+        engine = LocalEngine(huggingface.load_model(cfg.init).to(device), huggingface.load_tokenizer(cfg.init))
+        tagged = read_tagged(cfg.prompts, cfg.format, cfg.safety_prompts)
         prompts = fitting(tagged, engine.tokenizer, engine.context)[: cfg.limit or None]
         progress = Progress(cfg.task, len(prompts), unit="prompt")
         task = revised if cfg.task == "revise" else compared

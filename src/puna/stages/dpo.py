@@ -31,7 +31,6 @@ from puna.data import comparisons, loader, packing
 from puna.formats import huggingface
 from puna.model.transformer import Transformer
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
-from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 
 Pair = tuple[list[int], list[int]]
@@ -95,7 +94,7 @@ def run(cfg: DPOConfig) -> Path:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("dpo"):
             return model_path
-        tokenizer = tokenizers.load(cfg.init)
+        tokenizer = huggingface.load_tokenizer(cfg.init)
         if cfg.reference:
             context = huggingface.read_config(cfg.init).max_seq_len
             huggingface.check_alike(cfg.reference, tokenizer, context, huggingface.CAUSAL)
@@ -114,7 +113,8 @@ def run(cfg: DPOConfig) -> Path:
                 pairs = [train[i] for i in steps[step][parallel.share(len(steps[step]))]]
                 numbers = update(cfg, policy, reference, pairs, device)
                 norm, lr = optim.clip_and_step([policy], optimizer, cfg.optim, step, len(steps))
-                rate = sum(len(chosen) + len(rejected) for chosen, rejected in pairs) / (time.perf_counter() - began)
+                n_tokens = sum(len(answer) for i in steps[step] for answer in train[i])
+                rate = n_tokens / (time.perf_counter() - began)
                 metrics.log(step=step, **numbers, lr=lr, grad_norm=norm, tokens_per_second=rate)
                 progress.update(loss=numbers["loss"], tokens_per_second=rate)
                 if step + 1 < len(steps):

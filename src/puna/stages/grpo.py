@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -33,12 +32,11 @@ from puna.data.prompts import Prompt, apart, fitting, read_prompts
 from puna.formats import huggingface
 from puna.generate.actor_critic import action_logprobs, draw, sampler, scorer
 from puna.generate.engine import LocalEngine
-from puna.generate.held_out import Best, keep_answers, kept_policy, mean_score, publish
+from puna.generate.held_out import Best, keep_answers, keep_policy, mean_score, publish
 from puna.generate.scoring import Judges
 from puna.model.transformer import Transformer
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 from puna.types import Completion, Engine
 
@@ -188,7 +186,7 @@ def run(cfg: GRPOConfig) -> Path:
 
 def load(cfg: GRPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, both reward models frozen."""
-    tokenizer = tokenizers.load(cfg.init)
+    tokenizer = huggingface.load_tokenizer(cfg.init)
     how: Any = (device, cfg.parallel, cfg.precision)
     rewards = cfg.reward_helpfulness, cfg.reward_safety
     helpfulness, safety = (scorer(path, cfg.init, tokenizer, how) for path in rewards)
@@ -264,16 +262,14 @@ def update(
     """4: one gradient step a mini-batch; the iteration's numbers, averaged over mini-batches."""
     began = time.perf_counter()
     sums: dict[str, float] = {}
-    n_updates = 0
-    for epoch in range(cfg.inner_epochs):
-        order = np.random.default_rng((cfg.seed, iteration, epoch)).permutation(len(rollout.tokens))
-        for begin in range(0, len(order), cfg.mini_batch_size):
-            numbers = accumulate(cfg, models, rollout, order[begin : begin + cfg.mini_batch_size].tolist())
-            norm, _ = optim.clip_and_step([models.policy], optimizer, cfg.optim, iteration, n_steps)
-            for name, number in (numbers | {"grad_norm": norm}).items():
-                sums[name] = sums.get(name, 0.0) + number
-            n_updates += 1
-    averages = {name: value / n_updates for name, value in sums.items()}
+    shuffled = cfg.inner_epochs, (cfg.seed, iteration), parallel.data_size()
+    mini_batches = loader.steps_of_epochs(len(rollout.tokens), cfg.mini_batch_size, *shuffled)
+    for members in mini_batches:
+        numbers = accumulate(cfg, models, rollout, members.tolist())
+        norm, _ = optim.clip_and_step([models.policy], optimizer, cfg.optim, iteration, n_steps)
+        for name, number in (numbers | {"grad_norm": norm}).items():
+            sums[name] = sums.get(name, 0.0) + number
+    averages = {name: value / len(mini_batches) for name, value in sums.items()}
     return averages | {"seconds_update": time.perf_counter() - began}
 
 
@@ -283,7 +279,7 @@ def accumulate(cfg: GRPOConfig, models: Models, rollout: Rollout, members: list[
     average = cfg.average or AVERAGE[cfg.advantage]
     mine, weights = members[share], losses.token_weights(rollout.action_mask[members], average)[share]
     lengths = packing.acted_lengths(rollout.action_mask[mine])
-    sums: dict[str, Tensor] = {}
+    seen: list[dict[str, Tensor]] = []
     for part in packing.passes(lengths, cfg.micro_batch_tokens):
         rows, end = [mine[i] for i in part], max(lengths[i] for i in part)
         tokens, advantage = rollout.tokens[rows, :end].to(models.device), rollout.advantages[rows].to(models.device)
@@ -298,10 +294,8 @@ def accumulate(cfg: GRPOConfig, models: Models, rollout: Rollout, members: list[
         parallel.backward(policy_loss + cfg.beta * kl_loss if cfg.advantage == "grpo" else policy_loss)
         with torch.no_grad():
             moved = losses.clip_numbers(logprobs, old, weight, cfg.clip)
-        for name, number in (moved | {"policy_loss": policy_loss, "kl_loss": kl_loss}).items():
-            sums[name] = sums[name] + number.detach() if name in sums else number.detach()
-    totals = parallel.total(torch.stack(list(sums.values())))
-    return dict(zip(sums, totals.tolist(), strict=True))
+        seen.append(moved | {"policy_loss": policy_loss.detach(), "kl_loss": kl_loss.detach()})
+    return parallel.totals(seen)
 
 
 def measure(
@@ -313,6 +307,5 @@ def measure(
     reward = mean_score(losses.logit(scores["reward"]), completions, cfg.missing_eos_penalty)
     if not reward > best.reward:  # so that what is not a number is never the best
         return best
-    provenance = {"stage": cfg.advantage, "parent": str(cfg.init), "iteration": iteration}
-    huggingface.save_model(models.policy, models.tokenizer, kept_policy(folder, iteration), provenance=provenance)
+    keep_policy(models.policy, models.tokenizer, folder, iteration, {"stage": cfg.advantage, "parent": str(cfg.init)})
     return Best(iteration, reward)

@@ -24,7 +24,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from puna.data.shards import Shard
 from puna.formats import huggingface
 from puna.generate import actor_critic
 from puna.generate.actor_critic import Critic, Models, Sampled
-from puna.generate.held_out import Best, keep_answers, kept_policy, mean_score, publish
+from puna.generate.held_out import Best, keep_answers, keep_policy, mean_score, publish
 from puna.generate.vllm import VLLMEngine
 from puna.losses import Moments
 from puna.run_folder import Metrics, Progress, RunFolder, read_metrics
@@ -193,7 +193,7 @@ def run(cfg: PPOConfig) -> Path:
         if folder.done("ppo"):
             return model_path
         models = load(cfg, device)
-        asked, held_out, left_out = read(cfg, models.tokenizer)
+        asked, held_out, left_out = read(cfg, models.tokenizer, models.engine.context)
         text = read_text(cfg, models.tokenizer) if cfg.pretrain_data else None
         optimizer = optim.adamw(
             cfg.optim,
@@ -211,6 +211,8 @@ def run(cfg: PPOConfig) -> Path:
         progress = Progress("ppo", len(batches), unit="iteration", start=start)
         with Saver(folder.path / "checkpoints", models.trained, optimizer, cfg.checkpoint_every) as saver:
             for iteration in range(start, len(batches)):
+                if cfg.stop_on_hacking and monitors.signs(history):
+                    break
                 if iteration % cfg.evaluate_every == 0:
                     state = measure(cfg, models, held_out, iteration, state, folder.path)
                     since = iteration - max(state.best_iteration, cfg.critic_warmup)
@@ -230,12 +232,9 @@ def run(cfg: PPOConfig) -> Path:
                 history.append(numbers)
                 for sentence in monitors.begun(history):
                     progress.warn(sentence)
-                signs = monitors.signs(history)
-                metrics.log(step=iteration, **numbers, warnings=" ".join(signs.values()))
+                metrics.log(step=iteration, **numbers, warnings=" ".join(monitors.signs(history).values()))
                 progress.update(reward=numbers["reward"], kl=numbers["kl"], tokens_per_second=rate)
                 saver.after(iteration + 1, asdict(state))
-                if cfg.stop_on_hacking and signs:
-                    break
             else:
                 state = measure(cfg, models, held_out, len(batches), state, folder.path)
         progress.close()
@@ -243,9 +242,8 @@ def run(cfg: PPOConfig) -> Path:
         return model_path
 
 
-def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Prompt], int]:
+def read(cfg: PPOConfig, tokenizer: Tokenizer, context: int) -> tuple[list[Prompt], list[Prompt], int]:
     """The prompts to train on, the held-out ones, and how many were too long for either."""
-    context = huggingface.read_config(cfg.init).max_seq_len
     every = prompts.read_prompts(cfg.prompts, cfg.format, cfg.safety_prompts)
     fit = prompts.fitting(every, tokenizer, context, cfg.max_prompt_tokens)
     left_out = len(every) - len(fit)
@@ -261,7 +259,7 @@ def read(cfg: PPOConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], list[Promp
 def read_text(cfg: PPOConfig, tokenizer: Tokenizer) -> Shard:
     """The text of PPO-ptx. ConfigError where it, or the model's context, holds no window of it."""
     assert cfg.pretrain_data is not None
-    text, context = shards.read_shard(cfg.pretrain_data, tokenizer), huggingface.read_config(cfg.init).max_seq_len
+    text, context = shards.read_sound(cfg.pretrain_data, tokenizer), huggingface.read_config(cfg.init).max_seq_len
     if cfg.pretrain_seq_len > min(context, len(text.tokens) - 1):
         raise ConfigError(
             f"pretrain_seq_len is {cfg.pretrain_seq_len}: {cfg.pretrain_data} has {len(text.tokens)} tokens, "
@@ -283,7 +281,9 @@ def load(cfg: PPOConfig, device: torch.device) -> Models:
 
 def sample(cfg: PPOConfig, models: Models, asked: Sequence[Prompt], seed: int) -> Sampled:
     """1 and 2: one answer of the policy to each prompt, and its scores."""
-    models.engine.update_weights(actor_critic.sampler(models.policy, cfg.sample_precision, models.device))
+    served = isinstance(models.engine, VLLMEngine)  # which takes a sharded policy without gathering it here
+    policy = models.policy if served else actor_critic.sampler(models.policy, cfg.sample_precision, models.device)
+    models.engine.update_weights(policy)
     return actor_critic.sample(models, asked, seed, cfg.max_new_tokens, cfg.temperature, cfg.threshold)
 
 
@@ -351,27 +351,23 @@ def update(
     advantages, returns = learnable(cfg, rollout, record)
     record(policy_weights=models.policy.norm.weight[None], critic_weights=models.value.score.weight)
     sums: dict[str, float] = {}
-    n_updates = 0
-    done = iteration * cfg.inner_epochs * math.ceil(len(rollout.tokens) / cfg.mini_batch_size)
-    for epoch in range(cfg.inner_epochs):
-        order = np.random.default_rng((cfg.seed, iteration, epoch)).permutation(len(rollout.tokens))
-        for begin in range(0, len(order), cfg.mini_batch_size):
-            members = order[begin : begin + cfg.mini_batch_size].tolist()
-            numbers = accumulate(cfg, models, rollout, advantages, returns, members, record)
-            record(**{f"update_{name}": torch.tensor([number]) for name, number in numbers.items()})
-            if iteration < cfg.critic_warmup:
-                models.policy.zero_grad(set_to_none=True)
-            elif text is not None:
-                windows = loader.windows(text, cfg.pretrain_seq_len, cfg.pretrain_windows, done + n_updates, cfg.seed)
-                weighted = cfg.pretrain_coefficient, cfg.micro_batch_tokens
-                numbers["pretrain_loss"] = actor_critic.accumulate_text(models, *windows, *weighted)
-            norm, _ = optim.clip_and_step([models.policy, models.value], optimizer, cfg.optim, iteration, n_steps)
-            for name, number in (numbers | {"grad_norm": norm}).items():
-                sums[name] = sums.get(name, 0.0) + number
-            n_updates += 1
+    shuffled = cfg.inner_epochs, (cfg.seed, iteration), parallel.data_size()
+    mini_batches = loader.steps_of_epochs(len(rollout.tokens), cfg.mini_batch_size, *shuffled)
+    for place, members in enumerate(mini_batches, start=iteration * len(mini_batches)):
+        numbers = accumulate(cfg, models, rollout, advantages, returns, members.tolist(), record)
+        record(**{f"update_{name}": torch.tensor([number]) for name, number in numbers.items()})
+        if iteration < cfg.critic_warmup:
+            models.policy.zero_grad(set_to_none=True)
+        elif text is not None:
+            windows = loader.windows(text, cfg.pretrain_seq_len, cfg.pretrain_windows, place, cfg.seed)
+            weighted = cfg.pretrain_coefficient, cfg.micro_batch_tokens
+            numbers["pretrain_loss"] = actor_critic.accumulate_text(models, *windows, *weighted)
+        norm, _ = optim.clip_and_step([models.policy, models.value], optimizer, cfg.optim, iteration, n_steps)
+        for name, number in (numbers | {"grad_norm": norm}).items():
+            sums[name] = sums.get(name, 0.0) + number
     record(policy_weights=models.policy.norm.weight[None], critic_weights=models.value.score.weight)
     residual = (returns - rollout.values)[rollout.action_mask].var() / returns[rollout.action_mask].var()
-    averages = {name: value / n_updates for name, value in sums.items()}
+    averages = {name: value / len(mini_batches) for name, value in sums.items()}
     return averages | {"explained_variance": 1 - float(residual), "seconds_update": time.perf_counter() - began}
 
 
@@ -400,7 +396,7 @@ def accumulate(
     count = int(rollout.action_mask[members].sum())
     mine = members[parallel.share(len(members))]
     lengths = packing.acted_lengths(rollout.action_mask[mine])
-    sums: dict[str, Tensor] = {}
+    seen: list[dict[str, Tensor]] = []
     for part in packing.passes(lengths, cfg.micro_batch_tokens):
         rows, end = [mine[i] for i in part], max(lengths[i] for i in part)
         tokens = rollout.tokens[rows, :end].to(models.device)
@@ -416,14 +412,12 @@ def accumulate(
         parallel.backward(policy_loss + cfg.value_coefficient * value_loss)
         with torch.no_grad():
             moved = losses.clip_numbers(logprobs, old, mask, cfg.clip) | {"entropy": entropies.sum()}
-        parts = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
-        for name, number in (parts | {name: x / count for name, x in moved.items()}).items():
-            sums[name] = sums[name] + number if name in sums else number
+        losses_ = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
+        seen.append(losses_ | {name: x / count for name, x in moved.items()})
         record(pass_at=rollouts.places(rows, mask), pass_size=mask.sum()[None], pass_values=values[mask])
         record(pass_logprobs=of_actions, pass_entropies=entropies)
     record(update_size=torch.tensor([count]))
-    totals = parallel.total(torch.stack(list(sums.values())))
-    return dict(zip(sums, totals.tolist(), strict=True))
+    return parallel.totals(seen)
 
 
 def measure(
@@ -435,6 +429,5 @@ def measure(
     reward = mean_score(unsquashed(cfg, scores["reward"]), completions, cfg.missing_eos_penalty)
     if not reward > state.best_reward:  # so that what is not a number is never the best
         return state
-    provenance: dict[str, Any] = {"stage": "ppo", "parent": str(cfg.init), "iteration": iteration}
-    huggingface.save_model(models.policy, models.tokenizer, kept_policy(folder, iteration), provenance=provenance)
+    keep_policy(models.policy, models.tokenizer, folder, iteration, {"stage": "ppo", "parent": str(cfg.init)})
     return replace(state, best_iteration=iteration, best_reward=reward)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
-from puna.config import ConfigError, DataError, positive
+from puna.config import ConfigError, DataError, positive, within
 from puna.data import loader, readers, shards
 from puna.formats import huggingface
 from puna.model.moe import MixtureOfExperts
@@ -57,7 +57,8 @@ class PretrainConfig:
     """windows a forward pass on one process."""
     steps: int = 400
     validation_share: float = 0.01
-    """share of documents held out; a prepared folder has its own."""
+    """share of documents held out, at most 0.5: every n-th, n the whole number next to 1/share; a prepared folder has
+    its own."""
     optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=3e-3, warmup_steps=40))
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: matrix products in bfloat16 over float32 weights; over several processes all between them too."""
@@ -70,6 +71,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         positive(self, "seq_len", "batch_size", "micro_batch_size", "steps")
+        within(self, 0, 0.5, "validation_share")
 
 
 def run(cfg: PretrainConfig) -> Path:
@@ -156,8 +158,10 @@ def _write_shards(
 ) -> tuple[shards.Shard, shards.Shard]:
     for name, held_out in (("train", False), ("validation", True)):
         if not (folder / f"{name}.json").exists():
-            shards.write_shard(folder / name, _part(texts(), cfg.validation_share, held_out), tokenizer)
-    return shards.read_shard(folder / "train", tokenizer), shards.read_shard(folder / "validation", tokenizer)
+            share = cfg.validation_share
+            part = (text for i, text in enumerate(texts()) if shards.is_held_out(i, share) == held_out)
+            shards.write_shard(folder / name, part, tokenizer)
+    return shards.read_sound(folder / "train", tokenizer), shards.read_sound(folder / "validation", tokenizer)
 
 
 def update(cfg: PretrainConfig, model: Transformer, data: loader.Data, step: int, device: torch.device) -> float:
@@ -204,11 +208,3 @@ def _loss(cfg: PretrainConfig, model: Transformer, x: Tensor, y: Tensor, count: 
     """A micro-batch's part of the mean: its sum over the step's count, so that how a batch is split changes nothing."""
     with parallel.autocast(cfg.precision, x.device):
         return model(x, targets=y) / count  # type: ignore[no-any-return]
-
-
-def _part(texts: Iterable[str], share: float, held_out: bool) -> Iterator[str]:
-    """Every 1/share-th document is held out; at least the first is."""
-    every = max(2, round(1 / share)) if share > 0 else 0
-    for i, text in enumerate(texts):
-        if (every > 0 and i % every == 0) == held_out:
-            yield text

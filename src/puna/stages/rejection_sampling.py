@@ -30,9 +30,8 @@ from puna.config import DataError, positive, within
 from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, fitting, read_prompts
-from puna.formats import huggingface
 from puna.generate.engine import open_engine
-from puna.generate.scoring import Scorer, combined_reward
+from puna.generate.scoring import combined_reward, open_judge
 from puna.run_folder import Progress, RunFolder, fingerprint, write_atomically
 from puna.text import chat
 from puna.types import Completion, Dialog, Engine, Message, Reward
@@ -146,12 +145,7 @@ def run(cfg: RejectionSamplingConfig) -> Path:
 def load(cfg: RejectionSamplingConfig, device: torch.device) -> Models:
     """The newest chat model and both reward models."""
     engine = open_engine(cfg.init, device, cfg.vllm)
-    for path in (cfg.reward_helpfulness, cfg.reward_safety):
-        huggingface.check_alike(path, engine.tokenizer, engine.context)
-    helpfulness, safety = (
-        Scorer(huggingface.load_reward_model(path).to(device), engine.tokenizer, precision="bf16")
-        for path in (cfg.reward_helpfulness, cfg.reward_safety)
-    )
+    helpfulness, safety = (open_judge(path, engine, device) for path in (cfg.reward_helpfulness, cfg.reward_safety))
     return Models(engine, helpfulness, safety, cfg.threshold)
 
 
@@ -182,7 +176,7 @@ def search(cfg: RejectionSamplingConfig, models: Models, prompts: Sequence[Promp
 def draw(
     cfg: RejectionSamplingConfig, models: Models, prompts: Sequence[Prompt], temperature: float, seed: int
 ) -> tuple[list[list[Completion]], Tensor]:
-    """2: K answers to each of P prompts and their combined rewards (P, K); empty and unended answers get 0."""
+    """2: K answers to each of P prompts and their combined rewards (P, K); 0 where one cannot stand in a dialog."""
     completions = models.engine.generate(
         [prompt["messages"] for prompt in prompts],
         n=cfg.samples,
@@ -192,11 +186,15 @@ def draw(
         seed=seed,
     )
     rewards = torch.zeros(len(prompts), cfg.samples)
-    whole = [(i, j) for i, answers in enumerate(completions) for j, c in enumerate(answers) if chat.usable(c)]
-    dialogs = [answered(prompts[i], completions[i][j].text) for i, j in whole]
+    whole = {
+        (i, j): answered(prompts[i], answer.text)
+        for i, answers in enumerate(completions)
+        for j, answer in enumerate(answers)
+        if chat.stands(prompts[i]["messages"], answer, models.engine.tokenizer, models.engine.context)
+    }
     rows, columns = [i for i, _ in whole], [j for _, j in whole]
     if whole:
-        rewards[rows, columns] = models.reward(dialogs, [prompts[i]["is_safety"] for i in rows])
+        rewards[rows, columns] = models.reward([*whole.values()], [prompts[i]["is_safety"] for i in rows])
     return completions, rewards
 
 
@@ -213,7 +211,7 @@ def select(
     records = []
     for prompt, answers, row in zip(prompts, completions, rewards, strict=True):
         best = int(row.argmax())
-        if chat.usable(answers[best]):
+        if row[best] > 0:  # 0 is no answer
             records.append(
                 {
                     "messages": answered(prompt, answers[best].text),

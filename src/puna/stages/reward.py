@@ -38,7 +38,6 @@ from puna.generate.scoring import Scorer, scale_of
 from puna.model.reward import RewardModel, initial_head
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 from puna.types import Preference
 
@@ -113,7 +112,7 @@ def run(cfg: RewardConfig) -> Path:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("reward"):
             return model_path
-        tokenizer = tokenizers.load(cfg.init)
+        tokenizer = huggingface.load_tokenizer(cfg.init)
         train, test, counts = prepare(cfg, tokenizer)
         model = parallel.place(*begin(cfg), device, cfg.parallel, cfg.precision)
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
@@ -154,10 +153,10 @@ def begin(cfg: RewardConfig) -> tuple[RewardModel, Iterator[tuple[str, Tensor]]]
 
 
 def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Preference], dict[str, float]]:
-    """1: the mixed training pairs, the held-out comparisons, and three counts.
+    """1: the mixed training pairs, the held-out comparisons, and counts.
 
-    They are of the training pairs that are too long, of the lines of all files that cannot be used, and the other's
-    share.
+    They are of the training pairs that are too long, of the lines of all files that cannot be used, of the safety
+    comparisons that prefer harm, and the other's share.
     """
     own, test, bad = comparisons.read_apart(cfg.data, cfg.test, cfg.format, tokenizer, cfg.out)
     read = comparisons.read(cfg.other, cfg.format, tokenizer, cfg.out) if cfg.other else ReadResult()
@@ -165,6 +164,8 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
     rng = np.random.default_rng(cfg.seed)
     if not cfg.test:
         other, _ = comparisons.split(other, comparisons.HELD_OUT, operator.attrgetter("prompt"))
+    harmful = sum(map(comparisons.rewards_harm, [*own, *other]))
+    own, other = ([p for p in part if not comparisons.rewards_harm(p)] for part in (own, other))
     mixed = mix(own, other, cfg.other_share, rng)
     other_share = 1 - len(own) / max(1, len(mixed))  # less than asked for where the other kind has too few
     if cfg.limit:
@@ -182,6 +183,7 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
         {
             "left_out": len(pairs) - len(fitting),
             "set_aside": bad + len(read.bad),
+            "prefer_harm": harmful,
             "other_share": round(other_share, 3),
         },
     )

@@ -22,7 +22,6 @@ from puna.formats import huggingface
 from puna.generate.engine import open_engine
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.types import Engine, Message
 
 
@@ -75,7 +74,7 @@ def run(cfg: SampleConfig) -> Path:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("sample"):
             return folder.path
-        read, tokenizer = read_prompts(cfg.prompts, cfg.format), tokenizers.load(cfg.init)
+        read, tokenizer = read_prompts(cfg.prompts, cfg.format), huggingface.load_tokenizer(cfg.init)
         workers = Workers(cfg.workers, cfg.cluster, cfg.gpus)
         shared = replace(cfg, init=cfg.init.absolute(), threads=cfg.threads or _threads(workers))
         work = partial(answer_shard, shared)

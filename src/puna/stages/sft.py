@@ -29,7 +29,6 @@ from puna.formats import huggingface
 from puna.model.transformer import Transformer
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
-from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 
 
@@ -75,7 +74,7 @@ def run(cfg: SFTConfig) -> Path:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("sft"):
             return model_path
-        tokenizer = tokenizers.load(cfg.init)
+        tokenizer = huggingface.load_tokenizer(cfg.init)
         rows, counts = prepare(cfg, tokenizer)
         model = parallel.place(*huggingface.open_model(cfg.init), device, cfg.parallel, cfg.precision)
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from puna.config import DataError
 from puna.text.tokenizer import Tokenizer
-from puna.types import ChatFormat, Completion, Dialog
+from puna.types import ChatFormat, Completion, Dialog, Message
 
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
@@ -107,6 +107,17 @@ def fits(dialog: Dialog, tokenizer: Tokenizer, context: int) -> bool:
 def usable(completion: Completion) -> bool:
     """Whether a sampled answer can stand in a dialog: it ended by itself, holds text, and no chat tag."""
     return completion.finished and bool(completion.text.strip()) and not marker_in(completion.text)
+
+
+def stands(dialog: Dialog, completion: Completion, tokenizer: Tokenizer, context: int) -> bool:
+    """Whether a usable answer to the dialog fits the context with it, once its text is encoded anew.
+
+    Text that was sampled up to the context's end may take a token more than was sampled.
+    """
+    if not usable(completion):
+        return False
+    answered = [*dialog, Message(role="assistant", content=completion.text.strip())]
+    return len(encode(answered, tokenizer).tokens) <= context
 
 
 def marker_in(text: str) -> str | None:
