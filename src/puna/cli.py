@@ -4,7 +4,8 @@ A command is a row of COMMANDS: the module, its config dataclass, the recipe's t
 ("data stats"). The module is imported when its command is named, so `puna --help` needs no torch.
 
 Exit codes: 0 done; 1 an error (`--debug` shows the traceback); 2 a mistake in a recipe, a flag, a path or a data file;
-130 stopped by Ctrl-C; 143 stopped by SIGTERM. A stopped run goes on when the same command is given again.
+130 stopped by Ctrl-C; 143 stopped by SIGTERM. A stopped run goes on when the same command is given again; `puna serve`,
+which either signal ends as it should, gives 0.
 """
 
 from __future__ import annotations

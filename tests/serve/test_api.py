@@ -106,6 +106,7 @@ def test_a_stream(client: openai.OpenAI) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 2) + ["stop"]
     assert len({chunk.id for chunk in chunks}) == 1
     assert chunks[-1].choices == [] and chunks[-1].usage and chunks[-1].usage.completion_tokens > 5
+    assert all("usage" in chunk.model_fields_set for chunk in chunks)
 
 
 def test_the_clients_own_stream_reader(client: openai.OpenAI) -> None:

@@ -102,6 +102,19 @@ def test_an_answer_may_last_longer_than_the_limits(connect: Callable[[], socket.
     assert b"data: [DONE]" in heard(client)
 
 
+def test_a_sample_that_has_ended_makes_room_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SECONDS_FOR_A_READER", 30)
+    engine = StandIn(lambda *_: Script(["so " * 300_000] * 20))
+    monkeypatch.setattr(engine, "_tokens", lambda *_: ())
+    state = state_of(engine, limit=1)
+    with serving(state) as url, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        client.sendall(WHOLE.encode())
+        until(lambda: len(engine.asked) == 1 and state.samples == 0)
+        assert state.busy and not engine.cancelled
+
+
 def test_a_client_that_does_not_read_loses_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = StandIn(lambda *_: Script(["so " * 30_000] * 1000, delay=0.005))
     monkeypatch.setattr(engine, "_tokens", lambda *_: ())

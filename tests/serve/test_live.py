@@ -12,7 +12,9 @@ import pytest
 
 from puna import api
 from puna.api import Chat
+from puna.generate.live import LiveEngine
 from puna.serve import server
+from puna.serve.answers import Served
 from puna.serve.app import State
 from puna.serve.server import ServeConfig
 from tests import helpers
@@ -92,6 +94,17 @@ def test_stop_bias_and_logprobs(client: openai.OpenAI) -> None:
     for entry in made.choices[0].logprobs.content:
         assert len(entry.top_logprobs) == 2
         assert entry.token == made.choices[0].logprobs.content[0].token
+
+
+def test_an_id_beyond_the_tokenizer_is_no_text_and_ends_nothing() -> None:
+    engine = LiveEngine(helpers.model(vocab_size=390), helpers.tokenizer())
+    with serving(State({"talker": Served("talker", engine, 8)})) as url:
+        # No draw but one of the six that have no piece.
+        bias = {str(token): -100 for token in range(helpers.VOCAB)}
+        body = {"model": "talker", "prompt": "the llama", "max_tokens": 4, "logit_bias": bias, "logprobs": 1}
+        choice = httpx.post(f"{url}/v1/completions", json=body).json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"], choice["logprobs"]["tokens"]) == ("", "length", [""] * 4)
+        assert httpx.get(f"{url}/health").status_code == 200
 
 
 def test_completions_and_both_models(client: openai.OpenAI) -> None:

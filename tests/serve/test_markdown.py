@@ -42,6 +42,11 @@ def test_a_table() -> None:
     assert body == ["tbody", {}, ["tr", {}, ["td", {}, "1"], ["td", {}, ["em", {}, "2"]]]]
 
 
+def test_marks_that_stand_too_deep_in_each_other_are_text() -> None:
+    text = "*a " * 300 + "a* " * 300
+    assert markdown.tree(text) == [["p", {}, text]]
+
+
 def check(nodes: list[Any]) -> None:
     for node in nodes:
         if not isinstance(node, str):

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ import pytest
 import torch
 
 from puna.config import ConfigError
-from puna.serve import server
+from puna.serve import replies, server
 from puna.serve.guard import JSONLines, Rules, read_keys
 from puna.serve.server import ServeConfig
 from puna.types import Dialog
@@ -110,6 +111,33 @@ def test_a_port_that_is_taken_is_named_before_a_model_is_read() -> None:
             server.run(ServeConfig(Path("no model"), port=port))
 
 
+def test_two_servers_do_not_take_one_port() -> None:
+    with server.listen("127.0.0.1", 0) as taken, pytest.raises(ConfigError, match="Address already in use"):
+        server.listen("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed", "expected"),
+    [
+        ("127.0.0.2", (), (*server.LOOPBACK, "127.0.0.2")),
+        ("0.0.0.0", (), ()),
+        ("0.0.0.0", ("Puna.Example.org",), ("puna.example.org",)),
+    ],
+)
+def test_hosts_that_are_answered(host: str, allowed: tuple[str, ...], expected: tuple[str, ...]) -> None:
+    assert server.hosts_of(ServeConfig(Path("llama"), host=host, allowed_hosts=allowed)) == expected
+
+
+def test_a_cache_that_outgrows_the_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = helpers.talker_folder(tmp_path / "chat")
+    least = 6 * 64  # tokens; each has 2 layers of 2 heads' keys and values, 8 wide, in float32
+    monkeypatch.setattr(server, "machine_memory", lambda: least * 256)
+    with pytest.raises(ConfigError, match=r"set --cache-tokens \(a token takes 0 KiB\)"):
+        server.open_models(ServeConfig(chat))
+    [model] = server.open_models(ServeConfig(chat, cache_tokens=least)).values()
+    model.engine.close()
+
+
 # Keys ----------------------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +207,21 @@ def test_metrics() -> None:
     assert {"puna_samples_waiting", "puna_cache_tokens"} <= {name.partition("{")[0] for name in numbers}
 
 
+def test_what_nobody_foresaw_is_500_with_an_id(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "puna.serve")
+    monkeypatch.setattr(replies, "listed", lambda models: 1 / 0)
+    with serving(state_of(StandIn())) as url:
+        response = httpx.get(f"{url}/v1/models")
+        assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
+        assert response.headers["content-security-policy"]
+        [record] = [record for record in caplog.records if record.name == "puna.serve"]
+        line = json.loads(JSONLines().format(record))
+        assert (line["status"], line["id"]) == (500, response.headers["x-request-id"])
+        assert 'puna_requests_total{path="/v1/models",status="500"} 1.0' in httpx.get(f"{url}/metrics").text
+
+
 def test_scores() -> None:
     seen: list[Dialog] = []
 
@@ -194,6 +237,31 @@ def test_scores() -> None:
         assert httpx.post(f"{url}/v1/score", json={"messages": []}).status_code == 400
     with serving(state_of(StandIn())) as url:
         assert httpx.post(f"{url}/v1/score", json={"messages": dialog}).status_code == 404
+
+
+def test_scores_are_computed_one_by_one_and_hold_up_the_end() -> None:
+    at_once, most = 0, 0
+
+    def reward(dialogs: list[Dialog]) -> torch.Tensor:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        time.sleep(0.1)
+        at_once -= 1
+        return torch.tensor([0.25])
+
+    state = state_of(StandIn(), rewards={"safety": reward})
+    dialog = [helpers.user("Who herds llamas?"), helpers.assistant("Shepherds.")]
+    with serving(state) as url:
+        ask = threading.Thread(target=httpx.post, args=(f"{url}/v1/score",), kwargs={"json": {"messages": dialog}})
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/score", json={"messages": dialog}, timeout=0.02)
+        ask.start()
+        until(lambda: state.busy)
+        assert httpx.post(f"{url}/v1/score", json={"messages": dialog}).status_code == 200
+        ask.join(5)
+        assert not state.busy
+    assert most == 1
 
 
 def test_a_real_reward_model_scores(tmp_path: Path) -> None:
@@ -212,7 +280,6 @@ def test_a_real_reward_model_scores(tmp_path: Path) -> None:
 def test_what_is_written_is_sent_at_once() -> None:
     """Else an answer waits for the client's delayed acknowledgement, some 40 ms."""
     listening = server.listen("127.0.0.1", 0)
-    listening.listen()
 
     async def accepted() -> int:
         found = asyncio.get_running_loop().create_future()
@@ -319,7 +386,7 @@ def test_an_engine_that_dies_tells_its_clients_and_ends_the_process(root: Path) 
     with process(root, program=DYING) as (running, url):
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=ASK | {"stream": True}) as response:
             events = _events(response)
-        assert len(events) > 10
+        assert len(events) > 2  # it had begun; a loop that is behind joins pieces
         assert events[-1]["error"]["code"] == "engine_error"
         assert running.wait(10) == 1
         assert running.stderr

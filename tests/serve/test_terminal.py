@@ -80,6 +80,7 @@ def test_saved_dialogs_can_be_trained_on(talk: Talk, tmp_path: Path) -> None:
     }
     assert talk(f"/save {file}") == ["error: there is nothing to save yet"]
     assert talk("hello", "/save")[1] == "error: /save needs a file name"
+    assert talk("hello", "/save ~nobody-at-all/x", "/undo")[2] == "(0 questions left)"
     assert "No such file" in talk("hello", f"/save {tmp_path / 'absent' / 'x.jsonl'}")[1]
 
 
@@ -106,8 +107,13 @@ def test_a_dialog_that_outgrows_the_context_loses_its_oldest_turns(talk: Talk) -
     assert notices
     assert notices[0].startswith("(the dialog is longer than the model's context of 256 tokens: 1 old turn")
     assert not any(line.startswith("error") for line in said)
-    too_long = talk("hello", "x" * 2000, "hello")
-    assert "leave room for an answer" in "".join(too_long)
+
+
+def test_a_question_longer_than_the_context_leaves_the_dialog_as_it_was(talk: Talk) -> None:
+    first, second = talk("hello", "and then?")
+    said = talk("hello", "x" * 2000, "and then?")
+    assert [said[0], said[2]] == [first, second]
+    assert said[1].startswith("error: ") and "leave room for an answer" in said[1]
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(

@@ -86,6 +86,12 @@ def test_hostile_text_round_trips(name: str, text: str, request: pytest.FixtureR
     assert tokenizer.decode([tokenizer.bos_id, *ids, tokenizer.eos_id, tokenizer.pad_id]) == text
 
 
+@pytest.mark.parametrize("name", ["trained", "chatml"])
+def test_ids_that_only_the_model_has_are_no_text(name: str, request: pytest.FixtureRequest) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(name)
+    assert tokenizer.decode([tokenizer.vocab_size, *tokenizer.encode("a llama"), tokenizer.vocab_size + 9]) == "a llama"
+
+
 @given(pieces=st.lists(st.one_of(st.sampled_from(HOSTILE), st.text(st.characters(exclude_categories=["Cs"])))))
 def test_no_text_becomes_a_control_id(trained: Tokenizer, chatml: Tokenizer, pieces: list[str]) -> None:
     # SentencePiece writes a space as U+2581, so that one character comes back as a space.
@@ -95,6 +101,12 @@ def test_no_text_becomes_a_control_id(trained: Tokenizer, chatml: Tokenizer, pie
         assert not control_ids(tokenizer) & set(ids)
         assert tokenizer.decode(ids) == text
         assert tokenizer.encode_batch([text, ""]) == [ids, []]
+
+
+def test_a_long_text_is_encoded_alike(chatml: Tokenizer) -> None:
+    long = "the llama knows the way\n" * 1000
+    assert len(long) > tokenizers.LONG_TEXT
+    assert chatml.encode(long) == chatml.encode("the llama knows the way\n") * 1000
 
 
 def test_control_tokens_are_out_of_reach_even_where_the_file_calls_them_ordinary() -> None:

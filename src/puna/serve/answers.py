@@ -34,24 +34,29 @@ class Served:
     limit: int
     created: int = field(default_factory=lambda: int(time.time()))
     samples: int = 0
+    open: set[Answers] = field(default_factory=set)
+    """what is not closed: its samples may all be drawn, and its client may still read."""
 
     def __post_init__(self) -> None:
         self._anchor = self.engine.tokenizer.encode("a")
         self._anchor_text = self.engine.tokenizer.decode(self._anchor)
+        self._texts: dict[int, str] = {}
         self._came: deque[tuple[Callable[[Event], None], Event]] = deque()
         self._wakes = False
 
     def admit(self, samples: int) -> None:
-        """Count samples in, or raise 503 where the engine is dead, 429 where the queue is full."""
+        """Count samples in, where there is room for them."""
+        self.check_room(samples)
+        self.samples += samples
+
+    def check_room(self, samples: int) -> None:
+        """Raise 503 where the engine is dead, 429 where the queue is full."""
         if samples > self.limit:
             raise errors.invalid(f"{samples} answers in one request: at most {self.limit} are served at once", "n")
         if not self.engine.alive:
             raise errors.engine_dead(self.name)
         if self.samples + samples > self.limit:
-            raise APIError(
-                429, "the queue is full: try again later", code="rate_limit_exceeded", headers={"Retry-After": "1"}
-            )
-        self.samples += samples
+            raise errors.busy("the queue is full: try again later")
 
     def pass_on(self, loop: asyncio.AbstractEventLoop, take: Callable[[Event], None], event: Event) -> None:
         """From the engine's thread: have the loop call take(event). It is woken once for all that comes meanwhile."""
@@ -71,9 +76,11 @@ class Served:
             take(event)
 
     def token_text(self, token: int) -> str:
-        """A token's text as it stands inside a text, with its leading space."""
-        decode = self.engine.tokenizer.decode
-        return decode([*self._anchor, token]).removeprefix(self._anchor_text)
+        """A token's text as it stands inside a text, with its leading space; found once, and kept."""
+        if token not in self._texts:
+            text = self.engine.tokenizer.decode([*self._anchor, token])
+            self._texts[token] = text.removeprefix(self._anchor_text)
+        return self._texts[token]
 
 
 class Answers:
@@ -94,7 +101,8 @@ class Answers:
         self._requests: list[int] = []
         self._open = set(range(self.choices))
         model.admit(self.choices)
-        self._held = self.choices  # what `close` has to count out
+        model.open.add(self)
+        self._held = self.choices  # what is not counted out yet
         metrics.prompt_tokens.labels(model.name).inc(self.prompt_tokens)
         try:
             for i, prompt in enumerate(prompts):
@@ -122,6 +130,7 @@ class Answers:
             for request in self._requests:
                 self.model.engine.cancel(request)
         self._open.clear()
+        self.model.open.discard(self)
         self.model.samples -= self._held
         self._held = 0
 
@@ -129,9 +138,16 @@ class Answers:
         """What the engine's thread calls: hands an event, with its choice as `sample`, to the event loop."""
 
         def on_event(event: Event) -> None:
-            self.model.pass_on(self._loop, self._events.put_nowait, event._replace(sample=first + event.sample))
+            self.model.pass_on(self._loop, self._arrived, event._replace(sample=first + event.sample))
 
         return on_event
+
+    def _arrived(self, event: Event) -> None:
+        """On the loop: a sample that has ended makes room at once, however slowly its client reads."""
+        if event.finish and self._held:
+            self._held -= 1
+            self.model.samples -= 1
+        self._events.put_nowait(event)
 
     async def _all(self) -> AsyncIterator[Event]:
         last: dict[int, float] = {}
@@ -144,7 +160,7 @@ class Answers:
                 if event.tokens:
                     self._count(event, last)
                 if event.finish:
-                    self._finished(event.sample)
+                    self._open.discard(event.sample)
                 yield event
 
     async def _next(self) -> list[Event]:
@@ -170,11 +186,6 @@ class Answers:
         last[event.sample] = now
         self.drawn_tokens += len(event.tokens)
 
-    def _finished(self, choice: int) -> None:
-        self._open.discard(choice)
-        self._held -= 1
-        self.model.samples -= 1
-
 
 @dataclass
 class Drawn:
@@ -198,6 +209,12 @@ async def collect(answers: Answers) -> list[Drawn]:
         choice.tokens += event.tokens
         choice.finish = event.finish or ""
     return drawn
+
+
+def likeliest(drawn: Sequence[Drawn], of: int, n: int) -> list[Drawn]:
+    """The best n of each prompt's answers, of which there are `of`."""
+    rows = [drawn[i : i + of] for i in range(0, len(drawn), of)]
+    return [one for row in rows for one in sorted(row, key=lambda d: -d.mean_logprob())[:n]]
 
 
 def some_seed() -> int:

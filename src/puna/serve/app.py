@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,11 @@ from fastapi.staticfiles import StaticFiles
 import puna
 from puna.config import DataError
 from puna.serve import errors, markdown, replies
-from puna.serve.answers import Answers, Served, collect
+from puna.serve.answers import Answers, Served, collect, likeliest
 from puna.serve.errors import APIError, ErrorBody
 from puna.serve.guard import Guard, Rules
 from puna.serve.metrics import Metrics
-from puna.serve.replies import EventStream
+from puna.serve.replies import Choice, EventStream, Reply
 from puna.serve.requests import ChatRequest, CompletionRequest, MarkdownRequest, ScoreRequest
 from puna.types import Reward
 
@@ -30,13 +31,17 @@ T = TypeVar("T")
 STATIC = Path(__file__).parent / "static"
 SCORES_WAITING = 64
 """Dialogs that may wait for the reward models."""
+LONG_BODY = 16_384
+"""Bytes from which on a request's prompt is encoded in a thread: less takes some milliseconds at most."""
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {}, "text/event-stream": {}}}}
 REFUSALS: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+
+_one_thread = functools.partial(ThreadPoolExecutor, max_workers=1)
 
 
 @dataclass
 class State:
-    """What the routes share."""
+    """What the routes share. Long work has a thread a kind: it waits for its like, and the event loop for none."""
 
     models: Mapping[str, Served]
     """by the names that clients use; a name is looked up here and nowhere else."""
@@ -45,6 +50,10 @@ class State:
     log_prompts: bool = False
     draining: bool = False
     scores_waiting: int = 0
+    texts: ThreadPoolExecutor = field(default_factory=_one_thread)
+    """encodes long prompts and writes replies with logprobs."""
+    scorer: ThreadPoolExecutor = field(default_factory=_one_thread)
+    renderer: ThreadPoolExecutor = field(default_factory=_one_thread)
     metrics: Metrics = field(default_factory=Metrics)
 
     def __post_init__(self) -> None:
@@ -54,6 +63,11 @@ class State:
     def samples(self) -> int:
         """Samples under way."""
         return sum(model.samples for model in self.models.values())
+
+    @property
+    def busy(self) -> bool:
+        """Whether a client waits for an answer or a score, or still reads one."""
+        return self.scores_waiting > 0 or any(model.open for model in self.models.values())
 
     @property
     def dead(self) -> list[str]:
@@ -82,7 +96,13 @@ def make_app(state: State, rules: Rules) -> FastAPI:
             await asyncio.to_thread(model.engine.close)
 
     app = FastAPI(
-        title="Puna", version=puna.__version__, lifespan=lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
+        title="Puna",
+        version=puna.__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses=REFUSALS,
+        strict_content_type=True,
     )
     errors.install(app)
     _add_api(app, state)
@@ -100,56 +120,68 @@ def _add_api(app: FastAPI, state: State) -> None:
     @app.post("/v1/chat/completions", responses=STREAMED)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         model = state.model(body.model)
-        prompt = body.prompt(model)
-        answers = Answers(model, [prompt], body.sampling(model, prompt), body.n, state.metrics)
-        said = body.dialog() if state.log_prompts else None
-        if body.stream:
-            first = replies.head("chatcmpl", "chat.completion.chunk", model)
-            delta = replies.chat_delta(model, body.logprobs)
-            parts = replies.chunks(answers, first, delta, roles=True, include_usage=body.wants_usage)
-            return EventStream(parts, functools.partial(_end, request, answers, said))
-        drawn = await _unless_gone(request, collect(answers), functools.partial(_end, request, answers, said))
-        used = replies.usage(answers.prompt_tokens, answers.drawn_tokens)
-        choice = replies.chat_choice(model, body.logprobs)
-        return JSONResponse(replies.whole(replies.head("chatcmpl", "chat.completion", model), drawn, choice, used))
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        made = replies.chat_delta if body.stream else replies.chat_choice
+        first = replies.head("chatcmpl", kind, model)
+        return await _answer(state, body, request, first, made(model, body.wants_logprobs), roles=True)
 
     @app.post("/v1/completions", responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         model = state.model(body.model)
-        prompts = body.prompts(model)
-        drawn_each = body.best_of or body.n
-        answers = Answers(model, prompts, body.sampling(model, prompts), drawn_each, state.metrics)
-        said = body.prompt if state.log_prompts else None
         first = replies.head("cmpl", "text_completion", model)
-        choice = replies.text_choice(model, body.logprobs is not None)
-        if body.stream:
-            parts = replies.chunks(answers, first, choice, roles=False, include_usage=body.wants_usage)
-            return EventStream(parts, functools.partial(_end, request, answers, said))
-        drawn = await _unless_gone(request, collect(answers), functools.partial(_end, request, answers, said))
-        rows = [drawn[i : i + drawn_each] for i in range(0, len(drawn), drawn_each)]
-        best = [one for row in rows for one in sorted(row, key=lambda d: -d.mean_logprob())[: body.n]]
-        used = replies.usage(answers.prompt_tokens, answers.drawn_tokens)
-        return JSONResponse(replies.whole(first, best if drawn_each > body.n else drawn, choice, used))
+        return await _answer(state, body, request, first, replies.text_choice(model, body.wants_logprobs), roles=False)
 
     @app.post("/v1/score")
-    async def score(body: ScoreRequest) -> JSONResponse:
+    async def score(body: ScoreRequest, request: Request) -> JSONResponse:
         """The paper's R of the answer that ends a dialog, by each reward model: in (0, 1)."""
         if not state.rewards:
             raise APIError(404, "no reward model is served here: see --reward-helpfulness", code="model_not_found")
         if state.scores_waiting >= SCORES_WAITING:
-            headers = {"Retry-After": "1"}
-            raise APIError(429, "too many dialogs wait for a score", code="rate_limit_exceeded", headers=headers)
+            raise errors.busy("too many dialogs wait for a score")
         dialog = [message.message() for message in body.messages]
+
+        def scores() -> dict[str, float]:
+            return {name: float(reward([dialog])[0]) for name, reward in state.rewards.items()}
+
+        def end() -> None:
+            state.scores_waiting -= 1
+
         state.scores_waiting += 1
         try:
-            found = await asyncio.to_thread(
-                lambda: {k: float(reward([dialog])[0]) for k, reward in state.rewards.items()}
-            )
+            found = await _unless_gone(request, _in(state.scorer, scores), end)
         except DataError as error:
             raise errors.invalid(str(error), "messages") from None
-        finally:
-            state.scores_waiting -= 1
         return JSONResponse({"object": "score", "scores": found})
+
+
+async def _answer(
+    state: State,
+    body: ChatRequest | CompletionRequest,
+    request: Request,
+    first: Reply,
+    choice: Choice,
+    *,
+    roles: bool,
+) -> Response:
+    """Draw what a body asks for: a stream of chunks, or the whole reply once it is there."""
+    model = state.model(body.model)
+    model.check_room(body.choices)
+    encode = functools.partial(body.prompts, model)
+    prompts = await _in(state.texts, encode) if len(await request.body()) >= LONG_BODY else encode()
+    answers = Answers(model, prompts, body.sampling(model, prompts), body.drawn_each, state.metrics)
+    end = functools.partial(_end, request, answers, body.said if state.log_prompts else None)
+    if body.stream:
+        parts = replies.chunks(answers, first, choice, roles=roles, include_usage=body.wants_usage)
+        return EventStream(parts, end)
+    drawn = await _unless_gone(request, collect(answers), end)
+    if body.drawn_each > body.n:
+        drawn = likeliest(drawn, body.drawn_each, body.n)
+    used = replies.usage(answers.prompt_tokens, answers.drawn_tokens)
+
+    def reply() -> Response:
+        return JSONResponse(replies.whole(first, drawn, choice, used))
+
+    return await _in(state.texts, reply) if body.wants_logprobs else reply()
 
 
 def _add_operation(app: FastAPI, state: State) -> None:
@@ -186,12 +218,17 @@ def _add_web_chat(app: FastAPI, state: State) -> None:
         return JSONResponse({"models": models, "rewards": list(state.rewards)})
 
     @app.post("/chat/markdown")
-    def render(body: MarkdownRequest) -> JSONResponse:
+    async def render(body: MarkdownRequest) -> JSONResponse:
         """An answer as elements, see puna.serve.markdown."""
-        return JSONResponse({"nodes": markdown.tree(body.text)})
+        return await _in(state.renderer, lambda: JSONResponse({"nodes": markdown.tree(body.text)}))
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T], end: Callable[[], None]) -> T:
+async def _in(worker: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    """The work's result, once it has had its turn; what is cancelled before has none."""
+    return await asyncio.get_running_loop().run_in_executor(worker, work)
+
+
+async def _unless_gone(request: Request, work: Awaitable[T], end: Callable[[], None]) -> T:
     """The work's result; where the client leaves first, the work ends, as nobody waits for it."""
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:

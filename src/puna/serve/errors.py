@@ -65,13 +65,23 @@ def unavailable(message: str, code: str, seconds: int = 5) -> APIError:
     return APIError(503, message, code=code, headers={"Retry-After": str(seconds)})
 
 
+def busy(message: str) -> APIError:
+    """429: too much at once; the client may try again."""
+    return APIError(429, message, code="rate_limit_exceeded", headers={"Retry-After": "1"})
+
+
+def failed() -> APIError:
+    """500: what nobody thought of."""
+    return APIError(500, "the server failed; its log says how", code="internal_error")
+
+
 def engine_dead(name: str) -> APIError:
     """503: a model's engine has ended."""
     return unavailable(f"the engine of {name!r} has stopped: the server must be started again", "engine_dead")
 
 
 def install(app: FastAPI) -> None:
-    """Every error of the app in OpenAI's shape."""
+    """Every refusal of the app in OpenAI's shape; what it did not foresee is the guard's."""
 
     @app.exception_handler(APIError)
     async def refused(request: Request, error: APIError) -> Response:
@@ -85,15 +95,11 @@ def install(app: FastAPI) -> None:
     async def unknown_url(request: Request, error: HTTPException) -> Response:
         return APIError(error.status_code, str(error.detail), headers=error.headers).response()
 
-    @app.exception_handler(Exception)
-    async def broken(request: Request, error: Exception) -> Response:
-        return APIError(500, "the server failed; its log says how", code="internal_error").response()
-
 
 def _of_validation(found: Sequence[Any]) -> APIError:
-    """The first thing pydantic found wrong."""
-    first = found[0]
-    where = ".".join(map(str, first["loc"][1:]))
+    """The first thing pydantic found wrong; where a field may be of several types, in the one that fitted furthest."""
+    first = max(found, key=lambda error: len(_place(error)))
+    where = ".".join(_place(first))
     if first["type"] == "extra_forbidden":
         return invalid(f"unknown parameter {where!r}", where, "unknown_parameter")
     if first["type"] == "json_invalid":
@@ -101,3 +107,11 @@ def _of_validation(found: Sequence[Any]) -> APIError:
     if not where:
         return invalid("the body must be a JSON object, sent as application/json")
     return invalid(f"{where}: {first['msg'].removeprefix('Value error, ')}", where, "invalid_value")
+
+
+def _place(error: Any) -> list[str]:
+    """The fields and indices that lead to an error, without pydantic's names for the types that a field may have."""
+    parts = [str(part) for part in error["loc"][1:]]
+    last = parts[-1:] if error["type"] == "extra_forbidden" else []  # a client's own word, whatever it looks like
+    named = parts[: len(parts) - len(last)]
+    return [part for part in named if part != "str" and not part.startswith("constrained-") and part[-1:] != "]"] + last

@@ -96,14 +96,19 @@ class Guard:
 
         try:
             self._check(scope)
-            receive_whole = await self._body(scope, receive)
+            if scope["path"].startswith(PROTECTED):
+                receive = await self._body(scope, receive)  # no other route reads one
             if scope["method"] == "POST":
                 # A millisecond's work each: hundreds that come at once take turns, and others are heard between them.
                 async with self._turn:
                     await asyncio.sleep(0)
-            await self.app(scope, receive_whole, send_on)
+            await self.app(scope, receive, send_on)
         except APIError as error:
             await error.response()(scope, receive, send_on)
+        except Exception:
+            if "status" not in note:
+                await errors.failed().response()(scope, receive, send_on)
+            raise
         finally:
             self.metrics.requests.labels(_route(scope), note.get("status", 0)).inc()
             log.info("request", extra={"note": {**note, "seconds": round(time.monotonic() - began, 4)}})

@@ -44,8 +44,11 @@ def _parser() -> MarkdownIt:
 
 
 def tree(text: str) -> list[Node]:
-    """The nodes of a text, in order."""
-    return _children(SyntaxTreeNode(_parser().parse(text)))
+    """The nodes of a text, in order; one paragraph where its marks stand hundreds deep in each other."""
+    try:
+        return _children(SyntaxTreeNode(_parser().parse(text)))
+    except RecursionError:
+        return [["p", {}, text]]
 
 
 def _children(node: SyntaxTreeNode) -> list[Node]:

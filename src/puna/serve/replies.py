@@ -13,6 +13,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from puna.generate.live import Token
+from puna.generate.sequence import REPLACEMENT
 from puna.serve.answers import Answers, Drawn, Served
 from puna.serve.errors import APIError
 
@@ -84,7 +85,8 @@ async def chunks(
     if roles:
         for i in range(answers.choices):
             delta = {"role": "assistant", "content": ""}
-            yield _sse(first | {"choices": [{"index": i, "delta": delta, "logprobs": None, "finish_reason": None}]})
+            opening = {"index": i, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield _sse(first | {"choices": [opening]} | extra)
     try:
         async for event in answers:
             made = choice(event.sample, event.text, event.tokens, event.finish)
@@ -120,20 +122,27 @@ def _sse(reply: Reply) -> str:
 def _chat_logprobs(model: Served, tokens: Sequence[Token]) -> Reply:
     def entry(token: int, logprob: float) -> Reply:
         text = model.token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
+        unknown = REPLACEMENT in text  # a part of a character: the decoder does not tell its bytes
+        return {"token": text, "logprob": logprob, "bytes": None if unknown else list(text.encode("utf-8"))}
 
-    shown = [token for token in tokens if token.id != model.engine.tokenizer.eos_id]
+    shown = _shown(model, tokens)
     content = [entry(t.id, t.logprob) | {"top_logprobs": [entry(*each) for each in t.top]} for t in shown]
     return {"content": content, "refusal": None}
 
 
 def _text_logprobs(model: Served, tokens: Sequence[Token]) -> Reply:
-    shown = [token for token in tokens if token.id != model.engine.tokenizer.eos_id]
+    shown = _shown(model, tokens)
     texts = [model.token_text(token.id) for token in shown]
     offsets = list(itertools.accumulate(map(len, texts), initial=0))[:-1]
     return {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in shown],
-        "top_logprobs": [{model.token_text(i): logprob for i, logprob in token.top} for token in shown],
+        # Of tokens with one text the likeliest: the last one written stays.
+        "top_logprobs": [{model.token_text(i): logprob for i, logprob in reversed(token.top)} for token in shown],
         "text_offset": offsets,
     }
+
+
+def _shown(model: Served, tokens: Sequence[Token]) -> list[Token]:
+    """The tokens that have a text: all but EOS."""
+    return [token for token in tokens if token.id != model.engine.tokenizer.eos_id]

@@ -1,7 +1,7 @@
 """`puna serve CHECKPOINT`: a model behind OpenAI's API, with a web chat at `/`.
 
 1. Open the models, each with an engine of its own, and the reward models.
-2. Listen; a request passes the guard (puna.serve.guard) and is let in or refused before any work.
+2. Serve; a request passes the guard (puna.serve.guard) and is let in or refused before any work.
 3. SIGTERM or Ctrl-C: refuse what is new, finish what runs, at most `drain_seconds` long; a second signal stops at once.
 4. An engine that dies ends its answers with an error; the server drains as in 3, and fails for a supervisor to see.
 """
@@ -13,6 +13,7 @@ import gc
 import ipaddress
 import logging
 import math
+import os
 import socket
 import sys
 import threading
@@ -29,6 +30,7 @@ from puna.config import ConfigError
 from puna.types import Reward
 
 if TYPE_CHECKING:
+    from puna.model.transformer import Transformer
     from puna.serve.answers import Served
 
 log = logging.getLogger("puna.serve")
@@ -63,7 +65,7 @@ class ServeConfig:
     """answers of a model that may wait beside those; more are refused with 429."""
     cache_tokens: int = 0
     """tokens that a model's cache of keys and values holds; where running answers fill it, the newest ones wait and are
-    begun again. 0: as many as `max_concurrent` answers can have."""
+    begun again. 0: as many as `max_concurrent` answers can have, where the machine's memory holds them."""
     max_body_bytes: int = 1_000_000
     """a request's size at most."""
     drain_seconds: float = 30.0
@@ -92,11 +94,10 @@ def run(cfg: ServeConfig) -> None:
     handler.setFormatter(JSONLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     threading.excepthook = lambda died: log.error("thread died", exc_info=died.exc_value, extra={"note": {}})
-    hosts = cfg.allowed_hosts or (LOOPBACK if is_loopback(cfg.host) else ())
     keys = read_keys(cfg.api_keys)
     listening = listen(cfg.host, cfg.port)
     state = State(open_models(cfg), open_rewards(cfg), cfg.log_prompts)
-    rules = Rules(keys, hosts, cfg.max_body_bytes, lambda: state.draining)
+    rules = Rules(keys, hosts_of(cfg), cfg.max_body_bytes, lambda: state.draining)
     if not keys and not is_loopback(cfg.host):
         log.warning("anybody who reaches this address can use the model: see --api-keys", extra={"note": {}})
 
@@ -117,7 +118,7 @@ def run(cfg: ServeConfig) -> None:
             if state.draining and self.deadline == math.inf:
                 self.deadline = time.monotonic() + cfg.drain_seconds
                 log.info("draining", extra={"note": {"samples": state.samples}})
-            if state.draining and (not state.samples or time.monotonic() > self.deadline):
+            if state.draining and (not state.busy or time.monotonic() > self.deadline):
                 for model in state.models.values():  # what still runs ends with an error that its client can read
                     await asyncio.to_thread(model.engine.close)
                 return True
@@ -143,12 +144,13 @@ def run(cfg: ServeConfig) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """The address, taken before the models are read, which may last; it listens once they are there."""
+    """The address, taken before the models are read, which may last; who comes meanwhile waits."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     taken = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # asyncio sends at once on these alone
     taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         taken.bind((host, port))
+        taken.listen()  # until then another server could bind it as well
     except OSError as error:
         taken.close()
         raise ConfigError(f"cannot listen on {host}, port {port}: {error.strerror}; see --host and --port") from None
@@ -180,7 +182,32 @@ def open_models(cfg: ServeConfig) -> Mapping[str, Served]:
             cache_tokens=cfg.cache_tokens or None,
         )
         served[name] = Served(name, engine, limit)
+    check_memory(served, [chat.engine.model for chat in chats.values()])
     return served
+
+
+def check_memory(served: Mapping[str, Served], models: Sequence[Transformer]) -> None:
+    """ConfigError, and the engines' end, where their full caches are more than the machine's memory."""
+    each = [_cached_bytes(model) for model in models]
+    full = sum(n * model.engine.stats().capacity_tokens for n, model in zip(each, served.values(), strict=True))
+    if full > (memory := machine_memory()):
+        for model in served.values():
+            model.engine.close()
+        raise ConfigError(
+            f"the cache of keys and values may grow to {full / 2**30:.1f} GiB, the machine has {memory / 2**30:.1f}: "
+            f"set --cache-tokens (a token takes {sum(each) / 2**10:.0f} KiB), or a smaller --max-concurrent"
+        )
+
+
+def machine_memory() -> int:
+    """In bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cached_bytes(model: Transformer) -> int:
+    """What a token takes in the cache."""
+    cfg = model.config
+    return 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * model.tok_embeddings.weight.element_size()
 
 
 def open_rewards(cfg: ServeConfig) -> Mapping[str, Reward]:
@@ -202,6 +229,12 @@ def name_of(path: Path) -> str:
         return whole.stem
     parts = [part for part in whole.parts if part != "model"]
     return parts[-1] if len(parts) > 1 else "puna"
+
+
+def hosts_of(cfg: ServeConfig) -> tuple[str, ...]:
+    """Names in the Host header that are answered, in small letters; none where every name is."""
+    ours = (*LOOPBACK, cfg.host) if is_loopback(cfg.host) else ()
+    return tuple(name.lower() for name in cfg.allowed_hosts or ours)
 
 
 def is_loopback(host: str) -> bool:

@@ -126,18 +126,20 @@ def save(session: Session, file: str) -> str:
             out.write(json.dumps(readers.to_record(session.dialog()), ensure_ascii=False) + "\n")
     except OSError as error:
         return f"error: {file}: {error.strerror}"
+    except (RuntimeError, ValueError) as error:  # a home that nobody has; a name that no file can have
+        return f"error: {file}: {error}"
     return f"(saved to {file})"
 
 
 def answer(session: Session, question: str) -> None:
     """Stream the answer to a question. The turn is kept once it has some text; a refused question leaves no trace."""
-    cfg, kept = session.cfg, len(session.turns)
+    cfg, before = session.cfg, list(session.turns)
     session.turns.append({"role": "user", "content": question})
     said = ""
     try:
         drop_oldest_turns(session)
         pieces = session.chat.stream(
-            session.dialog(), cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed + kept // 2, goes_on=True
+            session.dialog(), cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.seed + len(before) // 2, goes_on=True
         )
         for piece in pieces:
             print(printable(piece), end="", flush=True)
@@ -150,7 +152,7 @@ def answer(session: Session, question: str) -> None:
     if said.strip():
         session.turns.append({"role": "assistant", "content": said.strip()})
     else:
-        session.turns.pop()
+        session.turns[:] = before
 
 
 def drop_oldest_turns(session: Session) -> None:
@@ -161,7 +163,7 @@ def drop_oldest_turns(session: Session) -> None:
     while len(session.turns) > 1 and len(_prompt(session)) + room > context:
         del session.turns[:2]
         dropped += 1
-    if dropped:
+    if dropped and len(_prompt(session)) < context:
         print(f"(the dialog is longer than the model's context of {context} tokens: {dropped} old turns are forgotten)")
 
 

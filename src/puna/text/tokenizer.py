@@ -24,6 +24,8 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 # Where tokenizer_config.json does not name them, what published tokenizers call them.
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|endoftext|>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>")
+LONG_TEXT = 16_384
+"""Characters from which on a text is encoded while other threads run: `tokenizers` lets them in a batch alone."""
 
 
 class SentencePieceTokenizer:
@@ -55,7 +57,8 @@ class SentencePieceTokenizer:
         return self._processor.encode([check_unicode(text) for text in texts])  # type: ignore[no-any-return]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([i for i in ids if i not in self._control])  # type: ignore[no-any-return]
+        known = [i for i in ids if i < self.vocab_size and i not in self._control]  # a model may have more ids
+        return self._processor.decode(known)  # type: ignore[no-any-return]
 
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.model").write_bytes(self.serialized)
@@ -88,6 +91,8 @@ class HuggingFaceTokenizer:
         self.config = config
 
     def encode(self, text: str) -> list[int]:
+        if len(text) >= LONG_TEXT:
+            return self.encode_batch([text])[0]
         return self._backend.encode(check_unicode(text), add_special_tokens=False).ids  # type: ignore[no-any-return]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

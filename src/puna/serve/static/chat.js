@@ -368,6 +368,12 @@ function askForKey() {
   dialog.showModal();
   return new Promise((resolve) => {
     const go = () => {
+      const strange = at("key").value.match(/[^\x20-\x7e\xa0-\xff]/u);
+      if (strange) {
+        const name = strange[0].codePointAt().toString(16).toUpperCase().padStart(4, "0");
+        at("key-notice").textContent = `No key can hold the character U+${name}: copy it anew.`;
+        return;
+      }
       api.setKey(at("key").value);
       dialog.close();
       resolve();
