@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna.config import ConfigError
@@ -117,6 +118,21 @@ def test_packed_weights_are_near_the_model(kind: Kind, error: float, agreement: 
     expected, found = model(tokens(40)), weights.pack(model, kind)(tokens(40)).float()
     assert (found - expected).norm() < error * expected.norm()
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() >= agreement
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["bf16", "int8"])
+def test_a_cpu_without_bfloat16_makes_its_products_in_float32(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, ids = weights.pack(helpers.model(**WIDE), kind), tokens(40)
+    seen, real = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight: seen.append(x.dtype) or real(x, weight))
+    found = {}
+    for has in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(weights.parallel, "dtype", lambda *_, has=has: has)
+        seen.clear()
+        found[has] = packed(ids)
+        assert set(seen) == {has} and found[has].dtype == torch.bfloat16
+    torch.testing.assert_close(found[torch.float32], found[torch.bfloat16], atol=0.05, rtol=0.05)
 
 
 @torch.inference_mode()

@@ -64,6 +64,20 @@ class PagedCache(Protocol):
         ...
 
 
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in x's type; on a CPU that has no bfloat16 arithmetic by a float32 product, which beats its emulation."""
+    if x.dtype == torch.bfloat16 and parallel.dtype("bf16", x.device) == torch.float32:
+        return F.linear(x.float(), weight.float()).to(x.dtype)
+    return F.linear(x, weight.to(x.dtype))
+
+
+class BFloat16Linear(nn.Linear):
+    """y = x W^T with W in bfloat16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight)
+
+
 class Int8Linear(nn.Module):
     """y = x W^T with W = scales * int8, a scale an output channel."""
 
@@ -86,9 +100,9 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
         if len(rows) > PACKED_ROWS:
-            return F.linear(x, self.weight.to(x.dtype)) * self.scales.to(x.dtype)
-        product: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales.to(x.dtype))
-        return product.view(*x.shape[:-1], -1)
+            return product(x, self.weight) * self.scales.to(x.dtype)
+        packed: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scales.to(x.dtype))
+        return packed.view(*x.shape[:-1], -1)
 
 
 class Int4Linear(nn.Module):
@@ -116,10 +130,10 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, -2)
-        product: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        packed: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows, self.weight, self.group, self.scales.to(x.dtype)
         )
-        return product.view(*x.shape[:-1], -1)
+        return packed.view(*x.shape[:-1], -1)
 
 
 class PackedTransformer(Transformer):
@@ -269,8 +283,8 @@ def _linear(weight: Tensor, kind: Kind, group: int) -> nn.Module:
         return Int8Linear(weight)
     if kind == "int4" and Int4Linear.takes(weight, group):
         return Int4Linear(weight, group)
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    form, dtype = (nn.Linear, torch.float32) if kind == "fp32" else (BFloat16Linear, torch.bfloat16)
+    made = form(weight.shape[1], weight.shape[0], bias=False, device="meta")
     made.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     return made
 
