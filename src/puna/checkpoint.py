@@ -98,8 +98,8 @@ class Saver:
     """Saves a training's checkpoints while it goes on; use it in a `with` around the loop, on all ranks.
 
     One save runs at a time. An error of one (as `save`) is raised at the next, or when the `with` ends. On SIGTERM the
-    step is finished, saved, and the signal raised again, to do what it did before; heard in the last step, after which
-    nothing is saved, it is raised when the `with` ends.
+    step is finished, saved, and the signal raised again, to do what it did before; heard after the last step, it is
+    raised when the `with` ends.
     """
 
     def __init__(self, folder: Path, model: nn.Module, optimizer: Optimizer, every: int, keep: int = 2) -> None:
@@ -116,7 +116,7 @@ class Saver:
         return self
 
     def after(self, step: int, extra: dict[str, Any] | None = None) -> None:
-        """`step` steps are done: save where one is due. All ranks call it after each step but the last."""
+        """`step` steps are done: save where one is due. All ranks call it after each step."""
         stopped = bool(parallel.largest(self._stopped))  # whoever heard it first, all stop after the same step
         if stopped or (self.every and step % self.every == 0):
             self._wait()

@@ -18,6 +18,7 @@ from puna.generate.vllm import VLLMEngine
 from puna.generate.weights import pack, whole
 from puna.model.transformer import Transformer
 from puna.text import chat
+from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 from puna.types import Completion, Dialog, Engine
 
@@ -31,7 +32,7 @@ def open_engine(folder: Path, device: torch.device, server: str = "") -> Engine:
     With the address of a vLLM `server` it is that one, which is told to load the folder (puna.generate.vllm).
     """
     if server:
-        engine = VLLMEngine(server, huggingface.load_tokenizer(folder))
+        engine = VLLMEngine(server, tokenizers.load(folder))
         engine.load(folder)
         return engine
     dtype = parallel.dtype("bf16", device)

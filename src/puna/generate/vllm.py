@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from puna import parallel
@@ -46,15 +47,18 @@ SECONDS = 3600.0
 class VLLMEngine:
     """Generates on the vLLM server at `url`, which serves the model that `tokenizer` belongs to.
 
-    `weights` is where `update_weights` writes its folder. Draws depend on (seed, the prompt's place in the list, the
-    sample's number), but vLLM does not promise the same logits in another batch. VLLM_API_KEY is sent where it is set.
+    `weights` is where `update_weights` writes its folder, matrices in `dtype` or as the model has them. Draws depend on
+    (seed, the prompt's place in the list, the sample's number), but vLLM does not promise the same logits in another
+    batch. VLLM_API_KEY is sent where it is set.
     Raises ConfigError where no such server answers.
     """
 
-    def __init__(self, url: str, tokenizer: Tokenizer, weights: Path | None = None) -> None:
+    def __init__(
+        self, url: str, tokenizer: Tokenizer, weights: Path | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.tokenizer = tokenizer
-        self.weights = weights
+        self.weights, self.dtype = weights, dtype
         card = (self._ask("/v1/models").get("data") or [{}])[0]
         if "max_model_len" not in card:
             raise ConfigError(f"{self.url} does not say its model's max_model_len: it is no vLLM server")
@@ -112,7 +116,7 @@ class VLLMEngine:
         """Write the model's folder and have the server load it. All ranks call this; of all, one speaks."""
         assert isinstance(model, Transformer), f"not a Transformer: {type(model).__name__}"
         assert self.weights is not None, "no folder for new weights"
-        huggingface.save_model(model, self.tokenizer, self.weights)
+        huggingface.save_model(model, self.tokenizer, self.weights, dtype=self.dtype)
         if parallel.is_main():
             self.load(self.weights)
         parallel.barrier()

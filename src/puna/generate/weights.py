@@ -65,14 +65,15 @@ class PagedCache(Protocol):
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in x's type; on a CPU that has no bfloat16 arithmetic by a float32 product, which beats its emulation."""
-    if x.dtype == torch.bfloat16 and parallel.dtype("bf16", x.device) == torch.float32:
+    """x W^T in x's type; of many rows, where a CPU has no bfloat16 arithmetic, by a float32 product: it is faster."""
+    few = x.numel() <= PACKED_ROWS * x.shape[-1]
+    if x.dtype == torch.bfloat16 and not few and parallel.dtype("bf16", x.device) == torch.float32:
         return F.linear(x.float(), weight.float()).to(x.dtype)
     return F.linear(x, weight.to(x.dtype))
 
 
 class BFloat16Linear(nn.Linear):
-    """y = x W^T with W in bfloat16."""
+    """y = x W^T with W in bfloat16, by `product`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return product(x, self.weight)

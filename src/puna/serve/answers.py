@@ -45,18 +45,15 @@ class Served:
         self._wakes = False
 
     def admit(self, samples: int) -> None:
-        """Count samples in, where there is room for them."""
-        self.check_room(samples)
-        self.samples += samples
-
-    def check_room(self, samples: int) -> None:
-        """Raise 503 where the engine is dead, 429 where the queue is full."""
+        """Count samples in, or raise 503 where the engine is dead, 429 where too many wait, or are not read."""
         if samples > self.limit:
             raise errors.invalid(f"{samples} answers in one request: at most {self.limit} are served at once", "n")
         if not self.engine.alive:
             raise errors.engine_dead(self.name)
-        if self.samples + samples > self.limit:
+        unread = sum(answers.choices for answers in self.open)  # of samples drawn, too
+        if self.samples + samples > self.limit or unread + samples > 2 * self.limit:
             raise errors.busy("the queue is full: try again later")
+        self.samples += samples
 
     def pass_on(self, loop: asyncio.AbstractEventLoop, take: Callable[[Event], None], event: Event) -> None:
         """From the engine's thread: have the loop call take(event). It is woken once for all that comes meanwhile."""
@@ -86,7 +83,7 @@ class Served:
 class Answers:
     """The samples of one request: `n` of each prompt, choice `p * n + s` being sample `s` of prompt `p`.
 
-    Made where the request is let in: from then on `close` must be called, and may be called twice.
+    Made of samples that are counted in (`Served.admit`) and counted out here: `close` must be called, perhaps twice.
     """
 
     def __init__(
@@ -100,9 +97,8 @@ class Answers:
         self._events: asyncio.Queue[Event] = asyncio.Queue()
         self._requests: list[int] = []
         self._open = set(range(self.choices))
-        model.admit(self.choices)
         model.open.add(self)
-        self._held = self.choices  # what is not counted out yet
+        self._held = self.choices  # not counted out yet
         metrics.prompt_tokens.labels(model.name).inc(self.prompt_tokens)
         try:
             for i, prompt in enumerate(prompts):

@@ -50,8 +50,11 @@ class State:
     log_prompts: bool = False
     draining: bool = False
     scores_waiting: int = 0
+    writing: int = 0
+    """replies with logprobs that the writer has, or will have."""
     texts: ThreadPoolExecutor = field(default_factory=_one_thread)
-    """encodes long prompts and writes replies with logprobs."""
+    """encodes long prompts."""
+    writer: ThreadPoolExecutor = field(default_factory=_one_thread)
     scorer: ThreadPoolExecutor = field(default_factory=_one_thread)
     renderer: ThreadPoolExecutor = field(default_factory=_one_thread)
     metrics: Metrics = field(default_factory=Metrics)
@@ -67,7 +70,7 @@ class State:
     @property
     def busy(self) -> bool:
         """Whether a client waits for an answer or a score, or still reads one."""
-        return self.scores_waiting > 0 or any(model.open for model in self.models.values())
+        return bool(self.samples or self.scores_waiting or self.writing) or any(m.open for m in self.models.values())
 
     @property
     def dead(self) -> list[str]:
@@ -165,10 +168,16 @@ async def _answer(
 ) -> Response:
     """Draw what a body asks for: a stream of chunks, or the whole reply once it is there."""
     model = state.model(body.model)
-    model.check_room(body.choices)
-    encode = functools.partial(body.prompts, model)
-    prompts = await _in(state.texts, encode) if len(await request.body()) >= LONG_BODY else encode()
-    answers = Answers(model, prompts, body.sampling(model, prompts), body.drawn_each, state.metrics)
+    model.admit(body.choices)
+    try:
+        encode = functools.partial(body.prompts, model)
+        is_long = len(await request.body()) >= LONG_BODY
+        prompts = await _unless_gone(request, _in(state.texts, encode), lambda: None) if is_long else encode()
+        sampling = body.sampling(model, prompts)
+    except BaseException:
+        model.samples -= body.choices
+        raise
+    answers = Answers(model, prompts, sampling, body.drawn_each, state.metrics)
     end = functools.partial(_end, request, answers, body.said if state.log_prompts else None)
     if body.stream:
         parts = replies.chunks(answers, first, choice, roles=roles, include_usage=body.wants_usage)
@@ -181,7 +190,13 @@ async def _answer(
     def reply() -> Response:
         return JSONResponse(replies.whole(first, drawn, choice, used))
 
-    return await _in(state.texts, reply) if body.wants_logprobs else reply()
+    if not body.wants_logprobs:
+        return reply()
+    state.writing += 1
+    try:
+        return await _in(state.writer, reply)
+    finally:
+        state.writing -= 1
 
 
 def _add_operation(app: FastAPI, state: State) -> None:

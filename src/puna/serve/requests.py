@@ -128,8 +128,8 @@ class Common(Strict):
         entries = 0 if top is None else len(prompts) * self.drawn_each * new * (1 + top)
         if entries > MOST_LOGPROBS and not self.stream:
             raise errors.invalid(
-                f"the logprobs of {entries} tokens are too many for one reply, at most {MOST_LOGPROBS} fit: "
-                "ask for fewer answers, tokens or logprobs, or stream them"
+                f"an answer may have the logprobs of {entries} tokens, at most {MOST_LOGPROBS} fit into one reply: "
+                "set max_tokens, ask for fewer answers or logprobs, or stream them"
             )
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         bias = {int(token): value for token, value in (self.logit_bias or {}).items()}

@@ -30,6 +30,8 @@ from puna.config import ConfigError
 from puna.types import Reward
 
 if TYPE_CHECKING:
+    import torch
+
     from puna.model.transformer import Transformer
     from puna.serve.answers import Served
 
@@ -65,7 +67,7 @@ class ServeConfig:
     """answers of a model that may wait beside those; more are refused with 429."""
     cache_tokens: int = 0
     """tokens that a model's cache of keys and values holds; where running answers fill it, the newest ones wait and are
-    begun again. 0: as many as `max_concurrent` answers can have, where the machine's memory holds them."""
+    begun again. 0: as many as `max_concurrent` answers can have; where memory does not hold so many it must be set."""
     max_body_bytes: int = 1_000_000
     """a request's size at most."""
     drain_seconds: float = 30.0
@@ -187,20 +189,24 @@ def open_models(cfg: ServeConfig) -> Mapping[str, Served]:
 
 
 def check_memory(served: Mapping[str, Served], models: Sequence[Transformer]) -> None:
-    """ConfigError, and the engines' end, where their full caches are more than the machine's memory."""
+    """ConfigError, and the engines' end, where full caches are more than the memory of the models' device."""
     each = [_cached_bytes(model) for model in models]
     full = sum(n * model.engine.stats().capacity_tokens for n, model in zip(each, served.values(), strict=True))
-    if full > (memory := machine_memory()):
+    if full > (memory := memory_of(models[0].tok_embeddings.weight.device)):
         for model in served.values():
             model.engine.close()
         raise ConfigError(
-            f"the cache of keys and values may grow to {full / 2**30:.1f} GiB, the machine has {memory / 2**30:.1f}: "
+            f"the cache of keys and values may grow to {full / 2**30:.1f} GiB, there are {memory / 2**30:.1f}: "
             f"set --cache-tokens (a token takes {sum(each) / 2**10:.0f} KiB), or a smaller --max-concurrent"
         )
 
 
-def machine_memory() -> int:
-    """In bytes."""
+def memory_of(device: torch.device) -> int:
+    """In bytes: a GPU's, or the machine's."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -117,8 +117,7 @@ def run(cfg: DPOConfig) -> Path:
                 rate = n_tokens / (time.perf_counter() - began)
                 metrics.log(step=step, **numbers, lr=lr, grad_norm=norm, tokens_per_second=rate)
                 progress.update(loss=numbers["loss"], tokens_per_second=rate)
-                if step + 1 < len(steps):
-                    saver.after(step + 1)
+                saver.after(step + 1)
         evaluation = evaluate(cfg, policy, reference, test, device)
         progress.close(accuracy=evaluation["accuracy"] or 0.0)
         write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))

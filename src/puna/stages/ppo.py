@@ -236,7 +236,8 @@ def run(cfg: PPOConfig) -> Path:
                 progress.update(reward=numbers["reward"], kl=numbers["kl"], tokens_per_second=rate)
                 saver.after(iteration + 1, asdict(state))
             else:
-                state = measure(cfg, models, held_out, len(batches), state, folder.path)
+                if not (cfg.stop_on_hacking and monitors.signs(history)):
+                    state = measure(cfg, models, held_out, len(batches), state, folder.path)
         progress.close()
         publish(folder, "ppo", Best(state.best_iteration, state.best_reward), left_out=left_out)
         return model_path
@@ -275,7 +276,8 @@ def load(cfg: PPOConfig, device: torch.device) -> Models:
     rewards = cfg.reward_helpfulness, cfg.reward_safety, cfg.gold
     models = actor_critic.load(cfg.init, rewards, cfg.critic, cfg.precision, device, cfg.parallel)
     if cfg.vllm:
-        return replace(models, engine=VLLMEngine(cfg.vllm, models.tokenizer, cfg.out / "sampled_with"))
+        dtype = torch.bfloat16 if cfg.sample_precision == "bf16" else None
+        return replace(models, engine=VLLMEngine(cfg.vllm, models.tokenizer, cfg.out / "sampled_with", dtype))
     return models
 
 

@@ -102,8 +102,7 @@ def run(cfg: PretrainConfig) -> Path:
                 rate = n_tokens / (time.perf_counter() - began)
                 metrics.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
                 progress.update(loss=loss, tokens_per_second=rate)
-                if step + 1 < cfg.steps:
-                    saver.after(step + 1)
+                saver.after(step + 1)
         loss = evaluate(cfg, model, validation, device)
         metrics.log(step=cfg.steps, validation_loss=loss)
         progress.close(validation_loss=loss)

@@ -130,8 +130,7 @@ def run(cfg: RewardConfig) -> Path:
                 rate = n_tokens / (time.perf_counter() - began)
                 metrics.log(step=step, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, tokens_per_second=rate)
                 progress.update(loss=loss, tokens_per_second=rate)
-                if step + 1 < len(steps):
-                    saver.after(step + 1)
+                saver.after(step + 1)
         chosen, rejected = held_out_scores(model, tokenizer, test)
         evaluation = evaluate(test, chosen, rejected)
         progress.close(accuracy=evaluation["accuracy"] or 0.0)
@@ -166,6 +165,11 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
         other, _ = comparisons.split(other, comparisons.HELD_OUT, operator.attrgetter("prompt"))
     harmful = sum(map(comparisons.rewards_harm, [*own, *other]))
     own, other = ([p for p in part if not comparisons.rewards_harm(p)] for part in (own, other))
+    if harmful and not own:
+        raise DataError(
+            f"{', '.join(map(str, cfg.data))}: all comparisons prefer an unsafe answer to a safe one: is their domain, "
+            "or are their labels, the other way round?"
+        )
     mixed = mix(own, other, cfg.other_share, rng)
     other_share = 1 - len(own) / max(1, len(mixed))  # less than asked for where the other kind has too few
     if cfg.limit:

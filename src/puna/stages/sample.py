@@ -22,6 +22,7 @@ from puna.formats import huggingface
 from puna.generate.engine import open_engine
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
+from puna.text import tokenizer as tokenizers
 from puna.types import Engine, Message
 
 
@@ -74,7 +75,8 @@ def run(cfg: SampleConfig) -> Path:
         config.keep(cfg, folder.path / "config.json")
         if folder.done("sample"):
             return folder.path
-        read, tokenizer = read_prompts(cfg.prompts, cfg.format), huggingface.load_tokenizer(cfg.init)
+        read = read_prompts(cfg.prompts, cfg.format)
+        tokenizer = tokenizers.load(cfg.init) if cfg.vllm else huggingface.load_tokenizer(cfg.init)
         workers = Workers(cfg.workers, cfg.cluster, cfg.gpus)
         shared = replace(cfg, init=cfg.init.absolute(), threads=cfg.threads or _threads(workers))
         work = partial(answer_shard, shared)

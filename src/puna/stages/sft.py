@@ -92,8 +92,7 @@ def run(cfg: SFTConfig) -> Path:
                 rate = n_tokens / (time.perf_counter() - began)
                 metrics.log(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=rate)
                 progress.update(loss=loss, tokens_per_second=rate)
-                if step + 1 < len(steps):
-                    saver.after(step + 1)
+                saver.after(step + 1)
         progress.close()
         huggingface.save_model(model, tokenizer, model_path, provenance={"stage": "sft", "parent": str(cfg.init)})
         folder.mark_done("sft", steps=len(steps), **counts)
