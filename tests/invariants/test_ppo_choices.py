@@ -267,6 +267,15 @@ def test_a_sign_is_said_written_and_may_stop(
         assert (out / "model/model.safetensors").exists()
 
 
+def test_a_policy_whose_last_iteration_shows_a_sign_is_not_measured(
+    cfg: PPOConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ppo.monitors, "signs", lambda history: {"length": "grow"} if len(history) == 5 else {})
+    for stop in (False, True):
+        ppo.run(replace(cfg, out=tmp_path / str(stop), stop_on_hacking=stop))
+        assert (tmp_path / str(stop) / "held_out/0005.jsonl").exists() != stop
+
+
 class Killed(Exception):
     """Stands for a kill: nothing after it runs."""
 

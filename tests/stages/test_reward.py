@@ -230,6 +230,9 @@ def test_safety_comparisons_that_prefer_harm_are_not_trained_on(tmp_path: Path) 
     cfg = helpers.reward_config(tmp_path, data=(data,), test=(data,))
     train, test, counts = reward.prepare(cfg, helpers.tokenizer())
     assert (len(train), len(test), counts["prefer_harm"]) == (3, 6, 3)
+    harmful = helpers.write_lines(tmp_path / "harmful.jsonl", rows[::2])
+    with pytest.raises(DataError, match=r"harmful\.jsonl: all comparisons prefer an unsafe answer"):
+        reward.prepare(replace(cfg, data=(harmful,)), helpers.tokenizer())
 
 
 def test_a_comparison_that_the_chat_format_refuses_is_set_aside(tmp_path: Path) -> None:
