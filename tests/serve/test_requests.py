@@ -82,7 +82,7 @@ def test_logprobs_that_fill_no_reply_are_refused_unless_they_are_streamed(url: s
     text = {"messages": None, "prompt": ["a"] * 64, "best_of": 4, "max_tokens": 150, "logprobs": 5}
     before = len(engine.asked)
     for path, body in (("/v1/chat/completions", chat), ("/v1/completions", text | {"best_of": 5})):
-        assert "too many for one reply" in post(url, path, **body).json()["error"]["message"]
+        assert "fit into one reply" in post(url, path, **body).json()["error"]["message"]
     assert len(engine.asked) == before
     assert post(url, **chat | {"stream": True}).status_code == 200
 
