@@ -147,8 +147,8 @@ def plain_iteration(
     moments: dict[Tensor, tuple[Tensor, Tensor]] = {}
     step = 0
     for order in orders:
-        for begin in range(0, len(order), cfg.mini_batch_size):
-            members, step = order[begin : begin + cfg.mini_batch_size], step + 1
+        for members in np.array_split(order, math.ceil(len(order) / cfg.mini_batch_size)):  # of like size
+            step += 1
             policy_terms, value_terms = [], []
             for i in members:
                 ratio, value = torch.exp(logprobs(policy, i) - old[i]), values(i)
