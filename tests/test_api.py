@@ -134,7 +134,9 @@ def test_a_checkpoint_opens_as_what_it_trains(
     final = dict(puna.load(cfg.out / "model").model.named_parameters())
     assert weights.keys() == final.keys()
     change = max(float((weights[name] - final[name]).abs().max().detach()) for name in weights)
-    assert change < 0.05  # a step or two before the end, or at it; PPO publishes its best policy
+    assert 0 <= change < 0.05  # a step or two before the end
+    if stage is not ppo:  # whose published model may be an earlier one
+        assert change > 0
     (cfg.out / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"config\.json is missing or damaged: it says what .*step_"):
         puna.load(path)

@@ -97,13 +97,16 @@ def save(
 class Saver:
     """Saves a training's checkpoints while it goes on; use it in a `with` around the loop, on all ranks.
 
-    One save runs at a time. An error of one (as `save`) is raised at the next, or when the `with` ends. On SIGTERM the
-    step is finished, saved, and the signal raised again, to do what it did before; heard after the last step, it is
-    raised when the `with` ends.
+    One save runs at a time. An error of one (as `save`) is raised at the next, or when the `with` ends. None is due
+    after step `last`, whose model is saved as such. On SIGTERM the step is finished, saved, and the signal raised
+    again, to do what it did before; heard after the last step, it is raised when the `with` ends.
     """
 
-    def __init__(self, folder: Path, model: nn.Module, optimizer: Optimizer, every: int, keep: int = 2) -> None:
+    def __init__(
+        self, folder: Path, model: nn.Module, optimizer: Optimizer, every: int, keep: int = 2, last: int = 0
+    ) -> None:
         self.folder, self.model, self.optimizer, self.every, self.keep = folder, model, optimizer, every, keep
+        self.last = last
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._running: Future[Path] | None = None
         self._stopped = False
@@ -118,7 +121,7 @@ class Saver:
     def after(self, step: int, extra: dict[str, Any] | None = None) -> None:
         """`step` steps are done: save where one is due. All ranks call it after each step."""
         stopped = bool(parallel.largest(self._stopped))  # whoever heard it first, all stop after the same step
-        if stopped or (self.every and step % self.every == 0):
+        if stopped or (self.every and step % self.every == 0 and step != self.last):
             self._wait()
             state = BlockingAsyncStager().stage(_state(self.model, self.optimizer))
             self._running = self._thread.submit(_write, self.folder, _manifest(step, extra), state, self.keep)

@@ -107,7 +107,7 @@ def run(cfg: DPOConfig) -> Path:
         start, _ = checkpoint.resume(folder.path / "checkpoints", policy, optimizer)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="dpo")
         progress = Progress("dpo", len(steps), start=start)
-        with Saver(folder.path / "checkpoints", policy, optimizer, cfg.checkpoint_every) as saver:
+        with Saver(folder.path / "checkpoints", policy, optimizer, cfg.checkpoint_every, last=len(steps)) as saver:
             for step in range(start, len(steps)):
                 began = time.perf_counter()
                 pairs = [train[i] for i in steps[step][parallel.share(len(steps[step]))]]

@@ -94,7 +94,7 @@ def run(cfg: PretrainConfig) -> Path:
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="pretrain")
         n_tokens = cfg.batch_size * cfg.seq_len
         progress = Progress("pretrain", cfg.steps, start=start)
-        with Saver(folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every) as saver:
+        with Saver(folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every, last=cfg.steps) as saver:
             for step in range(start, cfg.steps):
                 began = time.perf_counter()
                 loss = update(cfg, model, train, step, device)

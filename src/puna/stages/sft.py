@@ -82,7 +82,7 @@ def run(cfg: SFTConfig) -> Path:
         start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="sft")
         progress = Progress("sft", len(steps), start=start)
-        with Saver(folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every) as saver:
+        with Saver(folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every, last=len(steps)) as saver:
             for step in range(start, len(steps)):
                 began = time.perf_counter()
                 batch = Packed(*(tensor[steps[step]] for tensor in rows))
