@@ -60,6 +60,17 @@ class DataError(Exception):
     """A user's mistake in a data file: one line with the file, the line and the reason (exit code 2)."""
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds; OSError where there is no such file, DataError where it is no such object."""
+    try:
+        read = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return read
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a table came from, for messages."""

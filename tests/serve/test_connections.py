@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -102,15 +103,22 @@ def test_an_answer_may_last_longer_than_the_limits(connect: Callable[[], socket.
     assert b"data: [DONE]" in heard(client)
 
 
+@contextlib.contextmanager
+def unread(url: str) -> Iterator[None]:
+    """A client that asks, and takes next to nothing of its answer."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        client.sendall(WHOLE.encode())
+        yield
+
+
 def test_a_sample_that_has_ended_makes_room_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "SECONDS_FOR_A_READER", 30)
     engine = StandIn(lambda *_: Script(["so " * 300_000] * 20))
     monkeypatch.setattr(engine, "_tokens", lambda *_: ())
     state = state_of(engine, limit=1)
-    with serving(state) as url, socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
-        client.sendall(WHOLE.encode())
+    with serving(state) as url, unread(url):
         until(lambda: len(engine.asked) == 1 and state.samples == 0)
         assert state.busy and not engine.cancelled
 
@@ -119,10 +127,7 @@ def test_a_client_that_does_not_read_loses_its_place(monkeypatch: pytest.MonkeyP
     engine = StandIn(lambda *_: Script(["so " * 30_000] * 1000, delay=0.005))
     monkeypatch.setattr(engine, "_tokens", lambda *_: ())
     state = state_of(engine, limit=1)
-    with serving(state) as url, socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        client.connect(("127.0.0.1", int(url.rpartition(":")[2])))
-        client.sendall(WHOLE.encode())
+    with serving(state) as url, unread(url):
         until(lambda: state.samples == 1)
         until(lambda: state.samples == 0)
         assert engine.cancelled

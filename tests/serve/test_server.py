@@ -386,7 +386,7 @@ def test_an_engine_that_dies_tells_its_clients_and_ends_the_process(root: Path) 
     with process(root, program=DYING) as (running, url):
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=ASK | {"stream": True}) as response:
             events = _events(response)
-        assert len(events) > 2  # it had begun; a loop that is behind joins pieces
+        assert len(events) > 10
         assert events[-1]["error"]["code"] == "engine_error"
         assert running.wait(10) == 1
         assert running.stderr

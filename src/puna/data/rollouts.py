@@ -20,7 +20,7 @@ import safetensors.numpy
 import torch
 from torch import Tensor
 
-from puna.config import ConfigError, DataError
+from puna.config import ConfigError, DataError, read_json_object
 from puna.run_folder import write_atomically
 from puna.types import Tokenizer
 
@@ -127,12 +127,7 @@ def read(folder: Path) -> Dump:
     facts = folder / "rollout.json"
     if not facts.is_file():
         raise ConfigError(f"{folder}: no rollout.json: not a dump of a rollout (docs/guides/conformance.md)")
-    try:
-        said = json.loads(facts.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{facts}: not JSON: {error}") from error
-    if not isinstance(said, dict):
-        raise DataError(f"{facts}: not a JSON object")
+    said = read_json_object(facts)
     return Dump(_tensors(folder), said)
 
 

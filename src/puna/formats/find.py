@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from puna import checkpoint, config
-from puna.config import ConfigError, DataError
+from puna.config import ConfigError, DataError, read_json_object
 from puna.formats import check_vocabulary, gguf, huggingface, meta
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
@@ -84,18 +83,17 @@ def architectures(folder: Path) -> list[str]:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; {} where the file is missing or holds anything else."""
     try:
-        read = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return read_json_object(path)
+    except (OSError, DataError):
         return {}
-    return read if isinstance(read, dict) else {}
 
 
 def _load_checkpoint(path: Path, dtype: torch.dtype) -> tuple[Transformer | RewardModel, Tokenizer]:
     """What a stage had come to at a checkpoint; PPO's is its policy. The stage's config.json says the model's shape."""
     stage = path.absolute().parent.parent
     try:
-        settings = json.loads((stage / "config.json").read_bytes())
-    except (OSError, ValueError):
+        settings = read_json_object(stage / "config.json")
+    except (OSError, DataError):
         raise ConfigError(f"{stage / 'config.json'} is missing or damaged: it says what {path} holds") from None
     start = _start(stage, settings.get("out", ""))
     if "model" in settings:  # pretraining's own; every other stage starts from the model `init`

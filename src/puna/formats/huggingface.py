@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from puna import parallel
-from puna.config import ConfigError, DataError
+from puna.config import ConfigError, DataError, read_json_object
 from puna.formats import LARGEST, build, check_shapes, check_vocabulary, shape_of
 from puna.formats.folders import replacing, standing
 from puna.model.moe import MoEConfig
@@ -229,13 +229,7 @@ def _read_object(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ConfigError(f"{folder}: no config.json: not a Hugging Face model folder")
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{path}: not a JSON object")
-    return config
+    return read_json_object(path)
 
 
 def is_classifier(architecture: str) -> bool:
