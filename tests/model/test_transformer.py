@@ -11,6 +11,7 @@ from torch import Tensor
 
 from puna.config import ConfigError
 from puna.data import packing
+from puna.model import transformer
 from puna.model.sizes import LLAMA_2, SIZES, cache_bytes, ffn_hidden, with_kv_heads
 from puna.model.transformer import (
     ModelConfig,
@@ -175,11 +176,14 @@ def test_attend_gives_query_heads_their_key_head() -> None:
     close(attend(q, k, v, mask), expected, 1e-6)
 
 
-def test_attend_short_is_attention() -> None:
-    q, k, v = (torch.randn(2, 3, 6, 8, requires_grad=True) for _ in range(3))
+@pytest.mark.parametrize("block", [transformer.BLOCK, 4])
+def test_attend_short_is_attention(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer, "BLOCK", block)
+    q, k, v = (torch.randn(2, heads, 6, 8, requires_grad=True) for heads in (6, 3, 3))
     documents = torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, 0, 0, 0, 0]])
     for mask in (None, (documents[:, None, :, None] == documents[:, None, None, :]).tril()):
-        expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        repeated = (t.repeat_interleave(2, dim=1) for t in (k, v))
+        expected = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask, is_causal=mask is None)
         actual = attend_short(q, k, v, mask)
         close(actual, expected, 1e-6)
         for mine, theirs in zip(
