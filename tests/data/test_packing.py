@@ -131,22 +131,21 @@ def test_pack_plan_of_many_rows_is_quick() -> None:
 
 def test_pack_pairs_by_hand() -> None:
     packed = pack_pairs([([1, 2, 3], [1, 2, 4, 5]), ([1, 6], [1, 7]), ([8, 9], [8, 9, 9])])
-    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5], [8, 9, 9, 9, 0], [1, 6, 7, 0, 0]]
-    assert packed.branches.tolist() == [[0, 0, 1, 2, 2], [0, 1, 2, 2, 0], [0, 1, 2, 0, 0]]
-    assert packed.positions.tolist() == [[0, 1, 2, 2, 3], [0, 1, 1, 2, 0], [0, 1, 1, 0, 0]]
-    assert packed.documents.tolist() == [[0, 0, 0, 0, 0], [0, 0, 0, 0, -1], [0, 0, 0, -1, -1]]
-    assert packed.ends.tolist() == [[[0, 2], [2, 1], [1, 1]], [[0, 4], [2, 2], [1, 3]]]
+    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5, 1, 6, 7, 8, 9, 9, 9]]
+    assert packed.branches.tolist() == [[0, 0, 1, 2, 2, 0, 1, 2, 0, 1, 2, 2]]
+    assert packed.positions.tolist() == [[0, 1, 2, 2, 3, 0, 1, 1, 0, 1, 1, 2]]
+    assert packed.documents.tolist() == [[0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]]
+    assert packed.ends.tolist() == [[2, 6, 9], [4, 7, 11]]
 
 
 def test_answer_steps_by_hand() -> None:
     pairs = [([1, 2, 3], [1, 2, 4, 5]), ([1, 6], [1, 7])]
     packed = pack_pairs(pairs)
-    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5], [1, 6, 7, 0, 0]]
+    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5, 1, 6, 7]]
     steps = answer_steps(pairs, packed)
     # 3 follows 2, and so does 4, which stands behind 3; 5 follows 4. 6 and 7 both follow 1.
-    assert steps.rows.tolist() == [0, 0, 0, 1, 1]
-    assert steps.before.tolist() == [1, 1, 3, 0, 0]
-    assert steps.columns.tolist() == [2, 3, 4, 1, 2]
+    assert steps.before.tolist() == [1, 1, 3, 5, 5]
+    assert steps.columns.tolist() == [2, 3, 4, 6, 7]
     assert steps.answers.tolist() == [0, 2, 2, 1, 3]
 
 
@@ -186,14 +185,13 @@ TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 def test_pack_pairs_keeps_both_answers_whole(pairs: list[tuple[list[int], list[int]]]) -> None:
     packed = pack_pairs(pairs)
     mask = seen(apart(packed.documents, packed.branches))
-    assert packed.tokens.shape[1] == max(pair_length(*pair) for pair in pairs)
+    assert packed.tokens.shape == (1, sum(pair_length(*pair) for pair in pairs))
     for i, pair in enumerate(pairs):
         assert common(*pair) < min(map(len, pair))
         for answer in (0, 1):
-            row, column = packed.ends[answer, i]
-            read = mask[row, column]
-            assert packed.tokens[row][read].tolist() == pair[answer]
-            assert packed.positions[row][read].tolist() == list(range(len(pair[answer])))
+            read = mask[0, packed.ends[answer, i]]
+            assert packed.tokens[0][read].tolist() == pair[answer]
+            assert packed.positions[0][read].tolist() == list(range(len(pair[answer])))
 
 
 def test_pad_right() -> None:

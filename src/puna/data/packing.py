@@ -1,7 +1,8 @@
 """Rows of tokens for training: dialogs packed into full rows (paper 3.1), comparisons as well, rollouts padded.
 
 A comparison's two answers follow one prompt. Packed, the prompt stands in the row once and both answers after it, each
-blind to the other: the scores and gradients are those of two rows, for the tokens of little more than one.
+blind to the other: the scores and gradients are those of two rows, for the tokens of little more than one. Attention
+goes by documents, not by rows, so that all comparisons of a pass are one row, without a pad.
 """
 
 from __future__ import annotations
@@ -115,13 +116,13 @@ def _tree(branches: Tensor) -> Tensor:
 
 
 class PackedPairs(NamedTuple):
-    """B rows of T tokens holding P comparisons, what the two answers have in common once. Pads have document -1."""
+    """One row of T tokens: P comparisons side by side, what the two answers of each have in common once."""
 
-    tokens: Tensor  # (B, T) int64
-    documents: Tensor  # (B, T) int64: which comparison of the row a token belongs to
-    branches: Tensor  # (B, T) int64: 0 what both answers follow, 1 the chosen one, 2 the rejected one
-    positions: Tensor  # (B, T) int64: what they are in a row that holds this answer alone
-    ends: Tensor  # (2, P, 2) int64: row and column of each chosen answer's last token, and of each rejected one's
+    tokens: Tensor  # (1, T) int64
+    documents: Tensor  # (1, T) int64: which comparison a token belongs to
+    branches: Tensor  # (1, T) int64: 0 what both answers follow, 1 the chosen one, 2 the rejected one
+    positions: Tensor  # (1, T) int64: what they are in a row that holds this answer alone
+    ends: Tensor  # (2, P) int64: the column of each chosen answer's last token, and of each rejected one's
 
 
 def common(first: Sequence[int], second: Sequence[int]) -> int:
@@ -138,34 +139,29 @@ def pair_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
 
 
 def pack_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> PackedPairs:
-    """Pack comparisons, (chosen, rejected) tokens, into rows as long as the longest of them."""
+    """Pack comparisons, (chosen, rejected) tokens, into one row without a pad."""
     lengths = [pair_length(*pair) for pair in pairs]
-    plan = pack_plan(lengths, max(lengths))
-    tokens, branches, positions = (np.zeros((len(plan), max(lengths)), np.int64) for _ in range(3))
-    documents = np.full(tokens.shape, -1, np.int64)
-    ends = np.zeros((2, len(pairs), 2), np.int64)
-    for row, members in enumerate(plan):
-        begin = 0
-        for document, i in enumerate(members):
-            chosen, rejected = pairs[i]
-            shared = len(chosen) + len(rejected) - lengths[i]
-            documents[row, begin : begin + lengths[i]] = document
-            parts = (chosen[:shared], chosen[shared:], rejected[shared:])
-            for branch, part in enumerate(parts):
-                end = begin + len(part)
-                tokens[row, begin:end] = part
-                branches[row, begin:end] = branch
-                positions[row, begin:end] = np.arange(len(part)) + (shared if branch else 0)
-                begin = end
-                if branch:
-                    ends[branch - 1, i] = row, end - 1
-    return PackedPairs(*(torch.from_numpy(field) for field in (tokens, documents, branches, positions, ends)))
+    tokens, branches, positions = (np.zeros(sum(lengths), np.int64) for _ in range(3))
+    ends = np.zeros((2, len(pairs)), np.int64)
+    begin = 0
+    for i, (chosen, rejected) in enumerate(pairs):
+        shared = common(chosen, rejected)
+        for branch, part in enumerate((chosen[:shared], chosen[shared:], rejected[shared:])):
+            end = begin + len(part)
+            tokens[begin:end] = part
+            branches[begin:end] = branch
+            positions[begin:end] = np.arange(len(part)) + (shared if branch else 0)
+            begin = end
+            if branch:
+                ends[branch - 1, i] = end - 1
+    documents = np.arange(len(pairs)).repeat(lengths)
+    row = (tokens[None], documents[None], branches[None], positions[None])
+    return PackedPairs(*(torch.from_numpy(field) for field in (*row, ends)))
 
 
 class AnswerSteps(NamedTuple):
     """The N tokens in which the answers of P packed comparisons differ, and where each is predicted."""
 
-    rows: Tensor  # (N,) int64
     before: Tensor  # (N,) int64: the column of the token before it, in a row that holds this answer alone
     columns: Tensor  # (N,) int64: its own column
     answers: Tensor  # (N,) int64: i of the chosen answer of comparison i, P + i of its rejected one
@@ -177,14 +173,14 @@ def answer_steps(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], packed: P
     Both answers' first tokens follow the last one they have in common, of which there must be one. What they begin with
     together is as likely in both and left out: it cancels wherever two answers are compared.
     """
-    columns: list[tuple[int, int, int, int]] = []
+    columns: list[tuple[int, int, int]] = []
     for i, (chosen, rejected) in enumerate(pairs):
         shared = common(chosen, rejected)
         assert shared, f"comparison {i}: its answers have no token in common to follow"
-        (row, chosen_end), (_, rejected_end) = packed.ends[:, i].tolist()
+        chosen_end, rejected_end = packed.ends[:, i].tolist()
         fork = chosen_end - (len(chosen) - shared)  # the last token in common
         for answer, first, end in ((i, fork + 1, chosen_end), (len(pairs) + i, chosen_end + 1, rejected_end)):
-            columns += [(row, fork if c == first else c - 1, c, answer) for c in range(first, end + 1)]
+            columns += [(fork if c == first else c - 1, c, answer) for c in range(first, end + 1)]
     return AnswerSteps(*torch.tensor(columns).T)
 
 

@@ -150,7 +150,7 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
 def _attend_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention of scaled q under a mask: the G queries that share a key are rows of one product."""
     unseen = torch.where(mask, 0.0, -torch.inf).to(q.dtype).unsqueeze(1)  # (B or 1, 1, 1, T, S)
-    queries = q.unflatten(1, (k.shape[1], -1))  # (B, K, G, T, E)
+    queries = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])  # (B, K, G, T, E)
     scores = (queries.flatten(2, 3) @ k.transpose(-2, -1)).view(*queries.shape[:-1], -1) + unseen  # (B, K, G, T, S)
     weights: Tensor = scores.softmax(-1)
     return (weights.flatten(2, 3) @ v).view(queries.shape).flatten(1, 2)

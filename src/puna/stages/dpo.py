@@ -164,17 +164,17 @@ def log_ratios(
 ) -> tuple[Tensor, Tensor]:
     """log pi - log pi_ref of chosen and of rejected answers, (B,) each, over the tokens in which the two differ."""
     packed = packing.pack_pairs(pairs)
-    rows, before, columns, answers = (part.to(device) for part in packing.answer_steps(pairs, packed))
+    before, columns, answers = (part.to(device) for part in packing.answer_steps(pairs, packed))
     tokens, documents, branches, positions, _ = (part.to(device) for part in packed)
     within = packing.apart(documents, branches)
     only = torch.zeros_like(tokens, dtype=torch.bool)
-    only[rows, before] = True
-    place = (only.flatten().cumsum(0) - 1).view_as(tokens)[rows, before]  # (N,) which of the logits predicts a token
+    only[0, before] = True
+    place = (only[0].cumsum(0) - 1)[before]  # (N,) which of the logits predicts a token
 
     def logprobs(model: Transformer) -> Tensor:
         with parallel.autocast(cfg.precision, device):
             logits = model(tokens, positions=positions, documents=within, only=only)
-        per_token = losses.token_logprobs(logits[place], tokens[rows, columns])  # (N,)
+        per_token = losses.token_logprobs(logits[place], tokens[0, columns])  # (N,)
         return torch.zeros(2 * len(pairs), device=device).index_add(0, answers, per_token)
 
     with torch.no_grad():

@@ -243,8 +243,8 @@ def scores(model: RewardModel, batch: Sequence[Pair], device: torch.device) -> t
     packed = packing.pack_pairs([(pair.chosen, pair.rejected) for pair in batch])
     tokens, documents, branches, positions, ends = (part.to(device) for part in packed)
     within = packing.apart(documents, branches)
-    values = model.values(tokens, positions=positions, documents=within)  # (rows, T)
-    chosen, rejected = values[ends[..., 0], ends[..., 1]]
+    values = model.values(tokens, positions=positions, documents=within)  # (1, T)
+    chosen, rejected = values[0, ends]
     return chosen, rejected
 
 
