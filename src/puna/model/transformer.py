@@ -142,8 +142,8 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor
         return _attend_written(q, k, v, mask)
     n = q.shape[2]
     causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=q.device).tril()
-    ends = [(begin, min(begin + BLOCK, n)) for begin in range(0, n, BLOCK)]
-    parts = [_attend_written(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal[:, :, a:b, :b]) for a, b in ends]
+    blocks = [(begin, min(begin + BLOCK, n)) for begin in range(0, n, BLOCK)]
+    parts = [_attend_written(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal[:, :, a:b, :b]) for a, b in blocks]
     return torch.cat(parts, dim=2)
 
 

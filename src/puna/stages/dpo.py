@@ -60,7 +60,7 @@ class DPOConfig:
     epochs: int = 1
     """ours: as reward models."""
     max_len: int = 512
-    """tokens a row; longer pairs are left out and counted."""
+    """tokens of a prompt and one answer; longer pairs are left out and counted."""
     batch_size: int = 64
     """pairs a step, over all processes (Rafailov et al., B)."""
     micro_batch_tokens: int = 8192

@@ -67,7 +67,7 @@ class RewardConfig:
     epochs: int = 1
     """paper: 1."""
     max_len: int = 512
-    """tokens a row; longer pairs are left out and counted."""
+    """tokens of a prompt and one answer; longer pairs are left out and counted."""
     batch_size: int = 64
     """pairs a step, over all processes (paper: 512)."""
     micro_batch_tokens: int = 8192
