@@ -140,23 +140,21 @@ def pair_length(chosen: Sequence[int], rejected: Sequence[int]) -> int:
 
 def pack_pairs(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> PackedPairs:
     """Pack comparisons, (chosen, rejected) tokens, into one row without a pad."""
-    lengths = [pair_length(*pair) for pair in pairs]
-    tokens, branches, positions = (np.zeros(sum(lengths), np.int64) for _ in range(3))
-    ends = np.zeros((2, len(pairs)), np.int64)
-    begin = 0
+    tokens: list[int] = []
+    documents: list[int] = []
+    branches: list[int] = []
+    positions: list[int] = []
+    ends: list[tuple[int, int]] = []
     for i, (chosen, rejected) in enumerate(pairs):
         shared = common(chosen, rejected)
-        for branch, part in enumerate((chosen[:shared], chosen[shared:], rejected[shared:])):
-            end = begin + len(part)
-            tokens[begin:end] = part
-            branches[begin:end] = branch
-            positions[begin:end] = np.arange(len(part)) + (shared if branch else 0)
-            begin = end
-            if branch:
-                ends[branch - 1, i] = end - 1
-    documents = np.arange(len(pairs)).repeat(lengths)
-    row = (tokens[None], documents[None], branches[None], positions[None])
-    return PackedPairs(*(torch.from_numpy(field) for field in (*row, ends)))
+        end = len(tokens) + len(chosen) - 1
+        tokens += [*chosen, *rejected[shared:]]
+        ends.append((end, len(tokens) - 1))
+        documents += [i] * (len(tokens) - len(documents))
+        branches += [0] * shared + [1] * (len(chosen) - shared) + [2] * (len(rejected) - shared)
+        positions += [*range(len(chosen)), *range(shared, len(rejected))]
+    fields = [tokens], [documents], [branches], [positions], [*zip(*ends, strict=True)]
+    return PackedPairs(*(torch.tensor(field) for field in fields))
 
 
 class AnswerSteps(NamedTuple):
