@@ -12,7 +12,7 @@ import pytest
 # Imports point down only. A room may import its own layer's where `alike` says so: stages, corpus, evals, serve and
 # annotate meet in files instead.
 LAYERS = [
-    {"types", "config", "run_folder", "heartbeat"},
+    {"types", "config", "run_folder", "heartbeat", "kernels"},
     {"text", "model", "losses", "optim", "parallel", "monitors"},
     {"data", "generate", "checkpoint", "formats", "valley"},
     {"stages", "corpus", "evals", "serve", "annotate", "api"},

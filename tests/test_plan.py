@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from puna import cli, config, optim, parallel, plan, recipe
 from puna.config import ConfigError
 from puna.data.shards import Shard
-from puna.model import transformer
+from puna.model import fused, transformer
 from puna.model.sizes import LLAMA_2
 from puna.model.transformer import ModelConfig, Transformer
 from puna.plan import Layout, PlanConfig
@@ -86,6 +86,7 @@ def test_memory_with_checkpointing_is_the_measured_peak(monkeypatch: pytest.Monk
 def close(model: ModelConfig, precision: Any, checkpointing: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether the counted peak is within 5 % of the measured; bfloat16 also on a CPU without its arithmetic."""
     monkeypatch.setattr(parallel, "dtype", lambda name, _: {"bf16": torch.bfloat16, "fp32": torch.float32}[name])
+    monkeypatch.setattr(fused, "runs", lambda *_: False)  # no GPU has these passes
     length = transformer.SHORT + 88  # so that attention is fused on a CPU too
     cfg = PretrainConfig(
         Path(), (), model=model, seq_len=length, batch_size=6, micro_batch_size=3, steps=2, precision=precision
@@ -115,7 +116,7 @@ def test_the_loss_of_a_large_vocabulary_is_a_chunks_and_the_heads() -> None:
     assert replicated.logits == (2 + 4 + 2) * head + 2 * chunk + 8 * states < 12 * 4096 * 32000
     assert plan.memory(model, 4096, 1, Layout(8, sharded=True)).logits == 8 * head + 6 * states
     assert plan.memory(model, 4096, 1, Layout(1, 8, sharded=True)).logits == replicated.logits
-    assert plan.memory(model, 512, 1).logits == 12 * 512 * 32000, "few tokens have whole logits"
+    assert plan.memory(model, 32, 1).logits == 12 * 32 * 32000, "few tokens have whole logits"
 
 
 def test_keys_and_values_of_a_token() -> None:

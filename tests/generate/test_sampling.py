@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from puna import kernels
 from puna.config import ConfigError
-from puna.generate import kernel
 from puna.generate import sampling as samplings
 from puna.generate.sampling import Sampling, Settings, adjust, uniforms
 
@@ -20,8 +20,8 @@ WHOLE = Sampling()
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to draw; this machine may have torch's alone."""
     if request.param == "torch":
-        monkeypatch.setattr(kernel, "library", lambda: None)
-    elif kernel.library() is None:
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
         pytest.skip("no g++, or no AVX2")
     return str(request.param)
 
@@ -155,7 +155,7 @@ def test_both_paths_draw_the_same(path: str, vocab: int, dtype: torch.dtype, mon
         settings = Settings.of(CUTS * 4, logits.device)
         tokens, logprobs = samplings.sample(logits, uniform, settings)
         with monkeypatch.context() as patch:
-            patch.setattr(kernel, "library", lambda: None)
+            patch.setattr(kernels, "library", lambda: None)
             expected, _ = samplings.sample(logits, uniform, settings)
         assert (tokens == expected).sum() >= 39  # rounding may move a draw on an edge
         heat = torch.where(settings.greedy, 1.0, settings.temperature).double()

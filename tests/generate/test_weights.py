@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from puna import kernels
 from puna.config import ConfigError
-from puna.generate import kernel, weights
+from puna.generate import weights
 from puna.generate.kv_cache import BlockCache, DecodePass
 from puna.generate.weights import Kind, PackedTransformer, Pages
 from puna.model.transformer import ModelConfig, Transformer
 from tests import helpers
 
-STUB = "".join(f'extern "C" void puna_{name}() {{}}' for name in ("step", "sample"))
+STUB = "".join(f'extern "C" void {name}() {{}}' for name in kernels.CALLS)
 ODD: dict[str, int] = {"dim": 84, "n_heads": 3, "n_kv_heads": 1, "vocab_size": 101, "ffn_hidden": 77}
 """No number of it fills the processor's registers."""
 WIDE: dict[str, int] = {"dim": 192, "n_heads": 6, "n_kv_heads": 2, "vocab_size": 301, "ffn_hidden": 512}
@@ -50,11 +51,11 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The compiled step, made anew; skips where this machine cannot."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        kernel.library.cache_clear()
-        if kernel.library() is None:
+        kernels.library.cache_clear()
+        if kernels.library() is None:
             pytest.skip("no g++, or no AVX2")
         yield
-    kernel.library.cache_clear()
+    kernels.library.cache_clear()
 
 
 @pytest.fixture
@@ -62,11 +63,11 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A source that compiles at once, and an empty cache folder, returned."""
     source, cache = tmp_path / "stub.cpp", tmp_path / "cache"
     source.write_text(STUB)
-    monkeypatch.setattr(kernel, "SOURCES", (source,))
+    monkeypatch.setattr(kernels, "SOURCES", (source,))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    kernel.library.cache_clear()
+    kernels.library.cache_clear()
     yield cache / "puna"
-    kernel.library.cache_clear()
+    kernels.library.cache_clear()
 
 
 def tokens(rows: int, length: int = 20, vocab: int = 101) -> Tensor:
@@ -298,7 +299,7 @@ def test_what_cannot_be_held_is_refused(kind: Kind, group: int, shape: dict[str,
 @torch.inference_mode()
 def test_without_a_compiler_torch_decodes(stub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
-    assert kernel.library() is None
+    assert kernels.library() is None
     model: Transformer = helpers.model()
     packed, ids = weights.pack(model, "fp32"), tokens(2, 5)
     torch.testing.assert_close(decoded(packed, ids), model.hidden(ids)[:, -1], atol=1e-5, rtol=0)
@@ -306,12 +307,12 @@ def test_without_a_compiler_torch_decodes(stub: Path, monkeypatch: pytest.Monkey
 
 def test_without_a_folder_there_is_no_step(stub: Path) -> None:
     stub.parent.write_text("a file where the folder should be")
-    assert kernel.library() is None
+    assert kernels.library() is None
 
 
 def test_a_source_that_does_not_compile_is_no_step(stub: Path) -> None:
-    kernel.SOURCES[0].write_text("no C++")
-    assert kernel.library() is None
+    kernels.SOURCES[0].write_text("no C++")
+    assert kernels.library() is None
     assert list(stub.iterdir()) == []
 
 
@@ -319,27 +320,27 @@ def test_a_source_that_does_not_compile_is_no_step(stub: Path) -> None:
     "damage", [lambda content: b"", lambda content: content[:-100], lambda content: b"?" + content]
 )
 def test_a_damaged_library_is_compiled_again(stub: Path, damage: type[bytes]) -> None:
-    if kernel.library() is None:
+    if kernels.library() is None:
         pytest.skip("no g++, or no AVX2")
     [file] = stub.iterdir()
     content = file.read_bytes()
     file.unlink()  # it is loaded: its bytes may not change
     file.write_bytes(damage(content))
-    kernel.library.cache_clear()
-    assert kernel.library() is not None
+    kernels.library.cache_clear()
+    assert kernels.library() is not None
     assert file.read_bytes() == content
 
 
 def test_processes_may_compile_at_once(stub: Path) -> None:
-    if kernel.library() is None:
+    if kernels.library() is None:
         pytest.skip("no g++, or no AVX2")
     [file] = stub.iterdir()
     file.unlink()
     program = (
-        "import pathlib, sys\nfrom puna.generate import kernel\n"
-        "kernel.SOURCES = (pathlib.Path(sys.argv[1]),)\nassert kernel.library() is not None"
+        "import pathlib, sys\nfrom puna import kernels\n"
+        "kernels.SOURCES = (pathlib.Path(sys.argv[1]),)\nassert kernels.library() is not None"
     )
-    command = [sys.executable, "-c", program, str(kernel.SOURCES[0])]
+    command = [sys.executable, "-c", program, str(kernels.SOURCES[0])]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
     for process in processes:
         assert process.communicate()[1] == b""

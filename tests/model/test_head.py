@@ -89,7 +89,7 @@ def test_a_model_gives_the_same_loss_either_way(tied: bool, only: bool, monkeypa
 def test_no_more_than_a_chunk_of_logits_exists(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "CHUNK", 8)
     seen: list[int] = []
-    inner = head._logprobs
-    monkeypatch.setattr(head, "_logprobs", lambda *args: seen.append(len(args[0])) or inner(*args))
+    inner = head._loss_and_slope
+    monkeypatch.setattr(head, "_loss_and_slope", lambda *args: seen.append(len(args[0])) or inner(*args))
     chunked_loss(*states(20))
     assert seen == [8, 8, 4]

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from puna import kernels
 from puna.formats import gguf, huggingface
-from puna.generate import kernel, weights
 from puna.generate import scheduler as schedulers
+from puna.generate import weights
 from puna.generate.sampling import Sampling
 from puna.generate.scheduler import Scheduler
 from puna.generate.sequence import Request
@@ -168,7 +169,7 @@ def test_the_engine_says_what_the_plain_model_says(
     elif how == "unshared":
         assert run(loaded, ragged, share_prompts=False) == greedy
     else:
-        if kernel.library() is None:
+        if kernels.library() is None:
             pytest.skip("no compiler here, or no AVX2")
         rows = {"few": 8, "many": RAGGED}[how]  # through the compiled step
         assert run(loaded, ragged, weights.pack(model, "fp32"), max_batch_size=rows, share_prompts=False) == greedy

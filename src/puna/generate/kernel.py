@@ -1,29 +1,14 @@
-"""step.cpp and sample.cpp as Python calls: compiled with the machine's own g++ (or the GCC that CXX names) at first
-use, kept in the user's cache.
-
-Where that cannot be (no compiler, no folder to write to, no AVX2, another system than Linux) `library` is None, and
-what asked for it takes torch's kernels: slower, the same numbers. Nothing of torch is compiled in; pointers are passed.
-"""
+"""step.cpp and sample.cpp as Python calls (puna.kernels compiles them)."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import functools
-import hashlib
-import os
-import shutil
-import subprocess
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("step.cpp", "sample.cpp", "shared.h", "tiles.h"))
-FLAGS = tuple("-O3 -march=native -ffp-contract=off -fno-strict-aliasing -std=gnu++20 -shared -fPIC -pthread".split())
-SECONDS = 120  # that a compiler may take
-DIGEST = 32  # bytes of SHA-256, behind the library's own in its file
+from puna import kernels
 
 
 class Matrix(ctypes.Structure):
@@ -80,43 +65,11 @@ class Settings(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("temperature", "top_p", "min_p", "top_k", "cuts", "greedy")]
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled calls; compiling takes some seconds once a machine."""
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return None
-    with contextlib.suppress(OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home folder
-        path = _path()
-        if not _is_whole(path):
-            _compile(path)
-        loaded = ctypes.CDLL(str(path))
-        loaded.puna_step.restype = None
-        loaded.puna_step.argtypes = [
-            ctypes.POINTER(Model),
-            ctypes.POINTER(Cache),
-            ctypes.c_int,
-            *[ctypes.c_void_p] * 4,
-            ctypes.c_int,
-        ]
-        loaded.puna_sample.restype = None
-        loaded.puna_sample.argtypes = [
-            ctypes.c_void_p,
-            ctypes.c_bool,
-            ctypes.c_int,
-            ctypes.c_int,
-            ctypes.POINTER(Settings),
-            *[ctypes.c_void_p] * 3,
-            ctypes.c_int,
-        ]
-        return loaded
-    return None
-
-
 def step(model: Model, cache: Cache, positions: Tensor, rotary: Tensor, states: Tensor, logits: Tensor | None) -> None:
     """Run R tokens at positions (R,) int64 through the model, in place: states (R, D) are embeddings before and the
     last layer's normalised states after; rotary (R, E / 2, 2), logits (R, V) or None. All float32 and contiguous.
     """
-    loaded = library()
+    loaded = kernels.library()
     assert loaded is not None, "there is no compiled step"
     pointers = [
         positions.data_ptr(),
@@ -124,7 +77,7 @@ def step(model: Model, cache: Cache, positions: Tensor, rotary: Tensor, states: 
         states.data_ptr(),
         None if logits is None else logits.data_ptr(),
     ]
-    loaded.puna_step(model, cache, len(positions), *pointers, torch.get_num_threads())
+    loaded.puna_step(ctypes.byref(model), ctypes.byref(cache), len(positions), *pointers, torch.get_num_threads())
 
 
 def sample(logits: Tensor, uniform: Tensor, settings: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -132,7 +85,7 @@ def sample(logits: Tensor, uniform: Tensor, settings: Mapping[str, Tensor]) -> t
 
     logits (R, V) float32 or bfloat16, uniform (R,) float32 in [0, 1); the columns of sampling.Settings by name.
     """
-    loaded = library()
+    loaded = kernels.library()
     assert loaded is not None, "there is no compiled sampler"
     assert logits.dtype in (torch.float32, torch.bfloat16), f"logits are {logits.dtype}"
     logits, uniform = logits.contiguous(), uniform.contiguous()
@@ -141,48 +94,12 @@ def sample(logits: Tensor, uniform: Tensor, settings: Mapping[str, Tensor]) -> t
     held = Settings(**{name: column.data_ptr() for name, column in columns.items()})
     where = uniform.data_ptr(), tokens.data_ptr(), logprobs.data_ptr()
     is_bf16 = logits.dtype == torch.bfloat16
-    loaded.puna_sample(logits.data_ptr(), is_bf16, *logits.shape, held, *where, torch.get_num_threads())
+    loaded.puna_sample(logits.data_ptr(), is_bf16, *logits.shape, ctypes.byref(held), *where, torch.get_num_threads())
     return tokens, logprobs
 
 
 def block() -> int:
     """Rows of a 4-bit weight that lie together."""
-    loaded = library()
+    loaded = kernels.library()
     assert loaded is not None, "there is no compiled step"
     return int(loaded.puna_block())
-
-
-def _path() -> Path:
-    """Where the library for these sources, these flags and this processor belongs."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))]
-    key = hashlib.sha256(
-        b"\0".join([*(path.read_bytes() for path in SOURCES), *map(str.encode, (*FLAGS, *cpu[:2]))])
-    ).hexdigest()
-    caches = os.environ.get("XDG_CACHE_HOME")
-    return (Path(caches) if caches else Path.home() / ".cache") / "puna" / f"step-{key[:16]}.so"
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether the file ends with the digest of the rest: loading a damaged library can kill the process."""
-    if not path.is_file():
-        return False
-    content = path.read_bytes()
-    return hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
-
-
-def _compile(path: Path) -> None:
-    """Compile beside `path` and rename: of processes that do it at once, each leaves a whole library."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++")
-    if compiler is None:
-        raise FileNotFoundError("no C++ compiler")
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        command = [compiler, *FLAGS, *(str(path) for path in SOURCES if path.suffix == ".cpp"), "-o", str(temporary)]
-        subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-        with temporary.open("r+b") as file:
-            content = file.read()
-            file.write(hashlib.sha256(content).digest())
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)

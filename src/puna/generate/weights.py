@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from puna import parallel
+from puna import kernels, parallel
 from puna.config import ConfigError
 from puna.generate import kernel
 from puna.model.transformer import Cache, Documents, Transformer
@@ -199,7 +199,7 @@ class PackedTransformer(Transformer):
         """Where the weights are; None where there is no compiled step, or it cannot read some layer or experts."""
         if self.config.moe.experts:
             return None
-        if kernel.library() is None or self.norm.weight.is_cuda or self.norm.weight.dtype != torch.float32:
+        if kernels.library() is None or self.norm.weight.is_cuda or self.norm.weight.dtype != torch.float32:
             return None
         layers = []
         for i in range(self.config.n_layers):

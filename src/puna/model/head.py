@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from puna.model import fused
+
 CHUNK = 512
 """Tokens whose logits exist at once: with 1024 an update holds a ninth more, at the same speed (docs/log.md)."""
-LARGE = 2**24
-"""Logits of a forward pass from which on chunks are as fast as the whole on a CPU, or faster (docs/log.md)."""
+LARGE = 2**20
+"""Logits of a forward pass from which on chunks are faster than the whole on a CPU (docs/log.md)."""
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -64,6 +66,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _loss_and_slope(part: Tensor, matrix: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of log p at the targets (C, 1), and the loss's gradient of the logits (C, V): p, less 1 at the target."""
+    if fused.runs(part, matrix):
+        logits = part @ matrix.t()
+        return fused.loss_and_slope(logits, index[:, 0]), logits
     logprobs = _logprobs(part, matrix)
     total = logprobs.gather(1, index).sum()
     minus = torch.full_like(index, -1, dtype=torch.float32)
@@ -75,8 +80,12 @@ def _logprobs(states: Tensor, matrix: Tensor) -> Tensor:
     return torch.log_softmax(states @ matrix.t(), -1, dtype=torch.float32)
 
 
+def product_type(x: Tensor) -> torch.dtype:
+    """The type that autocast makes products with x in, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def _for_products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the type that autocast makes products in, or as they are."""
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    dtype = product_type(hidden)
     return hidden.to(dtype), weight.to(dtype)

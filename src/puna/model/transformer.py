@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from puna.config import ConfigError, positive
-from puna.model.head import LARGE, chunked_loss
+from puna.model import fused
+from puna.model.head import LARGE, chunked_loss, product_type
 from puna.model.moe import MixtureOfExperts, MoEConfig
 
 SHORT = 512  # tokens of a row whose attention scores are written out, where that is faster
@@ -94,7 +95,7 @@ class Cache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation, computed in float32 whatever the input's type."""
+    """Root-mean-square normalisation, computed in float32 whatever the input's type; out comes what products take."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -102,7 +103,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        dtype = product_type(x)
+        if fused.runs(x, self.weight):
+            return fused.rms_norm(x, self.weight, self.eps, dtype)
+        return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(dtype) * self.weight.to(dtype)
 
 
 def rotary_table(head_dim: int, max_seq_len: int, theta: float) -> Tensor:
@@ -118,6 +122,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     x (B, heads, T, E); table (T, E/2, 2) or (B, 1, T, E/2, 2). Written as Meta's complex product: the same numbers as
     cos and sin by hand at a sixth of the time, gradient included.
     """
+    if fused.runs(x, table):
+        return fused.rotate(x, table)
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))  # (B, heads, T, E/2)
     return torch.view_as_real(pairs * torch.view_as_complex(table.float())).flatten(-2).to(x.dtype)
 
@@ -125,7 +131,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention of q (B, H, T, E) over k, v (B, K, S, E), causal without a mask (B, 1, T, S): (B, H, T, E)."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT:
-        return attend_short(q, k, v, mask)
+        return fused.attend(q, k, v, mask) if fused.runs(q, k, v) else attend_short(q, k, v, mask)
     if q.shape[1] > k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, S, E)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -207,7 +213,8 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.dim, config.ffn_hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # type: ignore[no-any-return]
+        gate, up = self.w1(x), self.w3(x)
+        return self.w2(fused.swiglu(gate, up) if fused.runs(gate, up) else F.silu(gate) * up)  # type: ignore[no-any-return]
 
 
 class TransformerBlock(nn.Module):

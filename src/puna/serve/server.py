@@ -161,7 +161,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def open_models(cfg: ServeConfig) -> Mapping[str, Served]:
     """Every model with its engine, by name."""
-    from puna.generate import kernel
+    from puna import kernels
     from puna.generate.live import LiveEngine
     from puna.serve.answers import Served
 
@@ -173,7 +173,7 @@ def open_models(cfg: ServeConfig) -> Mapping[str, Served]:
         if name in chats:
             raise ConfigError(f"{path}: two models would be called {name!r}: link or rename one folder")
         chats[name] = loaded
-    kernel.library()  # compiles once a machine, before anybody waits for an answer
+    kernels.library()  # compiles once a machine, before anybody waits for an answer
     limit = cfg.max_concurrent + cfg.max_queue
     served = {}
     for name, chat in chats.items():

@@ -6,7 +6,7 @@
 
 #include "shared.h"
 
-struct Settings {  // a number a row; kernel.py's structure of that name
+struct Settings {  // a number a row; generate/kernel.py's structure of that name
     const float *temperature, *top_p, *min_p;
     const int64_t *top_k;
     const bool *cuts, *greedy;

@@ -2,8 +2,8 @@
 //
 // Weights and cache are read where torch holds them; states and sums are float32 throughout, but that a processor with
 // products of bfloat16 rounds many rows that meet such weights, and queries that meet such keys (tiles.h). Among few
-// rows, and among many, a row's numbers do not depend on the others. kernel.py compiles this file and says what the
-// structures hold; they must stay alike.
+// rows, and among many, a row's numbers do not depend on the others. generate/kernel.py says what the structures
+// hold; they must stay alike.
 //
 // R rows, D model width, H query heads, K key/value heads, E head width, V vocabulary.
 

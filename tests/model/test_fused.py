@@ -1,0 +1,147 @@
+"""The compiled passes give torch's numbers and gradients, whatever the type, the threads and the rows' widths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from puna import kernels
+from puna.model import fused
+from puna.model.transformer import attend_short, rotary_table
+from puna.model.transformer import rotate as turn
+
+TYPES = [torch.float32, torch.bfloat16]
+WIDTHS = [8, 37, 192]
+"""Fewer numbers than fill a register, some over, and whole ones."""
+
+
+@pytest.fixture(autouse=True)
+def _compiled() -> None:
+    if kernels.library() is None:
+        pytest.skip("no g++, or no AVX2")
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    return (scale * torch.randn(shape)).to(dtype).requires_grad_()
+
+
+def agree(op: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Tensor) -> None:
+    """The op's result and gradients are those of plain operations in float64, to a rounding of the inputs' type."""
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    actual, expected = op(*inputs), plain(*exact)
+    weight = torch.randn(expected.shape).to(actual.dtype)
+    mine = torch.autograd.grad((actual * weight).sum(), inputs)
+    theirs = torch.autograd.grad((expected * weight.double()).sum(), exact)
+    for ours, true in zip((actual, *mine), (expected, *theirs), strict=True):
+        allowed = 2e-6 if ours.dtype == actual.dtype == torch.float32 else 1e-2
+        largest = max(1e-3, float(true.detach().abs().max()))
+        torch.testing.assert_close(ours.double(), true, rtol=0, atol=allowed * largest)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("out", TYPES)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rms_norm(dtype: torch.dtype, out: torch.dtype, width: int) -> None:
+    x, weight = numbers(3, 67, width, dtype=dtype), numbers(width)
+    agree(
+        lambda x, weight: fused.rms_norm(x, weight, 1e-5, out),
+        lambda x, weight: F.rms_norm(x, (width,), weight, 1e-5),
+        x,
+        weight,
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", TYPES)
+def test_swiglu(dtype: torch.dtype, width: int) -> None:
+    gate, up = numbers(101, width, dtype=dtype, scale=4), numbers(101, width, dtype=dtype)
+    agree(fused.swiglu, lambda gate, up: F.silu(gate) * up, gate, up)
+
+
+def test_swiglu_of_the_extremes() -> None:
+    gate = torch.tensor([-torch.inf, -200.0, -1e-30, 0.0, 1e-30, 200.0, torch.inf, torch.nan])
+    torch.testing.assert_close(fused.swiglu(gate, torch.ones(8)), F.silu(gate), equal_nan=True)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("width", [2, 20, 64])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_rotate(dtype: torch.dtype, width: int, heads: int) -> None:
+    x, table = numbers(2, 19, heads, width, dtype=dtype), rotary_table(width, 50, 10000.0)
+    rows = table[torch.randint(50, (2, 19))].unsqueeze(1)
+    for angles in (table[:19], rows):
+        doubled = torch.view_as_complex(angles.double())
+
+        def plain(x: Tensor, doubled: Tensor = doubled) -> Tensor:
+            pairs = torch.view_as_complex(x.transpose(1, 2).unflatten(-1, (-1, 2)).contiguous())  # type: ignore[no-untyped-call]
+            return torch.view_as_real(pairs * doubled).flatten(-2)
+
+        agree(lambda x, angles=angles: fused.rotate(x.transpose(1, 2), angles), plain, x)
+
+
+@pytest.mark.parametrize("n", [1, 50, 128, 300])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_attend(dtype: torch.dtype, masked: bool, n: int) -> None:
+    q, k, v = (numbers(3, heads, n, 16, dtype=dtype) for heads in (4, 2, 2))
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    mask = causal & (torch.rand(3, 1, n, n) > 0.5) | torch.eye(n, dtype=torch.bool)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if masked else causal)
+
+    agree(lambda q, k, v: fused.attend(q, k, v, mask if masked else None), plain, q, k, v)
+    torch.testing.assert_close(
+        fused.attend(q, k, v, mask[:1] if masked else None), attend_short(q, k, v, mask[:1] if masked else None),
+        rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("vocab", [5, 301, 2048])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_loss_and_slope(dtype: torch.dtype, vocab: int) -> None:
+    logits, targets = torch.randn(33, vocab).mul(5).to(dtype), torch.randint(vocab, (33,))
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact, targets, reduction="sum")
+    [slope] = torch.autograd.grad(expected, exact)
+    logprob = fused.loss_and_slope(logits, targets)
+    torch.testing.assert_close(-logprob.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(logits.double(), slope, rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_what_is_no_number_stays_none() -> None:
+    """A broken update is dropped by its norm: it must be seen."""
+    broken = torch.full((2, 40), torch.nan)
+    assert fused.rms_norm(broken, torch.ones(40), 1e-5, torch.float32).isnan().all()
+    assert fused.loss_and_slope(broken.clone(), torch.zeros(2, dtype=torch.int64)).isnan()
+    q = torch.full((1, 1, 40, 8), torch.nan)
+    assert fused.attend(q, q, torch.ones_like(q), None).isnan().all()
+
+
+def test_threads_change_nothing() -> None:
+    x, weight, found = numbers(500, 192), numbers(192), []
+    kept = torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        y = fused.rms_norm(x, weight, 1e-5, torch.float32)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (x, weight))))
+    torch.set_num_threads(kept)
+    assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
+
+
+def test_runs_on_plain_tensors_of_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(2)
+    assert fused.runs(x, torch.nn.Parameter(x), x.bfloat16())
+    assert not fused.runs(x.double()) and not fused.runs(x.to("meta")) and not fused.runs(x.as_subclass(Other))
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    assert not fused.runs(x)
+    assert turn(numbers(1, 1, 4, 8), rotary_table(8, 4, 10000.0)).shape == (1, 1, 4, 8)
+
+
+class Other(Tensor):
+    """Not torch's own, as a sharded one is."""
