@@ -11,7 +11,6 @@ from torch import Tensor
 
 from puna.config import ConfigError
 from puna.data import packing
-from puna.model import transformer
 from puna.model.sizes import LLAMA_2, SIZES, cache_bytes, ffn_hidden, with_kv_heads
 from puna.model.transformer import (
     ModelConfig,
@@ -19,7 +18,6 @@ from puna.model.transformer import (
     Transformer,
     attend,
     attend_apart,
-    attend_short,
     rotary_table,
     rotate,
 )
@@ -176,22 +174,6 @@ def test_attend_gives_query_heads_their_key_head() -> None:
     close(attend(q, k, v, mask), expected, 1e-6)
 
 
-@pytest.mark.parametrize("block", [transformer.BLOCK, 4])
-def test_attend_short_is_attention(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformer, "BLOCK", block)
-    q, k, v = (torch.randn(2, heads, 6, 8, requires_grad=True) for heads in (6, 3, 3))
-    documents = torch.tensor([[0, 0, 0, 1, 1, -1], [0, 0, 0, 0, 0, 0]])
-    for mask in (None, (documents[:, None, :, None] == documents[:, None, None, :]).tril()):
-        repeated = (t.repeat_interleave(2, dim=1) for t in (k, v))
-        expected = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask, is_causal=mask is None)
-        actual = attend_short(q, k, v, mask)
-        close(actual, expected, 1e-6)
-        for mine, theirs in zip(
-            torch.autograd.grad(actual.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), (q, k, v)), strict=True
-        ):
-            close(mine, theirs, 1e-5)
-
-
 def test_attention_apart_is_attention_under_the_whole_mask() -> None:
     documents = torch.cat((torch.zeros(70), torch.ones(9), torch.full((21,), -1))).long().repeat(2, 1)
     documents[1, 30:] = 3
@@ -210,14 +192,6 @@ def test_attention_apart_is_attention_under_the_whole_mask() -> None:
             strict=True,
         ):
             close(mine, theirs, 1e-5)
-
-
-def test_short_and_long_rows_agree_in_bfloat16() -> None:
-    """Rows of up to 256 tokens have their scores written out, longer ones go through the fused kernel."""
-    model = helpers.model(max_seq_len=512).to(torch.bfloat16)
-    row = torch.arange(256)[None] % 50 + 300
-    short, long = model(row), model(F.pad(row, (0, 1)))[:, :-1]
-    close(short.float(), long.float(), 0.2)  # logits of about 1
 
 
 def test_tied_embeddings_share_one_tensor() -> None:

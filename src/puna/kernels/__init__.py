@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-NAMES = ("step.cpp", "sample.cpp", "fused.cpp", "shared.h", "tiles.h")
+NAMES = ("step.cpp", "sample.cpp", "fused.cpp", "attention.cpp", "shared.h", "passes.h", "tiles.h")
 SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
 FLAGS = tuple("-O3 -march=native -ffp-contract=off -fno-strict-aliasing -std=gnu++20 -shared -fPIC -pthread".split())
 SECONDS = 120  # that a compiler may take
@@ -33,8 +33,8 @@ CALLS = {
     "puna_swiglu": [*[c_void_p] * 3, c_bool, c_int64, c_int],
     "puna_swiglu_back": [*[c_void_p] * 5, c_bool, c_int64, c_int],
     "puna_rotate": [*[c_void_p] * 3, c_bool, *[c_int] * 4, c_void_p, c_int64, c_bool, c_int],
-    "puna_softmax": [*[c_void_p] * 2, c_bool, *[c_int64] * 2, *[c_int] * 3, c_float, c_int],
-    "puna_softmax_back": [*[c_void_p] * 2, *[c_bool] * 2, c_int64, *[c_int] * 3, c_float, c_int],
+    "puna_attend": [*[c_void_p] * 6, c_bool, *[c_void_p] * 2, c_int],
+    "puna_attend_back": [*[c_void_p] * 10, c_bool, *[c_void_p] * 2, c_int],
     "puna_loss": [*[c_void_p] * 3, c_bool, c_int64, c_int, c_int],
 }
 """What each call takes, as its source says; none returns anything."""

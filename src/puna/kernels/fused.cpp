@@ -1,86 +1,15 @@
 // What a Llama does between its matrix products on a CPU, and the gradients: a pass over memory for each, where torch's
 // operations make several. model/fused.py calls them and says what they compute.
 //
-// Numbers are float32 or bfloat16 in memory and float32 in registers. Torch's own threads share the work, as threads of
-// ours would wait for them; no result depends on how many there are.
+// No result depends on how many threads there are.
 
-#include "shared.h"
+#include "passes.h"
 
-using Share = void(void (*)(void *), void *, unsigned, unsigned);  // OpenMP's GOMP_parallel
-static Share *share = nullptr;
-
-constexpr int64_t PIECE = 16384;  // numbers that a thread takes at once
-constexpr int ROWS = 64;          // whose part of a weight's gradient is summed apart
-
-// f(begin, end) over `count` things, `each` at a time.
-template <class F> static void over(int threads, int64_t count, int64_t each, const F &f) {
-    struct Work { const F &f; const int64_t count, each; std::atomic<int64_t> next{0}; } all_of{f, count, each};
-    auto work = [](void *p) {
-        Work &w = *(Work *)p;
-        for (int64_t begin; (begin = w.next.fetch_add(w.each)) < w.count;) w.f(begin, std::min(w.count, begin + w.each));
-    };
-    count > each && threads > 1 ? share(work, &all_of, threads, 0) : work(&all_of);
-}
-
-// f(number of the type) for float32 or bfloat16.
-template <class F> static void of_type(bool is_bf16, const F &f) { is_bf16 ? f(Bf16()) : f(float()); }
-
-static void store(Bf16 *p, Floats v) {
-#ifdef __AVX512BF16__
-    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh(v));
-#else
-    for (int i = 0; i < LANES; i++) put(p + i, v[i]);
-#endif
-}
-
-struct Full {  // LANES numbers
-    template <class T> Floats get(const T *p) const { return load(p); }
-    template <class T> void set(T *p, Floats v) const { store(p, v); }
-    Floats or_lowest(Floats v) const { return v; }
-};
-struct Part {  // the last ones of a row; lanes beyond them read as 0
-    int count;
-    template <class T> Floats get(const T *p) const {
-        T held[LANES] = {};
-        std::copy_n(p, count, held);
-        return load(held);
-    }
-    template <class T> void set(T *p, Floats v) const {
-        T held[LANES];
-        store(held, v);
-        std::copy_n(held, count, p);
-    }
-    Floats or_lowest(Floats v) const {
-        for (int i = count; i < LANES; i++) v[i] = -INFINITY;
-        return v;
-    }
-};
-// f(i, Full or Part) along `count` numbers.
-template <class F> static void along(int count, const F &f) {
-    int i = 0;
-    for (; i + LANES <= count; i += LANES) f(i, Full());
-    if (i < count) f(i, Part{count - i});
-}
-
-static float highest(Floats v) {
-    float most = v[0];
-    for (int i = 1; i < LANES; i++) most = std::max(most, v[i]);
-    return most;
-}
+constexpr int ROWS = 64;  // whose part of a weight's gradient is summed apart
 
 static Floats sigmoid(Floats x) {
     const Floats e = exponential(x < all(0) ? x : -x);
     return (x < all(0) ? e : all(1)) / (all(1) + e);
-}
-
-// e^(x - highest) of `count` numbers, with zeros behind them up to whole LANES; their sum.
-static float exponentials(float *x, int count, float most) {
-    Floats total = all(0);
-    for (int i = 0; i < count; i += LANES) {
-        const Floats e = exponential(load(x + i) - all(most));
-        store(x + i, e), total += e;
-    }
-    return sum(total);
 }
 
 // scales (rows,): what each row is multiplied by, for the way back.
@@ -144,8 +73,6 @@ static void swiglu_back(const T *slopes, const T *gate, const T *up, T *of_gate,
     });
 }
 
-struct Layout { int64_t row, head, token; };  // numbers between neighbours
-
 // Pairs turned by their position's angle, or back. table (T, E / 2, 2), or one for every row where `of_row` is not 0.
 template <class T>
 static void rotate(const T *x, const float *table, T *out, int rows, int heads, int tokens, int width, const Layout &from,
@@ -166,51 +93,6 @@ static void rotate(const T *x, const float *table, T *out, int rows, int heads, 
                 }
                 along(width, [&](int i, auto part) { part.set(turned + i, part.get(&held[i])); });
             }
-        }
-    });
-}
-
-// Attention's weights in place of its scores (rows, queries, keys). Query i sees keys up to first + i, or those that
-// mask (rows / sharing, queries, keys) marks.
-template <class T>
-static void softmax(T *scores, const int8_t *mask, int64_t rows, int64_t sharing, int queries, int keys, int first, float scale,
-                    int threads) {
-    over(threads, rows * queries, std::max<int64_t>(1, PIECE / keys), [=](int64_t begin, int64_t end) {
-        std::vector<float> room(keys + LANES);
-        float *held = room.data();
-        for (int64_t n = begin; n < end; n++) {
-            const int seen = mask ? keys : std::min<int64_t>(keys, first + n % queries + 1);
-            T *row = scores + n * keys;
-            Floats most = all(-INFINITY);
-            const int8_t *marks = mask ? mask + (n / queries / sharing * queries + n % queries) * keys : nullptr;
-            along(seen, [&](int i, auto part) {
-                Floats score = part.or_lowest(part.get(row + i) * all(scale));
-                if (marks) score = part.get(marks + i) != all(0) ? score : all(-INFINITY);
-                store(held + i, score), most = score > most ? score : most;
-            });
-            const Floats share_of = all(1 / exponentials(held, seen, highest(most)));
-            along(seen, [&](int i, auto part) { part.set(row + i, load(held + i) * share_of); });
-            std::fill(row + seen, row + keys, T{});
-        }
-    });
-}
-
-// The scores' gradient in place of the weights'. Without a mask, query i saw keys up to first + i.
-template <class T>
-static void softmax_back(T *slopes, const T *weights, bool masked, int64_t rows, int queries, int keys, int first, float scale,
-                         int threads) {
-    over(threads, rows * queries, std::max<int64_t>(1, PIECE / keys), [=](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; n++) {
-            const int seen = masked ? keys : std::min<int64_t>(keys, first + n % queries + 1);
-            T *slope = slopes + n * keys;
-            const T *weight = weights + n * keys;
-            Floats dots = all(0);
-            along(seen, [&](int i, auto part) { dots = multiply_add(part.get(slope + i), part.get(weight + i), dots); });
-            const Floats mean = all(sum(dots));
-            along(seen, [&](int i, auto part) {
-                part.set(slope + i, part.get(weight + i) * (part.get(slope + i) - mean) * all(scale));
-            });
-            std::fill(slope + seen, slope + keys, T{});
         }
     });
 }
@@ -277,21 +159,6 @@ void puna_rotate(const void *x, const float *table, void *out, bool is_bf16, int
     of_type(is_bf16, [&](auto number) {
         using T = decltype(number);
         rotate((const T *)x, table, (T *)out, rows, heads, tokens, width, layouts[0], layouts[1], of_row, back, threads);
-    });
-}
-
-void puna_softmax(void *scores, const int8_t *mask, bool is_bf16, int64_t rows, int64_t sharing, int queries, int keys, int first,
-                  float scale, int threads) {
-    of_type(is_bf16, [&](auto number) {
-        softmax((decltype(number) *)scores, mask, rows, sharing, queries, keys, first, scale, threads);
-    });
-}
-
-void puna_softmax_back(void *slopes, const void *weights, bool is_bf16, bool masked, int64_t rows, int queries, int keys,
-                       int first, float scale, int threads) {
-    of_type(is_bf16, [&](auto number) {
-        using T = decltype(number);
-        softmax_back((T *)slopes, (const T *)weights, masked, rows, queries, keys, first, scale, threads);
     });
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from puna import kernels
 
-BLOCK = 128  # queries whose scores are written out at once
+SHORT = 512  # keys up to which attention is faster than torch's (docs/log.md)
 ROWS = 64  # of the kernel's: those whose part of a norm's gradient is summed apart
 
 
@@ -28,6 +28,12 @@ def runs(*tensors: Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and kernels.library() is not None
     )
+
+
+def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attend` runs, and pays: bfloat16 needs a processor that multiplies them."""
+    fits = q.dtype == k.dtype == v.dtype and k.shape[2] <= SHORT
+    return fits and runs(q, k, v) and (q.dtype == torch.float32 or _multiplies_bf16())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -46,10 +52,10 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of q (B, H, T, E) over k, v (B, K, S, E), causal without a mask (B or 1, 1, T, S): (B, H, T, E).
+    """Attention of q (B, H, T, E) over k, v (B, K, S, E), causal without a mask: (B, H, T, E).
 
-    The scores are written out, without a mask BLOCK queries at a time over the keys up to their last; the queries that
-    share a key are rows of one product.
+    A mask is of (B or 1, 1, T, S), or what becomes it. What is kept for the gradient grows with T; the weights are
+    computed again.
     """
     return _Attention.apply(q, k, v, mask)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -118,59 +124,70 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x: Tensor, table: Tensor, back: bool) -> Tensor:
-    """In memory (B, T, heads, E), as the products beside it have it."""
-    rows, heads, tokens, width = x.shape
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    out = x.new_empty(rows, tokens, heads, width).transpose(1, 2)
-    layouts = (ctypes.c_int64 * 6)(*x.stride()[:3], *out.stride()[:3])
-    of_row = table.stride(0) if table.ndim == 5 else 0
-    _call("rotate", x, table, out, _is_bf16(x), rows, heads, tokens, width, layouts, of_row, back)
+    x, (rows, heads, tokens, width) = _dense(x), x.shape
+    out, of_row = _beside(x), table.stride(0) if table.ndim == 5 else 0
+    _call("rotate", x, table, out, _is_bf16(x), rows, heads, tokens, width, _layouts(x, out), of_row, back)
     return out
 
 
 class _Attention(torch.autograd.Function):
-    """G queries share each key: they are rows of one product."""
-
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        n, scale = q.shape[2], q.shape[-1] ** -0.5
-        grouped = q.reshape(-1, q.shape[1] // k.shape[1], *q.shape[2:])  # (BK, G, T, E)
-        k, v, out = k.flatten(0, 1), v.flatten(0, 1), torch.empty_like(grouped)
-        rows = grouped.shape[0] * grouped.shape[1]
-        sharing = 1 if mask is None else rows // len(mask)  # rows that have one mask
-        blocks = [(a, min(a + BLOCK, n), min(a + BLOCK, n)) for a in range(0, n, BLOCK)] if mask is None else []
-        blocks = blocks or [(0, n, k.shape[1])]  # first query, the one after the last, keys that they see
-        saved = []
-        for begin, end, seen in blocks:
-            queries = grouped[:, :, begin:end].flatten(1, 2)
-            weights = torch.bmm(queries, k[:, :seen].mT)
-            marks = None if mask is None else mask.contiguous()
-            _call("softmax", weights, marks, _is_bf16(weights), rows, sharing, end - begin, seen, begin, scale)
-            out[:, :, begin:end] = torch.bmm(weights, v[:, :seen]).view(len(k), -1, end - begin, q.shape[-1])
-            saved += [queries, weights]
-        ctx.save_for_backward(k, v, *saved)
-        ctx.blocks, ctx.is_masked, ctx.shape = blocks, mask is not None, q.shape
-        return out.view(q.shape)
+        q, k, v = (_dense(x) for x in (q, k, v))
+        if mask is not None:
+            rows = len(mask) if mask.ndim == 4 else 1
+            mask = mask.expand(rows, 1, q.shape[2], k.shape[2]).contiguous()
+        out, logs = _beside(q), torch.empty(q.shape[:3])
+        inputs = q, k, v, mask, out, logs
+        _call("attend", *inputs, _is_bf16(q), _layouts(q, k, v, out), _shape(q, k, mask))
+        ctx.save_for_backward(*inputs)
+        return out
 
     @staticmethod
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
-        k, v, *saved = ctx.saved_tensors
-        batch, heads, _, width = ctx.shape
-        grouped = slopes.reshape(len(k), -1, *slopes.shape[2:])  # (BK, G, T, E)
-        of_q, of_k, of_v = torch.empty_like(grouped), torch.zeros_like(k), torch.zeros_like(v)
-        for (begin, end, seen), queries, weights in zip(ctx.blocks, saved[::2], saved[1::2], strict=True):
-            slope = grouped[:, :, begin:end].flatten(1, 2)
-            of_scores = torch.bmm(slope, v[:, :seen].mT)
-            sizes = batch * heads, end - begin, seen, begin
-            _call("softmax_back", of_scores, weights, _is_bf16(weights), ctx.is_masked, *sizes, width**-0.5)
-            of_q[:, :, begin:end] = torch.bmm(of_scores, k[:, :seen]).view(len(k), -1, end - begin, width)
-            of_k[:, :seen] += torch.bmm(of_scores.mT, queries)
-            of_v[:, :seen] += torch.bmm(weights.mT, slope)
-        shape = batch, -1, *k.shape[1:]
-        return of_q.view(ctx.shape), of_k.view(shape), of_v.view(shape), None
+        q, k, v, mask, out, logs = ctx.saved_tensors
+        slopes, gradients = _dense(slopes), [_beside(x) for x in (q, k, v)]
+        layouts = _layouts(slopes, q, k, v, out, *gradients)
+        inputs = slopes, q, k, v, out, mask, logs, *gradients
+        _call("attend_back", *inputs, _is_bf16(q), layouts, _shape(q, k, mask))
+        return *gradients, None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A row's numbers stand side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _beside(x: Tensor) -> Tensor:
+    """Room for as many numbers as x (B, heads, T, E), in memory (B, T, heads, E), as the products beside it have it."""
+    return torch.empty_like(x.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _layouts(*tensors: Tensor) -> ctypes.Array[ctypes.c_int64]:
+    """Numbers between neighbouring rows, heads and tokens of each (B, heads, T, E)."""
+    strides = [stride for x in tensors for stride in x.stride()[:3]]
+    return (ctypes.c_int64 * len(strides))(*strides)
+
+
+class _Shape(ctypes.Structure):
+    """attention.cpp's structure of that name."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("rows", "heads", "kv_heads", "queries", "keys", "width")),
+        ("of_mask", ctypes.c_int64),
+    ]
+
+
+def _shape(q: Tensor, k: Tensor, mask: Tensor | None) -> Any:
+    of_mask = 0 if mask is None or len(mask) == 1 else mask.stride(0)
+    return ctypes.byref(_Shape(*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], of_mask))
 
 
 _TYPES = (torch.float32, torch.bfloat16)
+
+
+def _multiplies_bf16() -> bool:
+    return bool(kernels.library().puna_multiplies_bf16())  # type: ignore[union-attr]
 
 
 def _is_bf16(x: Tensor) -> bool:

@@ -22,9 +22,6 @@ from puna.model import fused
 from puna.model.head import LARGE, chunked_loss, product_type
 from puna.model.moe import MixtureOfExperts, MoEConfig
 
-SHORT = 512  # tokens of a row whose attention scores are written out, where that is faster
-BLOCK = 128  # queries whose scores are written out at once
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -130,36 +127,11 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Attention of q (B, H, T, E) over k, v (B, K, S, E), causal without a mask (B, 1, T, S): (B, H, T, E)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= SHORT:
-        return fused.attend(q, k, v, mask) if fused.runs(q, k, v) else attend_short(q, k, v, mask)
+    if fused.attends(q, k, v):
+        return fused.attend(q, k, v, mask)
     if q.shape[1] > k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, S, E)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-
-
-def attend_short(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """`attend` with its scores written out, without a mask BLOCK queries at a time, over the keys up to their last.
-
-    For rows in bfloat16 on a CPU: a third to two thirds of the fused kernel's time, gradient included (docs/log.md).
-    The scores are rounded to q's type, as the fused kernel's are not; their softmax is computed in float32.
-    """
-    q = q * q.shape[-1] ** -0.5
-    if mask is not None:
-        return _attend_written(q, k, v, mask)
-    n = q.shape[2]
-    causal = torch.ones(1, 1, n, n, dtype=torch.bool, device=q.device).tril()
-    blocks = [(begin, min(begin + BLOCK, n)) for begin in range(0, n, BLOCK)]
-    parts = [_attend_written(q[:, :, a:b], k[:, :, :b], v[:, :, :b], causal[:, :, a:b, :b]) for a, b in blocks]
-    return torch.cat(parts, dim=2)
-
-
-def _attend_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of scaled q under a mask: the G queries that share a key are rows of one product."""
-    unseen = torch.where(mask, 0.0, -torch.inf).to(q.dtype).unsqueeze(1)  # (B or 1, 1, 1, T, S)
-    queries = q.reshape(q.shape[0], k.shape[1], -1, *q.shape[2:])  # (B, K, G, T, E)
-    scores = (queries.flatten(2, 3) @ k.transpose(-2, -1)).view(*queries.shape[:-1], -1) + unseen  # (B, K, G, T, S)
-    weights: Tensor = scores.softmax(-1)
-    return (weights.flatten(2, 3) @ v).view(queries.shape).flatten(1, 2)
 
 
 def attend_apart(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
