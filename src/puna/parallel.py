@@ -78,7 +78,8 @@ class ParallelConfig:
     tensor: int = 1
     """ranks that share each matrix and each row's tokens, of one machine; all ranks over these share the batch."""
     checkpointing: Literal["off", "selective", "full"] = "off"
-    """what the backward pass computes again: nothing; all of a block but its matrix products; or all of it."""
+    """what the backward pass computes again: nothing; all of a block but its matrix products and
+    attention (a CPU's compiled attention too); or all of it."""
     compile: bool = False
     """torch.compile every block."""
     heartbeat: float = 20.0

@@ -228,7 +228,7 @@ def block_matrices(model: ModelConfig) -> int:
 
 
 def activation_bytes(model: ModelConfig, precision: str = "bf16") -> tuple[int, int]:
-    """Bytes a token that the backward pass needs of one block, and of the last norm.
+    """Bytes a token that the backward pass needs of one block in torch's operations, and of the last norm.
 
     A block keeps both norms' inputs in float32, the normalised states and what the matrices read of them, q, k, v and
     the attention's output, four F wide states, and one float32 a head. k and v count as wide as q: `attend` repeats
@@ -236,7 +236,7 @@ def activation_bytes(model: ModelConfig, precision: str = "bf16") -> tuple[int, 
     """
     if precision == "fp32":
         return 4 * (10 * model.dim + 4 * model.ffn_hidden + model.n_heads), 12 * model.dim
-    return 24 * model.dim + 8 * model.ffn_hidden + 4 * model.n_heads, 8 * model.dim
+    return 24 * model.dim + 8 * model.ffn_hidden + 4 * model.n_heads, 10 * model.dim
 
 
 def chunked_loss_bytes(model: ModelConfig, tokens: int, layout: Layout, precision: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -346,3 +347,14 @@ def test_processes_may_compile_at_once(stub: Path) -> None:
         assert process.communicate()[1] == b""
         assert process.returncode == 0
     assert list(stub.iterdir()) == [file]
+
+
+def test_a_machine_with_a_compiler_has_the_library() -> None:
+    if shutil.which("g++") is None or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("no g++, or no AVX2")
+    assert kernels.library() is not None
+
+
+def test_every_source_is_part_of_the_library(root: Path) -> None:
+    folder = root / "src/puna/kernels"
+    assert {path.name for path in folder.iterdir() if path.suffix in (".cpp", ".h")} == set(kernels.NAMES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,18 +11,26 @@ from torch import Tensor
 
 from puna import kernels
 from puna.model import fused
-from puna.model.transformer import rotary_table
-from puna.model.transformer import rotate as turn
+from puna.model.head import chunked_loss
+from puna.model.transformer import RMSNorm, attend, rotary_table
 
 TYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [8, 37, 192]
 """Fewer numbers than fill a register, some over, and whole ones."""
 
 
-@pytest.fixture(autouse=True)
-def _compiled() -> None:
-    if kernels.library() is None:
-        pytest.skip("no g++, or no AVX2")
+@pytest.fixture(autouse=True, scope="module", params=["native", "AVX2"])
+def _compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """As this processor has it, and as one without AVX512 would."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "AVX2":
+            patch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-mno-avx512f"))
+            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        kernels.library.cache_clear()
+        if kernels.library() is None:
+            pytest.skip("no g++, or no AVX2")
+        yield
+    kernels.library.cache_clear()
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
@@ -139,25 +147,92 @@ def test_what_is_no_number_stays_none() -> None:
     assert fused.attend(q, q, torch.ones_like(q), None).isnan().all()
 
 
-def test_threads_change_nothing() -> None:
-    x, weight, found = numbers(500, 192), numbers(192), []
-    kept = torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        y = fused.rms_norm(x, weight, 1e-5, torch.float32)
-        found.append((y, *torch.autograd.grad(y.square().sum(), (x, weight))))
-    torch.set_num_threads(kept)
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rotate", "attend", "loss"])
+def test_threads_change_nothing(name: str) -> None:
+    x, weight, found, kept = numbers(4, 100, 3, 32), numbers(32), [], torch.get_num_threads()
+    heads = x.transpose(1, 2)
+    ops: dict[str, Callable[[], Tensor]] = {
+        "rms_norm": lambda: fused.rms_norm(x, weight, 1e-5, torch.float32),
+        "swiglu": lambda: fused.swiglu(x, x * weight),
+        "rotate": lambda: fused.rotate(heads, rotary_table(32, 100, 10000.0)) * weight,
+        "attend": lambda: fused.attend(heads, heads * weight, heads, None),
+        "loss": lambda: chunked_loss(x.flatten(0, 2), weight.expand(50, 32), torch.arange(1200) % 50),
+    }
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = ops[name]()
+            found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    finally:
+        torch.set_num_threads(kept)
     assert all(torch.equal(one, other) for others in found[1:] for one, other in zip(found[0], others, strict=True))
 
 
 def test_runs_on_plain_tensors_of_a_cpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.ones(2)
-    assert fused.runs(x, torch.nn.Parameter(x), x.bfloat16())
-    assert not fused.runs(x.double()) and not fused.runs(x.to("meta")) and not fused.runs(x.as_subclass(Other))
+    assert kernels.runs(x, torch.nn.Parameter(x), x.bfloat16())
+    assert not kernels.runs(x.double()) and not kernels.runs(x.to("meta")) and not kernels.runs(x.as_subclass(Other))
     monkeypatch.setattr(kernels, "library", lambda: None)
-    assert not fused.runs(x)
-    assert turn(numbers(1, 1, 4, 8), rotary_table(8, 4, 10000.0)).shape == (1, 1, 4, 8)
+    assert not kernels.runs(x)
 
 
 class Other(Tensor):
     """Not torch's own, as a sharded one is."""
+
+
+@pytest.mark.parametrize("n", [fused.SHORT, fused.SHORT + 1])
+def test_long_rows_are_attended_by_torch(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (torch.randn(2, heads, n, 16) for heads in (4, 2, 2))
+    assert fused.attends(q, k, v) == (n == fused.SHORT)
+    actual = attend(q, k, v)
+    monkeypatch.setattr(kernels, "library", lambda: None)
+    torch.testing.assert_close(actual, attend(q, k, v), rtol=0, atol=1e-5)
+
+
+def test_a_query_that_sees_nothing_has_nothing() -> None:
+    q, k, v = (numbers(1, 2, 4, 8) for _ in range(3))
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    mask[..., 2, :] = False
+    out = fused.attend(q, k, v, mask)
+    assert not out[:, :, 2].any()
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_what_a_pass_would_misread_is_refused() -> None:
+    q, k = torch.ones(2, 4, 5, 8), torch.ones(2, 2, 5, 8)
+    refused: list[Callable[[], Tensor]] = [
+        lambda: fused.rotate(q, rotary_table(8, 4, 10000.0)),
+        lambda: fused.rotate(q, torch.ones(1, 1, 5, 4, 2)),
+        lambda: fused.rms_norm(q, torch.ones(7), 1e-5, torch.float32),
+        lambda: fused.swiglu(q, q.bfloat16()),
+        lambda: fused.attend(q, k, k[:, :, :4], None),
+        lambda: fused.attend(q, k[:, :, :4], k[:, :, :4], None),
+        lambda: fused.attend(q, k, k, torch.zeros(2, 1, 5, 5)),
+        lambda: fused.loss_and_slope(torch.ones(3, 9), torch.ones(3, dtype=torch.int32)),
+    ]
+    for op in refused:
+        with pytest.raises(ValueError, match=r"for|not|bool|key|ids"):
+            op()
+
+
+def test_another_default_type_changes_nothing() -> None:
+    x, weight = torch.randn(6, 40), torch.ones(40)
+    expected = fused.rms_norm(x, weight, 1e-5, torch.float32)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(fused.rms_norm(x, weight, 1e-5, torch.float32), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    x = numbers(3, 8)
+    [slope] = torch.autograd.grad(fused.swiglu(x, x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()  # type: ignore[no-untyped-call]
+
+
+def test_a_norm_gives_what_products_take() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert RMSNorm(32, 1e-5, for_products=True)(torch.randn(2, 32)).dtype == torch.bfloat16
+        assert RMSNorm(32, 1e-5)(torch.randn(2, 32)).dtype == torch.float32

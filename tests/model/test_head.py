@@ -14,6 +14,8 @@ from puna.model import head, transformer
 from puna.model.head import chunked_loss
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("path")
+
 
 def states(tokens: int = 37, dim: int = 16, vocab: int = 50) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight = torch.randn(tokens, dim), 0.3 * torch.randn(vocab, dim)

@@ -16,6 +16,8 @@ from puna.model.moe import MixtureOfExperts, MoEConfig, by_expert
 from puna.stages import pretrain
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("path")
+
 EIGHT = MoEConfig(experts=8, top_k=2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
@@ -9,6 +10,8 @@ from puna.data.packing import pad_right
 from puna.model.reward import RewardModel
 from puna.model.transformer import Transformer
 from tests import helpers
+
+pytestmark = pytest.mark.usefixtures("path")
 
 ROWS = [[1, 300, 301, 2, 1, 302, 2], [1, 303, 304, 2], [1, 305, 306, 307, 308, 2]]
 

@@ -23,6 +23,8 @@ from puna.model.transformer import (
 )
 from tests import helpers
 
+pytestmark = pytest.mark.usefixtures("path")
+
 TOKENS = torch.tensor([[1, 300, 301, 302, 303, 304, 305]])
 
 

@@ -69,15 +69,7 @@ def step(model: Model, cache: Cache, positions: Tensor, rotary: Tensor, states: 
     """Run R tokens at positions (R,) int64 through the model, in place: states (R, D) are embeddings before and the
     last layer's normalised states after; rotary (R, E / 2, 2), logits (R, V) or None. All float32 and contiguous.
     """
-    loaded = kernels.library()
-    assert loaded is not None, "there is no compiled step"
-    pointers = [
-        positions.data_ptr(),
-        rotary.data_ptr(),
-        states.data_ptr(),
-        None if logits is None else logits.data_ptr(),
-    ]
-    loaded.puna_step(ctypes.byref(model), ctypes.byref(cache), len(positions), *pointers, torch.get_num_threads())
+    kernels.call("step", model, cache, len(positions), positions, rotary, states, logits)
 
 
 def sample(logits: Tensor, uniform: Tensor, settings: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -85,16 +77,13 @@ def sample(logits: Tensor, uniform: Tensor, settings: Mapping[str, Tensor]) -> t
 
     logits (R, V) float32 or bfloat16, uniform (R,) float32 in [0, 1); the columns of sampling.Settings by name.
     """
-    loaded = kernels.library()
-    assert loaded is not None, "there is no compiled sampler"
     assert logits.dtype in (torch.float32, torch.bfloat16), f"logits are {logits.dtype}"
     logits, uniform = logits.contiguous(), uniform.contiguous()
     columns = {name: column.contiguous() for name, column in settings.items()}
     tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))
     held = Settings(**{name: column.data_ptr() for name, column in columns.items()})
-    where = uniform.data_ptr(), tokens.data_ptr(), logprobs.data_ptr()
     is_bf16 = logits.dtype == torch.bfloat16
-    loaded.puna_sample(logits.data_ptr(), is_bf16, *logits.shape, ctypes.byref(held), *where, torch.get_num_threads())
+    kernels.call("sample", logits, is_bf16, *logits.shape, held, uniform, tokens, logprobs)
     return tokens, logprobs
 
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from puna import kernels
 from puna.config import ConfigError
 from puna.generate import kernel
-from puna.model import fused
 
 COLDEST, HOTTEST, STRONGEST = 1e-3, 1e3, 1e3
 """Within these no logit overflows; a bias of -1000 rules a token out."""
@@ -158,7 +158,7 @@ def sample(logits: Tensor, uniform: Tensor, settings: Settings) -> tuple[Tensor,
     The log-probability is under softmax(logits / temperature), also where the draw was cut: it is what a trainer scores
     the token with. A greedy token's is at temperature 1.
     """
-    if fused.runs(logits):
+    if kernels.runs(logits):
         return kernel.sample(logits, uniform, settings._asdict())
     temperature, greedy, cuts = settings.temperature, settings.greedy, settings.cuts
     probs = (logits.float() / temperature.masked_fill(greedy, 1.0)[:, None]).softmax(-1)  # (B, V)

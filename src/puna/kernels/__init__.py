@@ -2,7 +2,8 @@
 kept in the user's cache.
 
 Where that cannot be (no compiler, no folder to write to, no AVX2, another system than Linux) `library` is None, and
-what asked for it takes torch's kernels: slower, the same numbers. Nothing of torch is compiled in; pointers are passed.
+what asked for it takes torch's kernels: slower, the same numbers but for rounding. Nothing of torch is compiled in;
+pointers are passed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import shutil
 import subprocess
 from ctypes import c_bool, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 NAMES = ("step.cpp", "sample.cpp", "fused.cpp", "attention.cpp", "shared.h", "passes.h", "tiles.h")
 SOURCES = tuple(Path(__file__).with_name(name) for name in NAMES)
@@ -29,7 +32,7 @@ CALLS = {
     "puna_sample": [c_void_p, c_bool, c_int, c_int, *[c_void_p] * 4, c_int],
     "puna_share": [c_void_p],
     "puna_rms_norm": [c_void_p, c_bool, *[c_void_p] * 2, c_bool, c_void_p, c_int64, c_int, c_float, c_int],
-    "puna_rms_norm_back": [c_void_p, c_bool, c_void_p, c_bool, *[c_void_p] * 4, c_int64, c_int, c_int],
+    "puna_rms_norm_back": [c_void_p, c_bool, c_void_p, c_bool, *[c_void_p] * 4, c_int64, c_int, c_int, c_int],
     "puna_swiglu": [*[c_void_p] * 3, c_bool, c_int64, c_int],
     "puna_swiglu_back": [*[c_void_p] * 5, c_bool, c_int64, c_int],
     "puna_rotate": [*[c_void_p] * 3, c_bool, *[c_int] * 4, c_void_p, c_int64, c_bool, c_int],
@@ -37,7 +40,8 @@ CALLS = {
     "puna_attend_back": [*[c_void_p] * 10, c_bool, *[c_void_p] * 2, c_int],
     "puna_loss": [*[c_void_p] * 3, c_bool, c_int64, c_int, c_int],
 }
-"""What each call takes, as its source says; none returns anything."""
+"""What each call takes, as its source says, threads last; none of these returns anything."""
+TYPES = (torch.float32, torch.bfloat16)
 
 
 @functools.cache
@@ -45,8 +49,7 @@ def library() -> ctypes.CDLL | None:
     """The compiled calls; compiling takes some seconds once a machine."""
     if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         return None
-    # RuntimeError: no home folder; AttributeError: a torch without OpenMP
-    with contextlib.suppress(OSError, RuntimeError, AttributeError, subprocess.SubprocessError):
+    with contextlib.suppress(OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: no home folder
         path = _path()
         if not _is_whole(path):
             _compile(path)
@@ -59,10 +62,34 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def _share() -> c_void_p:
-    """The call by which torch's threads share work: OpenMP's, which torch's library is linked with."""
-    torchs = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
-    return ctypes.cast(torchs.GOMP_parallel, c_void_p)
+def runs(*tensors: Tensor) -> bool:
+    """Whether these are plain tensors of a CPU, float32 or bfloat16, and the calls for them are compiled."""
+    return (
+        all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype in TYPES for t in tensors)
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def call(name: str, *arguments: Any) -> None:
+    """Tensors go as pointers, structures by reference; the work is shared by as many threads as torch has."""
+    loaded = library()
+    assert loaded is not None, f"puna_{name} is not compiled"
+    getattr(loaded, f"puna_{name}")(*map(_passed, arguments), torch.get_num_threads())
+
+
+def _passed(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return ctypes.byref(argument) if isinstance(argument, ctypes.Structure) else argument
+
+
+def _share() -> c_void_p | None:
+    """The call by which torch's threads share work: OpenMP's, where torch's library is linked with it."""
+    with contextlib.suppress(OSError, AttributeError):
+        torchs = ctypes.CDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        return ctypes.cast(torchs.GOMP_parallel, c_void_p)
+    return None
 
 
 def _path() -> Path:

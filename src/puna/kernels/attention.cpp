@@ -6,6 +6,8 @@
 //
 // T queries, S keys, E head width; G query heads share a key's. model/fused.py says what is computed.
 
+#include <cfloat>
+
 #include "passes.h"
 #include "tiles.h"
 
@@ -63,14 +65,14 @@ static void product(const Left &x, const Right &w, int units, float *out, int wi
     if (left == 1) block(column, std::integral_constant<int, 1>());
 }
 
-// Rows of one head, and what products need of them.
-template <class T> struct Matrix {
+// The tokens of one head, and what products need of them.
+template <class T> struct Head {
     const T *at;
     int64_t stride;
     int rows, width;
 
     Left left() const { return {(const uint32_t *)at, stride / NUMBERS<T>, 1}; }
-    Matrix part(int begin, int count) const { return {at + begin * stride, stride, count, width}; }
+    Head part(int begin, int count) const { return {at + begin * stride, stride, count, width}; }
 
     // The rows as columns: to multiply with other rows.
     Right turned(std::vector<uint32_t> &room) const {
@@ -124,15 +126,16 @@ template <class F> static void seen_scores(const float *row, int wide, int seen,
     }
 }
 
-template <class T> static Matrix<T> head_of(const T *x, const Layout &layout, int row, int head, int count, int width) {
+template <class T> static Head<T> head_of(const T *x, const Layout &layout, int row, int head, int count, int width) {
     return {x + row * layout.row + head * layout.head, layout.token, count, width};
 }
 
-// f(head, first query, queries, keys that one of them sees at most) of a key's head, and which keys query i sees.
+// Queries of one head, and the keys that they see.
 struct Block { int head, begin, count, seen; const int8_t *marks; bool causal; int keys;
     int sees(int i) const { return causal ? std::min(keys, begin + i + 1) : keys; }
     const int8_t *marks_of(int i) const { return marks ? marks + (int64_t)(begin + i) * keys : nullptr; }
 };
+// f(Block) for all queries of a key's head.
 template <class F> static void blocks(const Shape &s, int row, int key_head, const int8_t *mask, const F &f) {
     const int sharing = s.heads / s.kv_heads;
     for (int head = key_head * sharing; head < (key_head + 1) * sharing; head++)
@@ -156,7 +159,7 @@ static void attend(const T *q, const T *k, const T *v, const int8_t *mask, T *ou
         blocks(s, row, key_head, mask, [&](const Block &b) {
             const int wide = padded(b.seen, LANES);
             scores.resize(b.count * wide), sums.resize(b.count * wide_out);
-            const Matrix<T> queries = head_of(q, layouts[0], row, b.head, s.queries, s.width).part(b.begin, b.count);
+            const Head<T> queries = head_of(q, layouts[0], row, b.head, s.queries, s.width).part(b.begin, b.count);
             product<T>(queries.left(), keys, s.width / NUMBERS<T>, scores.data(), wide, b.count, wide);
             for (int i = 0; i < b.count; i++) {
                 float *held = &scores[i * wide];
@@ -164,9 +167,10 @@ static void attend(const T *q, const T *k, const T *v, const int8_t *mask, T *ou
                 seen_scores(held, wide, b.sees(i), b.marks_of(i), scale, [&](int j, Floats score) {
                     store(held + j, score), most = score > most ? score : most;
                 });
-                const float at_most = highest(most), total = exponentials(held, wide, at_most);
-                for (int j = 0; j < wide; j += LANES) store(held + j, load(held + j) * all(1 / total));
-                logs[((int64_t)row * s.heads + b.head) * s.queries + b.begin + i] = at_most + std::log(total);
+                const float at_most = std::max(highest(most), -FLT_MAX), total = exponentials(held, wide, at_most);
+                const Floats share_of = all(total == 0 ? 0 : 1 / total);  // a query may see nothing
+                for (int j = 0; j < wide; j += LANES) store(held + j, load(held + j) * share_of);
+                logs[((int64_t)row * s.heads + b.head) * s.queries + b.begin + i] = total == 0 ? INFINITY : at_most + std::log(total);
             }
             const Left weights = left_of<T>(scores.data(), b.count, wide);
             product<T>(weights, values, (b.seen + NUMBERS<T> - 1) / NUMBERS<T>, sums.data(), wide_out, b.count, wide_out);
@@ -186,17 +190,17 @@ static void attend_back(const T *slopes, const T *q, const T *k, const T *v, con
         static thread_local std::vector<uint32_t> rooms[7];
         static thread_local std::vector<float> weights, of_scores, sums, key_sums, value_sums;
         const int row = task / s.kv_heads, key_head = task % s.kv_heads, wide_out = padded(s.width, LANES), units = s.width / NUMBERS<T>;
-        const Matrix<T> keys = head_of(k, layouts[2], row, key_head, s.keys, s.width);
+        const Head<T> keys = head_of(k, layouts[2], row, key_head, s.keys, s.width);
         const Right by_key = keys.turned(rooms[0]), key_rows = keys.paired(rooms[1]);
         const Right by_value = head_of(v, layouts[3], row, key_head, s.keys, s.width).turned(rooms[2]);
         for (auto part : {&key_sums, &value_sums}) part->assign(s.keys * wide_out, 0);
         blocks(s, row, key_head, mask, [&](const Block &b) {
-            const int wide = padded(b.seen, LANES), pairs = (b.count + NUMBERS<T> - 1) / NUMBERS<T>;
+            const int wide = padded(b.seen, LANES), of_queries = (b.count + NUMBERS<T> - 1) / NUMBERS<T>;
             for (auto part : {&weights, &of_scores}) part->resize(b.count * wide);
             sums.resize(b.count * wide_out);
-            const Matrix<T> queries = head_of(q, layouts[1], row, b.head, s.queries, s.width).part(b.begin, b.count);
-            const Matrix<T> slope = head_of(slopes, layouts[0], row, b.head, s.queries, s.width).part(b.begin, b.count);
-            const Matrix<T> outs = head_of(out, layouts[4], row, b.head, s.queries, s.width).part(b.begin, b.count);
+            const Head<T> queries = head_of(q, layouts[1], row, b.head, s.queries, s.width).part(b.begin, b.count);
+            const Head<T> slope = head_of(slopes, layouts[0], row, b.head, s.queries, s.width).part(b.begin, b.count);
+            const Head<T> outs = head_of(out, layouts[4], row, b.head, s.queries, s.width).part(b.begin, b.count);
             product<T>(queries.left(), by_key, units, weights.data(), wide, b.count, wide);
             product<T>(slope.left(), by_value, units, of_scores.data(), wide, b.count, wide);
             for (int i = 0; i < b.count; i++) {
@@ -212,9 +216,9 @@ static void attend_back(const T *slopes, const T *q, const T *k, const T *v, con
                 });
             }
             const Left by_weight = turned_left<T>(weights.data(), b.count, wide, rooms[3]);
-            product<T>(by_weight, slope.paired(rooms[4]), pairs, value_sums.data(), wide_out, b.seen, wide_out, true);
+            product<T>(by_weight, slope.paired(rooms[4]), of_queries, value_sums.data(), wide_out, b.seen, wide_out, true);
             const Left by_slope = turned_left<T>(of_scores.data(), b.count, wide, rooms[5]);
-            product<T>(by_slope, queries.paired(rooms[6]), pairs, key_sums.data(), wide_out, b.seen, wide_out, true);
+            product<T>(by_slope, queries.paired(rooms[6]), of_queries, key_sums.data(), wide_out, b.seen, wide_out, true);
             const Left of_weights = left_of<T>(of_scores.data(), b.count, wide);
             product<T>(of_weights, key_rows, (b.seen + NUMBERS<T> - 1) / NUMBERS<T>, sums.data(), wide_out, b.count, wide_out);
             for (int i = 0; i < b.count; i++) {
@@ -234,7 +238,7 @@ static void attend_back(const T *slopes, const T *q, const T *k, const T *v, con
 
 extern "C" {
 // Whether a product of bfloat16 is of pairs here; without, there is no attention of them.
-bool puna_multiplies_bf16() { return NUMBERS<Bf16> == 2; }
+int puna_multiplies_bf16() { return NUMBERS<Bf16> == 2; }
 
 void puna_attend(const void *q, const void *k, const void *v, const int8_t *mask, void *out, float *logs, bool is_bf16,
                  const Layout *layouts, const Shape *shape, int threads) {

@@ -5,8 +5,6 @@
 
 #include "passes.h"
 
-constexpr int ROWS = 64;  // whose part of a weight's gradient is summed apart
-
 static Floats sigmoid(Floats x) {
     const Floats e = exponential(x < all(0) ? x : -x);
     return (x < all(0) ? e : all(1)) / (all(1) + e);
@@ -15,7 +13,7 @@ static Floats sigmoid(Floats x) {
 // scales (rows,): what each row is multiplied by, for the way back.
 template <class X, class Y>
 static void rms_norm(const X *x, const float *weight, Y *y, float *scales, int64_t rows, int dim, float eps, int threads) {
-    over(threads, rows, ROWS, [=](int64_t begin, int64_t end) {
+    over(threads, rows, std::max<int64_t>(1, PIECE / dim), [=](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; r++) {
             const X *from = x + r * dim;
             Floats squares = all(0);
@@ -26,12 +24,12 @@ static void rms_norm(const X *x, const float *weight, Y *y, float *scales, int64
     });
 }
 
-// of_weight (rows / ROWS rounded up, dim): the weight's gradient in parts.
+// of_weight (rows / each rounded up, dim): the weight's gradient, `each` rows summed in a part.
 template <class X, class Y>
 static void rms_norm_back(const Y *slopes, const X *x, const float *weight, const float *scales, X *of_x, float *of_weight,
-                          int64_t rows, int dim, int threads) {
-    over(threads, rows, ROWS, [=](int64_t begin, int64_t end) {
-        float *total = of_weight + begin / ROWS * dim;
+                          int64_t rows, int dim, int each, int threads) {
+    over(threads, rows, each, [=](int64_t begin, int64_t end) {
+        float *total = of_weight + begin / each * dim;
         std::fill_n(total, dim, 0.f);
         for (int64_t r = begin; r < end; r++) {
             const Y *slope = slopes + r * dim;
@@ -130,11 +128,13 @@ void puna_rms_norm(const void *x, bool x_is_bf16, const float *weight, void *y, 
 }
 
 void puna_rms_norm_back(const void *slopes, bool y_is_bf16, const void *x, bool x_is_bf16, const float *weight,
-                        const float *scales, void *of_x, float *of_weight, int64_t rows, int dim, int threads) {
+                        const float *scales, void *of_x, float *of_weight, int64_t rows, int dim, int each,
+                        int threads) {
     of_type(x_is_bf16, [&](auto from) {
         of_type(y_is_bf16, [&](auto to) {
             using X = decltype(from);
-            rms_norm_back((const decltype(to) *)slopes, (const X *)x, weight, scales, (X *)of_x, of_weight, rows, dim, threads);
+            rms_norm_back((const decltype(to) *)slopes, (const X *)x, weight, scales, (X *)of_x, of_weight, rows, dim, each,
+                          threads);
         });
     });
 }

@@ -6,7 +6,7 @@
 #include "shared.h"
 
 using Share = void(void (*)(void *), void *, unsigned, unsigned);  // OpenMP's GOMP_parallel
-inline Share *share = nullptr;
+inline Share *share = nullptr;  // null where torch's library has none: then one thread does all
 
 constexpr int64_t PIECE = 16384;  // numbers that a thread takes at once
 
@@ -17,7 +17,7 @@ template <class F> static void over(int threads, int64_t count, int64_t each, co
         Work &w = *(Work *)p;
         for (int64_t begin; (begin = w.next.fetch_add(w.each)) < w.count;) w.f(begin, std::min(w.count, begin + w.each));
     };
-    count > each && threads > 1 ? share(work, &all_of, threads, 0) : work(&all_of);
+    share && count > each && threads > 1 ? share(work, &all_of, threads, 0) : work(&all_of);
 }
 
 // f(number of the type) for float32 or bfloat16.

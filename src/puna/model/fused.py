@@ -1,7 +1,8 @@
-"""What a model does between its matrix products, on a CPU: the compiled passes of kernels/fused.cpp, with gradients.
+"""Attention, and what a model does between its matrix products, on a CPU: kernels/ as operations with gradients.
 
-They compute in float32 what is float32 or bfloat16 in memory. Where `runs` says no, the model and its head write the
-same in torch's operations: more passes over memory, the same numbers but for rounding.
+They compute in float32 what is float32 or bfloat16 in memory. Where `kernels.runs` says no, the model and its head
+write the same in torch's operations: more passes over memory, the same numbers but for rounding. Shapes and types that
+a pass would misread are refused with a ValueError.
 
 Shapes: B batch, T tokens, S keys, D model width, H query heads, K key/value heads, E head width, N tokens of a batch,
 V vocabulary.
@@ -13,7 +14,8 @@ import ctypes
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from puna import kernels
 
@@ -21,19 +23,10 @@ SHORT = 512  # keys up to which attention is faster than torch's (docs/log.md)
 ROWS = 64  # of the kernel's: those whose part of a norm's gradient is summed apart
 
 
-def runs(*tensors: Tensor) -> bool:
-    """Whether these are plain tensors of a CPU, and it has the compiled passes for them."""
-    return (
-        all(type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.dtype in _TYPES for t in tensors)
-        and not torch.compiler.is_compiling()
-        and kernels.library() is not None
-    )
-
-
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attend` runs, and pays: bfloat16 needs a processor that multiplies them."""
-    fits = q.dtype == k.dtype == v.dtype and k.shape[2] <= SHORT
-    return fits and runs(q, k, v) and (q.dtype == torch.float32 or _multiplies_bf16())
+    """Whether `attend` runs, and pays: a thread takes a row's key head, and bfloat16 needs products of them."""
+    pays = k.shape[2] <= SHORT and len(k) * k.shape[1] >= torch.get_num_threads()
+    return pays and kernels.runs(q, k, v) and (q.dtype == torch.float32 or _multiplies_bf16())
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -67,57 +60,65 @@ def loss_and_slope(logits: Tensor, targets: Tensor) -> Tensor:
     RuntimeError where a target is outside the vocabulary.
     """
     rows, vocab = logits.shape
+    _require(targets.shape == (rows,) and targets.dtype == torch.int64 and logits.is_contiguous(), "targets are no ids")
     if rows and not (targets.min() >= 0 and targets.max() < vocab):
         raise RuntimeError(f"a target is out of bounds: the vocabulary has {vocab} tokens")
-    targets, logprobs = targets.contiguous(), torch.empty(rows)
-    _call("loss", logits, targets, logprobs, _is_bf16(logits), rows, vocab)
+    targets, logprobs = targets.contiguous(), logits.new_empty(rows, dtype=torch.float32)
+    kernels.call("loss", logits, targets, logprobs, _is_bf16(logits), rows, vocab)
     return logprobs.sum()
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        x, scale = x.contiguous(), weight.float()
-        y, scales = torch.empty_like(x, dtype=dtype), torch.empty(x.shape[:-1])
-        _call("rms_norm", x, _is_bf16(x), scale, y, _is_bf16(y), scales, scales.numel(), len(weight), eps)
+        _require(weight.shape == x.shape[-1:], f"a weight {tuple(weight.shape)} for numbers {tuple(x.shape)}")
+        x, scale = x.contiguous(), weight.float().contiguous()
+        y, scales = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        kernels.call("rms_norm", x, _is_bf16(x), scale, y, _is_bf16(y), scales, scales.numel(), len(weight), eps)
         ctx.save_for_backward(x, weight, scales)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scales = ctx.saved_tensors
         slopes, rows = slopes.contiguous(), scales.numel()
-        of_x, of_weight = torch.empty_like(x), torch.empty(-(-rows // ROWS), len(weight))
-        inputs = slopes, _is_bf16(slopes), x, _is_bf16(x), weight.float(), scales
-        _call("rms_norm_back", *inputs, of_x, of_weight, rows, len(weight))
+        of_x, of_weight = torch.empty_like(x), scales.new_empty(-(-rows // ROWS), len(weight))
+        inputs = slopes, _is_bf16(slopes), x, _is_bf16(x), weight.float().contiguous(), scales
+        kernels.call("rms_norm_back", *inputs, of_x, of_weight, rows, len(weight), ROWS)
         return of_x, of_weight.sum(0).to(weight.dtype), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        _require(gate.shape == up.shape and gate.dtype == up.dtype, "gate and up are not alike")
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        _call("swiglu", gate, up, out, _is_bf16(gate), gate.numel())
+        kernels.call("swiglu", gate, up, out, _is_bf16(gate), gate.numel())
         ctx.save_for_backward(gate, up)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         of_gate, of_up = torch.empty_like(gate), torch.empty_like(up)
-        _call("swiglu_back", slopes.contiguous(), gate, up, of_gate, of_up, _is_bf16(gate), gate.numel())
+        kernels.call("swiglu_back", slopes.contiguous(), gate, up, of_gate, of_up, _is_bf16(gate), gate.numel())
         return of_gate, of_up
 
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
+        shape = x.shape[2], x.shape[3] // 2, 2
+        _require(table.shape in (shape, (len(x), 1, *shape)), f"angles {tuple(table.shape)} for {tuple(x.shape)}")
         table = table.float().contiguous()
         ctx.save_for_backward(table)
         return _rotated(x, table, back=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
         [table] = ctx.saved_tensors
         return _rotated(slopes, table, back=True), None
@@ -126,36 +127,41 @@ class _Rotate(torch.autograd.Function):
 def _rotated(x: Tensor, table: Tensor, back: bool) -> Tensor:
     x, (rows, heads, tokens, width) = _dense(x), x.shape
     out, of_row = _beside(x), table.stride(0) if table.ndim == 5 else 0
-    _call("rotate", x, table, out, _is_bf16(x), rows, heads, tokens, width, _layouts(x, out), of_row, back)
+    kernels.call("rotate", x, table, out, _is_bf16(x), rows, heads, tokens, width, _layouts(x, out), of_row, back)
     return out
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        alike = q.dtype == k.dtype == v.dtype and k.shape == v.shape and len(q) == len(k) and q.shape[3] == k.shape[3]
+        _require(alike and not q.shape[1] % k.shape[1], "queries, keys and values do not fit")
+        _require(mask is not None or q.shape[2] == k.shape[2], "without a mask, every query has its key")
+        _require(mask is None or mask.dtype == torch.bool, "a mask is of booleans")
         q, k, v = (_dense(x) for x in (q, k, v))
         if mask is not None:
-            rows = len(mask) if mask.ndim == 4 else 1
+            rows = len(q) if mask.ndim == 4 and len(mask) > 1 else 1
             mask = mask.expand(rows, 1, q.shape[2], k.shape[2]).contiguous()
-        out, logs = _beside(q), torch.empty(q.shape[:3])
+        out, logs = _beside(q), q.new_empty(q.shape[:3], dtype=torch.float32)
         inputs = q, k, v, mask, out, logs
-        _call("attend", *inputs, _is_bf16(q), _layouts(q, k, v, out), _shape(q, k, mask))
+        kernels.call("attend", *inputs, _is_bf16(q), _layouts(q, k, v, out), _shape(q, k, mask))
         ctx.save_for_backward(*inputs)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask, out, logs = ctx.saved_tensors
         slopes, gradients = _dense(slopes), [_beside(x) for x in (q, k, v)]
         layouts = _layouts(slopes, q, k, v, out, *gradients)
         inputs = slopes, q, k, v, out, mask, logs, *gradients
-        _call("attend_back", *inputs, _is_bf16(q), layouts, _shape(q, k, mask))
+        kernels.call("attend_back", *inputs, _is_bf16(q), layouts, _shape(q, k, mask))
         return *gradients, None
 
 
 def _dense(x: Tensor) -> Tensor:
-    """A row's numbers stand side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """A token's numbers stand side by side, and pairs of them at whole pairs."""
+    return x if x.stride(-1) == 1 and not any(stride % 2 for stride in x.stride()[:3]) else x.contiguous()
 
 
 def _beside(x: Tensor) -> Tensor:
@@ -178,12 +184,14 @@ class _Shape(ctypes.Structure):
     ]
 
 
-def _shape(q: Tensor, k: Tensor, mask: Tensor | None) -> Any:
+def _shape(q: Tensor, k: Tensor, mask: Tensor | None) -> _Shape:
     of_mask = 0 if mask is None or len(mask) == 1 else mask.stride(0)
-    return ctypes.byref(_Shape(*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], of_mask))
+    return _Shape(*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], of_mask)
 
 
-_TYPES = (torch.float32, torch.bfloat16)
+def _require(fits: bool, message: str) -> None:
+    if not fits:
+        raise ValueError(message)
 
 
 def _multiplies_bf16() -> bool:
@@ -192,9 +200,3 @@ def _multiplies_bf16() -> bool:
 
 def _is_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
-
-
-def _call(name: str, *arguments: Any) -> None:
-    """Tensors go as pointers, on as many threads as torch has."""
-    pointers = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    getattr(kernels.library(), f"puna_{name}")(*pointers, torch.get_num_threads())

@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from puna import kernels
 from puna.model import fused
 
 CHUNK = 512
 """Tokens whose logits exist at once: with 1024 an update holds a ninth more, at the same speed (docs/log.md)."""
 LARGE = 2**20
-"""Logits of a forward pass from which on chunks are faster than the whole on a CPU (docs/log.md)."""
+"""Logits of a forward pass from which on chunks are faster with compiled passes; elsewhere they save memory."""
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -58,6 +60,7 @@ class _ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor, None]:
         of_states, of_weight = ctx.saved_tensors
         hidden_type, weight_type = ctx.types
@@ -66,7 +69,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
 def _loss_and_slope(part: Tensor, matrix: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of log p at the targets (C, 1), and the loss's gradient of the logits (C, V): p, less 1 at the target."""
-    if fused.runs(part, matrix):
+    if kernels.runs(part, matrix):
         logits = part @ matrix.t()
         return fused.loss_and_slope(logits, index[:, 0]), logits
     logprobs = _logprobs(part, matrix)
@@ -87,5 +90,6 @@ def product_type(x: Tensor) -> torch.dtype:
 
 
 def _for_products(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the type that products are made in."""
     dtype = product_type(hidden)
     return hidden.to(dtype), weight.to(dtype)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from puna import kernels
 from puna.config import ConfigError, positive
 from puna.model import fused
 from puna.model.head import LARGE, chunked_loss, product_type
@@ -92,16 +93,19 @@ class Cache(Protocol):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation, computed in float32 whatever the input's type; out comes what products take."""
+    """Root-mean-square normalisation, computed in float32 whatever the input's type.
 
-    def __init__(self, dim: int, eps: float) -> None:
+    Gives the input's type, or with `for_products` the one that matrix products take: autocast would cast for each.
+    """
+
+    def __init__(self, dim: int, eps: float, for_products: bool = False) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.for_products = eps, for_products
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = product_type(x)
-        if fused.runs(x, self.weight):
+        dtype = product_type(x) if self.for_products else x.dtype
+        if kernels.runs(x, self.weight):
             return fused.rms_norm(x, self.weight, self.eps, dtype)
         return F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(dtype) * self.weight.to(dtype)
 
@@ -116,10 +120,11 @@ def rotary_table(head_dim: int, max_seq_len: int, theta: float) -> Tensor:
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotate each pair (x[2i], x[2i+1]) by its position's angle, in float32.
 
-    x (B, heads, T, E); table (T, E/2, 2) or (B, 1, T, E/2, 2). Written as Meta's complex product: the same numbers as
-    cos and sin by hand at a sixth of the time, gradient included.
+    x (B, heads, T, E); table (T, E/2, 2) or (B, 1, T, E/2, 2).
+    Without the compiled pass it is Meta's complex product: the same numbers as cos and sin by hand at a sixth of the
+    time, gradient included.
     """
-    if fused.runs(x, table):
+    if kernels.runs(x, table):
         return fused.rotate(x, table)
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))  # (B, heads, T, E/2)
     return torch.view_as_real(pairs * torch.view_as_complex(table.float())).flatten(-2).to(x.dtype)
@@ -186,7 +191,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w1(x), self.w3(x)
-        return self.w2(fused.swiglu(gate, up) if fused.runs(gate, up) else F.silu(gate) * up)  # type: ignore[no-any-return]
+        return self.w2(fused.swiglu(gate, up) if kernels.runs(gate, up) else F.silu(gate) * up)  # type: ignore[no-any-return]
 
 
 class TransformerBlock(nn.Module):
@@ -201,8 +206,8 @@ class TransformerBlock(nn.Module):
             self.feed_forward = MixtureOfExperts(config.moe, config.dim, experts)
         else:
             self.feed_forward = FeedForward(config)
-        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps, for_products=True)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps, for_products=not config.moe.experts)
 
     def forward(self, x: Tensor, table: Tensor, documents: Documents | None, cache: Cache | None, layer: int) -> Tensor:
         x = x + self.attention(self.attention_norm(x), table, documents, cache, layer)
