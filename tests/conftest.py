@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from puna import kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 settings.register_profile("puna", derandomize=True, deadline=None)  # the same examples at every run
@@ -41,3 +43,13 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"no shared data at {folder} (set PUNA_SHARED)")
     return folder
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to compute on a CPU: compiled, and torch's own, which this machine may have alone."""
+    if request.param == "torch":
+        monkeypatch.setattr(kernels, "library", lambda: None)
+    elif kernels.library() is None:
+        pytest.skip("no g++, or no AVX2")
+    return str(request.param)

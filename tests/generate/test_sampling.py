@@ -14,16 +14,7 @@ from puna.generate import sampling as samplings
 from puna.generate.sampling import Sampling, Settings, adjust, uniforms
 
 WHOLE = Sampling()
-
-
-@pytest.fixture(autouse=True, params=["compiled", "torch"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to draw; this machine may have torch's alone."""
-    if request.param == "torch":
-        monkeypatch.setattr(kernels, "library", lambda: None)
-    elif kernels.library() is None:
-        pytest.skip("no g++, or no AVX2")
-    return str(request.param)
+pytestmark = pytest.mark.usefixtures("path")
 
 
 def sample(logits: Tensor, temperature: Tensor, uniform: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
