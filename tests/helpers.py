@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -9,7 +10,7 @@ import os
 import random
 import socket
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from puna import parallel
+from puna import kernels, parallel
 from puna.formats import huggingface
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
@@ -269,3 +270,17 @@ def grpo_config(folder: Path, **changes: Any) -> GRPOConfig:
     rates = OptimConfig(lr=1e-3, schedule="constant", warmup_steps=0)
     intervals = {"held_out_prompts": 6, "evaluate_every": 2, "checkpoint_every": 2, "optim": rates}
     return GRPOConfig(**(models | {"out": folder / "grpo", "prompts": (data,)} | shape | intervals | changes))
+
+
+@contextlib.contextmanager
+def compiled_in(cache: Path, *flags: str) -> Iterator[None]:
+    """The compiled calls made anew in a cache folder, with more flags; skips where this machine cannot."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(kernels.library.cache_clear)  # last, when all is as it was
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(kernels, "FLAGS", (*kernels.FLAGS, *flags))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        kernels.library.cache_clear()
+        if kernels.library() is None:
+            pytest.skip("no g++, or no AVX2")
+        yield

@@ -50,13 +50,8 @@ class Paged:
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The compiled step, made anew; skips where this machine cannot."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        kernels.library.cache_clear()
-        if kernels.library() is None:
-            pytest.skip("no g++, or no AVX2")
+    with helpers.compiled_in(tmp_path_factory.mktemp("cache")):
         yield
-    kernels.library.cache_clear()
 
 
 @pytest.fixture

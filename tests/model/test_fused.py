@@ -13,24 +13,18 @@ from puna import kernels
 from puna.model import fused
 from puna.model.head import chunked_loss
 from puna.model.transformer import RMSNorm, attend, rotary_table
+from tests import helpers
 
 TYPES = [torch.float32, torch.bfloat16]
 WIDTHS = [8, 37, 192]
 """Fewer numbers than fill a register, some over, and whole ones."""
 
 
-@pytest.fixture(autouse=True, scope="module", params=["native", "AVX2"])
+@pytest.fixture(autouse=True, scope="module", params=[(), ("-mno-avx512f",)], ids=["native", "AVX2"])
 def _compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """As this processor has it, and as one without AVX512 would."""
-    with pytest.MonkeyPatch.context() as patch:
-        if request.param == "AVX2":
-            patch.setattr(kernels, "FLAGS", (*kernels.FLAGS, "-mno-avx512f"))
-            patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        kernels.library.cache_clear()
-        if kernels.library() is None:
-            pytest.skip("no g++, or no AVX2")
+    with helpers.compiled_in(tmp_path_factory.mktemp("cache"), *request.param):
         yield
-    kernels.library.cache_clear()
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

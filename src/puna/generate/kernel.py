@@ -77,7 +77,7 @@ def sample(logits: Tensor, uniform: Tensor, settings: Mapping[str, Tensor]) -> t
 
     logits (R, V) float32 or bfloat16, uniform (R,) float32 in [0, 1); the columns of sampling.Settings by name.
     """
-    assert logits.dtype in (torch.float32, torch.bfloat16), f"logits are {logits.dtype}"
+    assert logits.dtype in kernels.TYPES, f"logits are {logits.dtype}"
     logits, uniform = logits.contiguous(), uniform.contiguous()
     columns = {name: column.contiguous() for name, column in settings.items()}
     tokens, logprobs = torch.empty(len(logits), dtype=torch.int64), torch.empty(len(logits))

@@ -29,6 +29,7 @@ static Floats pairs(Floats low, Floats high) {
 }
 
 static int padded(int count, int to) { return (count + to - 1) / to * to; }
+template <class T> static int in_units(int count) { return (count + NUMBERS<T> - 1) / NUMBERS<T>; }
 
 // out (R, N LANES) = x (R, units) w (units, N LANES), or more of it.
 template <class T, int R, int N>
@@ -121,7 +122,10 @@ template <class F> static void seen_scores(const float *row, int wide, int seen,
     for (int i = 0; i < wide; i += LANES) {
         Floats score = load(row + i) * all(scale);
         if (i + LANES > seen) score = Part{std::max(0, seen - i)}.or_lowest(score);
-        if (marks && i < seen) score = (i + LANES > seen ? Part{seen - i}.get(marks + i) : load(marks + i)) != all(0) ? score : all(-INFINITY);
+        if (marks && i < seen) {
+            const Floats marked = i + LANES > seen ? Part{seen - i}.get(marks + i) : load(marks + i);
+            score = marked != all(0) ? score : all(-INFINITY);
+        }
         f(i, score);
     }
 }
@@ -130,9 +134,23 @@ template <class T> static Head<T> head_of(const T *x, const Layout &layout, int 
     return {x + row * layout.row + head * layout.head, layout.token, count, width};
 }
 
-// Queries of one head, and the keys that they see.
-struct Block { int head, begin, count, seen; const int8_t *marks; bool causal; int keys;
-    int sees(int i) const { return causal ? std::min(keys, begin + i + 1) : keys; }
+// Rows of sums (count, wide) as the tokens of a head from `begin` on.
+template <class T>
+static void give(const std::vector<float> &sums, int wide, T *x, const Layout &layout, int row, int head, int begin, int count,
+                 int width) {
+    for (int i = 0; i < count; i++) {
+        T *to = x + row * layout.row + head * layout.head + (begin + i) * layout.token;
+        along(width, [&](int e, auto part) { part.set(to + e, part.get(&sums[i * wide + e])); });
+    }
+}
+
+// Queries of one head, and the keys that they see: up to their own, or those that are marked.
+struct Block {
+    int head, begin, count, keys;
+    const int8_t *marks;
+
+    int sees(int i) const { return marks ? keys : std::min(keys, begin + i + 1); }
+    int seen() const { return sees(count - 1); }
     const int8_t *marks_of(int i) const { return marks ? marks + (int64_t)(begin + i) * keys : nullptr; }
 };
 // f(Block) for all queries of a key's head.
@@ -140,8 +158,8 @@ template <class F> static void blocks(const Shape &s, int row, int key_head, con
     const int sharing = s.heads / s.kv_heads;
     for (int head = key_head * sharing; head < (key_head + 1) * sharing; head++)
         for (int begin = 0; begin < s.queries; begin += QUERIES) {
-            const int count = std::min(QUERIES, s.queries - begin);
-            f(Block{head, begin, count, mask ? s.keys : std::min(s.keys, begin + count), mask ? mask + row * s.of_mask : nullptr, !mask, s.keys});
+            const int8_t *marks = mask ? mask + row * s.of_mask : nullptr;
+            f(Block{head, begin, std::min(QUERIES, s.queries - begin), s.keys, marks});
         }
 }
 
@@ -157,10 +175,10 @@ static void attend(const T *q, const T *k, const T *v, const int8_t *mask, T *ou
         const Right keys = head_of(k, layouts[1], row, key_head, s.keys, s.width).turned(key_room);
         const Right values = head_of(v, layouts[2], row, key_head, s.keys, s.width).paired(value_room);
         blocks(s, row, key_head, mask, [&](const Block &b) {
-            const int wide = padded(b.seen, LANES);
+            const int seen = b.seen(), wide = padded(seen, LANES);
             scores.resize(b.count * wide), sums.resize(b.count * wide_out);
             const Head<T> queries = head_of(q, layouts[0], row, b.head, s.queries, s.width).part(b.begin, b.count);
-            product<T>(queries.left(), keys, s.width / NUMBERS<T>, scores.data(), wide, b.count, wide);
+            product<T>(queries.left(), keys, in_units<T>(s.width), scores.data(), wide, b.count, wide);
             for (int i = 0; i < b.count; i++) {
                 float *held = &scores[i * wide];
                 Floats most = all(-INFINITY);
@@ -170,14 +188,12 @@ static void attend(const T *q, const T *k, const T *v, const int8_t *mask, T *ou
                 const float at_most = std::max(highest(most), -FLT_MAX), total = exponentials(held, wide, at_most);
                 const Floats share_of = all(total == 0 ? 0 : 1 / total);  // a query may see nothing
                 for (int j = 0; j < wide; j += LANES) store(held + j, load(held + j) * share_of);
-                logs[((int64_t)row * s.heads + b.head) * s.queries + b.begin + i] = total == 0 ? INFINITY : at_most + std::log(total);
+                const float log = total == 0 ? INFINITY : at_most + std::log(total);
+                logs[((int64_t)row * s.heads + b.head) * s.queries + b.begin + i] = log;
             }
             const Left weights = left_of<T>(scores.data(), b.count, wide);
-            product<T>(weights, values, (b.seen + NUMBERS<T> - 1) / NUMBERS<T>, sums.data(), wide_out, b.count, wide_out);
-            for (int i = 0; i < b.count; i++) {
-                T *to = out + row * layouts[3].row + b.head * layouts[3].head + (b.begin + i) * layouts[3].token;
-                along(s.width, [&](int e, auto part) { part.set(to + e, part.get(&sums[i * wide_out + e])); });
-            }
+            product<T>(weights, values, in_units<T>(seen), sums.data(), wide_out, b.count, wide_out);
+            give(sums, wide_out, out, layouts[3], row, b.head, b.begin, b.count, s.width);
         });
     });
 }
@@ -189,13 +205,14 @@ static void attend_back(const T *slopes, const T *q, const T *k, const T *v, con
     over(threads, s.rows * s.kv_heads, 1, [=](int64_t task, int64_t) {
         static thread_local std::vector<uint32_t> rooms[7];
         static thread_local std::vector<float> weights, of_scores, sums, key_sums, value_sums;
-        const int row = task / s.kv_heads, key_head = task % s.kv_heads, wide_out = padded(s.width, LANES), units = s.width / NUMBERS<T>;
+        const int row = task / s.kv_heads, key_head = task % s.kv_heads, wide_out = padded(s.width, LANES);
+        const int units = in_units<T>(s.width);
         const Head<T> keys = head_of(k, layouts[2], row, key_head, s.keys, s.width);
         const Right by_key = keys.turned(rooms[0]), key_rows = keys.paired(rooms[1]);
         const Right by_value = head_of(v, layouts[3], row, key_head, s.keys, s.width).turned(rooms[2]);
         for (auto part : {&key_sums, &value_sums}) part->assign(s.keys * wide_out, 0);
         blocks(s, row, key_head, mask, [&](const Block &b) {
-            const int wide = padded(b.seen, LANES), of_queries = (b.count + NUMBERS<T> - 1) / NUMBERS<T>;
+            const int seen = b.seen(), wide = padded(seen, LANES);
             for (auto part : {&weights, &of_scores}) part->resize(b.count * wide);
             sums.resize(b.count * wide_out);
             const Head<T> queries = head_of(q, layouts[1], row, b.head, s.queries, s.width).part(b.begin, b.count);
@@ -216,23 +233,15 @@ static void attend_back(const T *slopes, const T *q, const T *k, const T *v, con
                 });
             }
             const Left by_weight = turned_left<T>(weights.data(), b.count, wide, rooms[3]);
-            product<T>(by_weight, slope.paired(rooms[4]), of_queries, value_sums.data(), wide_out, b.seen, wide_out, true);
+            product<T>(by_weight, slope.paired(rooms[4]), in_units<T>(b.count), value_sums.data(), wide_out, seen, wide_out, true);
             const Left by_slope = turned_left<T>(of_scores.data(), b.count, wide, rooms[5]);
-            product<T>(by_slope, queries.paired(rooms[6]), of_queries, key_sums.data(), wide_out, b.seen, wide_out, true);
+            product<T>(by_slope, queries.paired(rooms[6]), in_units<T>(b.count), key_sums.data(), wide_out, seen, wide_out, true);
             const Left of_weights = left_of<T>(of_scores.data(), b.count, wide);
-            product<T>(of_weights, key_rows, (b.seen + NUMBERS<T> - 1) / NUMBERS<T>, sums.data(), wide_out, b.count, wide_out);
-            for (int i = 0; i < b.count; i++) {
-                T *to = of_q + row * layouts[5].row + b.head * layouts[5].head + (b.begin + i) * layouts[5].token;
-                along(s.width, [&](int e, auto part) { part.set(to + e, part.get(&sums[i * wide_out + e])); });
-            }
+            product<T>(of_weights, key_rows, in_units<T>(seen), sums.data(), wide_out, b.count, wide_out);
+            give(sums, wide_out, of_q, layouts[5], row, b.head, b.begin, b.count, s.width);
         });
-        for (int i = 0; i < s.keys; i++) {
-            T *key = of_k + row * layouts[6].row + key_head * layouts[6].head + i * layouts[6].token;
-            T *value = of_v + row * layouts[7].row + key_head * layouts[7].head + i * layouts[7].token;
-            along(s.width, [&](int e, auto part) {
-                part.set(key + e, part.get(&key_sums[i * wide_out + e])), part.set(value + e, part.get(&value_sums[i * wide_out + e]));
-            });
-        }
+        give(key_sums, wide_out, of_k, layouts[6], row, key_head, 0, s.keys, s.width);
+        give(value_sums, wide_out, of_v, layouts[7], row, key_head, 0, s.keys, s.width);
     });
 }
 

@@ -110,7 +110,8 @@ template <class T> static void loss(T *logits, const int64_t *targets, float *lo
             const float at_most = highest(most), wanted = held[targets[r]], total = exponentials(held, vocab, at_most);
             logprobs[r] = wanted - at_most - std::log(total);
             held[targets[r]] -= total;
-            along(vocab, [&](int i, auto part) { part.set(row + i, load(held + i) * all(1 / total)); });
+            const Floats share_of = all(1 / total);
+            along(vocab, [&](int i, auto part) { part.set(row + i, load(held + i) * share_of); });
         }
     });
 }

@@ -68,7 +68,7 @@ static float highest(Floats v) {
     return most;
 }
 
-// e^(x - highest) of `count` numbers, with zeros behind them up to whole LANES; their sum.
+// e^(x - most) of `count` numbers, with zeros behind them up to whole LANES; their sum.
 static float exponentials(float *x, int count, float most) {
     Floats total = all(0);
     for (int i = 0; i < count; i += LANES) {

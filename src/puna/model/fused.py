@@ -71,7 +71,7 @@ def loss_and_slope(logits: Tensor, targets: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        _require(weight.shape == x.shape[-1:], f"a weight {tuple(weight.shape)} for numbers {tuple(x.shape)}")
+        _require(weight.shape == x.shape[-1:], "a weight of another width")
         x, scale = x.contiguous(), weight.float().contiguous()
         y, scales = torch.empty_like(x, dtype=dtype), x.new_empty(x.shape[:-1], dtype=torch.float32)
         kernels.call("rms_norm", x, _is_bf16(x), scale, y, _is_bf16(y), scales, scales.numel(), len(weight), eps)
@@ -112,7 +112,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, table: Tensor) -> Tensor:
         shape = x.shape[2], x.shape[3] // 2, 2
-        _require(table.shape in (shape, (len(x), 1, *shape)), f"angles {tuple(table.shape)} for {tuple(x.shape)}")
+        _require(table.shape in (shape, (len(x), 1, *shape)), "angles for other tokens or another width")
         table = table.float().contiguous()
         ctx.save_for_backward(table)
         return _rotated(x, table, back=False)
@@ -189,7 +189,7 @@ def _shape(q: Tensor, k: Tensor, mask: Tensor | None) -> _Shape:
     return _Shape(*q.shape[:2], k.shape[1], q.shape[2], *k.shape[2:], of_mask)
 
 
-def _require(fits: bool, message: str) -> None:
+def _require(fits: bool, message: str) -> None:  # of every pass: a message is not made where none is needed
     if not fits:
         raise ValueError(message)
 
