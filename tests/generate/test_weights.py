@@ -40,9 +40,6 @@ class Paged:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise AssertionError("the compiled step was not used")
 
-    def is_shared(self) -> bool:
-        return False
-
     def pages(self) -> Pages:
         return Pages(self.keys.unbind(), self.values.unbind(), self.table)
 
@@ -210,12 +207,23 @@ def test_many_rows_step_as_beside_more(kind: Kind) -> None:
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("compiled")
-def test_many_rows_of_shared_pages_go_through_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed = weights.pack(helpers.model(**WIDE), "fp32")
-    monkeypatch.setattr(Paged, "is_shared", lambda self: True)
-    at = {"positions": torch.zeros(40, 1, dtype=torch.int64), "cache": Paged(packed.config, 40, torch.float32)}
-    with pytest.raises(AssertionError, match="the compiled step was not used"):
-        packed(tokens(40, 1), **at)
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_that_begin_with_the_same_pages_step_as_with_their_own(kind: Kind, threads: int) -> None:
+    """Twenty rows share 8 tokens, of which the first five share 16, and then all go their own way."""
+    packed = weights.pack(helpers.model(**WIDE), kind)
+    ids = tokens(22)
+    ids[1:5, :16], ids[5:20, :8] = ids[0, :16], ids[0, :8]
+    apart, shared = (Paged(packed.config, 22, packed.tok_embeddings.weight.dtype) for _ in range(2))
+    shared.table[1:5, :4], shared.table[5:20, :2] = shared.table[0, :4], shared.table[0, :2]
+    torch.set_num_threads(threads)
+    try:
+        for i in range(ids.shape[1]):
+            at = torch.full((22, 1), i)
+            expected = packed(ids[:, i : i + 1], positions=at, cache=apart)
+            assert torch.equal(packed(ids[:, i : i + 1], positions=at, cache=shared), expected), f"position {i}"
+    finally:
+        torch.set_num_threads(1)
 
 
 @torch.inference_mode()
@@ -241,6 +249,10 @@ def test_hidden_states_through_the_engines_cache(monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(decoded(packed, ids), model.hidden(ids)[:, -1], atol=1e-5, rtol=0)
     with pytest.raises(AssertionError, match="position 32 has no page"):
         packed(ids[:, :1], positions=torch.full((2, 1), 32), cache=Paged(model.config, 2, torch.float32))
+    torn = Paged(model.config, 2, torch.float32)
+    torn.keys, torn.values = torn.keys[..., :3, :], torn.values[..., :3, :]
+    with pytest.raises(AssertionError, match="a page has 3 places"):
+        packed(ids[:, :1], positions=torch.zeros(2, 1, dtype=torch.int64), cache=torn)
 
 
 @torch.inference_mode()

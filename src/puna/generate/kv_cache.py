@@ -12,7 +12,6 @@ W blocks a row, M rows a shared block.
 from __future__ import annotations
 
 import heapq
-import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -220,10 +219,6 @@ class DecodePass:
     def __init__(self, cache: BlockCache, blocks: Sequence[Sequence[int]], lengths: Ids) -> None:
         self._cache, self._blocks, self._lengths = cache, blocks, lengths
         self._planned = False
-
-    def is_shared(self) -> bool:
-        """See weights.PagedCache."""
-        return 2 * len(set(itertools.chain(*self._blocks))) < sum(map(len, self._blocks))
 
     def pages(self) -> Pages:
         """See weights.PagedCache."""

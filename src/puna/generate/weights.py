@@ -29,9 +29,6 @@ from puna.model.transformer import Cache, Documents, Transformer
 
 Kind = Literal["fp32", "bf16", "int8", "int4"]
 
-FEW = 8
-"""Rows of a step that the compiled one reads each by itself, even where they share most of what they read."""
-
 PACKED_ROWS = 16
 """Rows up to which torch's int8 kernel beats a bfloat16 product with the weights written out."""
 
@@ -53,11 +50,10 @@ class Pages(NamedTuple):
 
 @runtime_checkable
 class PagedCache(Protocol):
-    """A cache that the compiled step can read and write: each row's tokens see all of its positions up to their own."""
+    """A cache that the compiled step can read and write: each row's tokens see all of its positions up to their own.
 
-    def is_shared(self) -> bool:
-        """Whether rows read so much in common that `attend`, which reads it once, is faster for many of them."""
-        ...
+    Pages that neighbouring rows begin with together are read once for all of them.
+    """
 
     def pages(self) -> Pages:
         """The pages of the rows of the pass that comes, with room for its tokens."""
@@ -176,13 +172,14 @@ class PackedTransformer(Transformer):
         """Hidden states (B, T, D), or logits (B, T, V), by the compiled step; None where it cannot run this pass."""
         if positions is None or not isinstance(cache, PagedCache) or tokens.is_cuda:
             return None
-        if (model := self._pointers) is None or (tokens.numel() > FEW and cache.is_shared()):
+        if (model := self._pointers) is None:
             return None
         keys, values, table = cache.pages()
         rows = table.repeat_interleave(tokens.shape[1], 0).contiguous()
         where = positions.flatten().contiguous()
         strides, page = keys[0].stride(), keys[0].shape[2]
         assert all(x.stride() == strides for x in (*keys, *values)) and strides[3] == 1, f"strides {strides}"
+        assert page % 2 == 0, f"a page has {page} places: a pair of bfloat16 would be torn"
         assert int(where.max()) < rows.shape[1] * page, f"position {int(where.max())} has no page"
         parts = ((ctypes.c_void_p * len(part))(*(x.data_ptr() for x in part)) for part in (keys, values))
         assert keys[0].dtype in (torch.float32, torch.bfloat16), f"the cache holds {keys[0].dtype}"

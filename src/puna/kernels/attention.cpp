@@ -8,114 +8,11 @@
 
 #include <cfloat>
 
-#include "passes.h"
 #include "tiles.h"
 
 constexpr int QUERIES = 32;  // of a head that are taken at once; an even number
 
 struct Shape { int rows, heads, kv_heads, queries, keys, width; int64_t of_mask; };  // numbers between rows' masks
-
-struct Left { const uint32_t *at; int64_t row, unit; };               // units between neighbours
-struct Right { const uint32_t *at; int64_t block; int stride; };      // WIDE columns a block, units between neighbours
-
-// Units of two bfloat16 each.
-static Floats pairs(Floats low, Floats high) {
-#ifdef __AVX512BF16__
-    auto wide = [](Floats x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)); };
-    return (Floats)_mm512_or_si512(wide(low), _mm512_slli_epi32(wide(high), 16));
-#else
-    return low;  // no product here is of pairs
-#endif
-}
-
-static int padded(int count, int to) { return (count + to - 1) / to * to; }
-template <class T> static int in_units(int count) { return (count + NUMBERS<T> - 1) / NUMBERS<T>; }
-
-// out (R, N LANES) = x (R, units) w (units, N LANES), or more of it.
-template <class T, int R, int N>
-static void corner(const Left &x, const uint32_t *w, int stride, int units, float *out, int wide, bool adds) {
-    Floats sums[R][N];
-    for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++) sums[r][n] = adds ? load(out + r * wide + n * LANES) : all(0);
-    for (int u = 0; u < units; u++, w += stride)
-        for (int r = 0; r < R; r++) {
-            const Ints unit = every(x.at[r * x.row + u * x.unit]);
-            for (int n = 0; n < N; n++) sums[r][n] = add_products<T>(sums[r][n], unit, (Ints)load((const float *)w + n * LANES));
-        }
-    for (int r = 0; r < R; r++)
-        for (int n = 0; n < N; n++) store(out + r * wide + n * LANES, sums[r][n]);
-}
-
-// out (rows, columns), whose rows stand `wide` numbers apart; columns are whole LANES.
-template <class T>
-static void product(const Left &x, const Right &w, int units, float *out, int wide, int rows, int columns, bool adds = false) {
-    auto block = [&](int column, auto n) {
-        int r = 0;
-        auto some = [&](auto count) {
-            for (; r + count <= rows; r += count)
-                corner<T, count, n>({x.at + r * x.row, x.row, x.unit}, w.at + column / WIDE * w.block + column % WIDE, w.stride,
-                                    units, out + (int64_t)r * wide + column, wide, adds);
-        };
-        some(std::integral_constant<int, 6>()), some(std::integral_constant<int, 2>()), some(std::integral_constant<int, 1>());
-    };
-    int column = 0;
-    for (; column + WIDE <= columns; column += WIDE) block(column, std::integral_constant<int, VECTORS>());
-    const int left = (columns - column) / LANES;
-    if (left == 3) block(column, std::integral_constant<int, 3>());
-    if (left == 2) block(column, std::integral_constant<int, 2>());
-    if (left == 1) block(column, std::integral_constant<int, 1>());
-}
-
-// The tokens of one head, and what products need of them.
-template <class T> struct Head {
-    const T *at;
-    int64_t stride;
-    int rows, width;
-
-    Left left() const { return {(const uint32_t *)at, stride / NUMBERS<T>, 1}; }
-    Head part(int begin, int count) const { return {at + begin * stride, stride, count, width}; }
-
-    // The rows as columns: to multiply with other rows.
-    Right turned(std::vector<uint32_t> &room) const {
-        const int units = width / NUMBERS<T>, block = padded(units, LANES) * WIDE;
-        room.resize(padded(rows, WIDE) / WIDE * block);
-        for (int r = 0; r < rows; r += WIDE)
-            lay_out(at + r * stride, stride, std::min(WIDE, rows - r), units, room.data() + r / WIDE * block);
-        return {room.data(), block, WIDE};
-    }
-    // The rows as they are, to be summed: neighbours in one unit.
-    Right paired(std::vector<uint32_t> &room) const {
-        const int wide = padded(width, LANES);
-        room.resize((rows + 1) * wide);
-        for (int r = 0; r < rows; r += NUMBERS<T>)
-            along(width, [&](int i, auto part) {
-                Floats units = part.get(at + r * stride + i);
-                if (NUMBERS<T> == 2) units = pairs(units, r + 1 < rows ? part.get(at + (r + 1) * stride + i) : all(0));
-                store((float *)room.data() + r / NUMBERS<T> * wide + i, units);
-            });
-        return {room.data(), WIDE, wide};
-    }
-};
-
-// The units of rows (count, wide) that stand below each other, to multiply what they weigh: (count / 2, wide) or as it is.
-template <class T> static Left turned_left(const float *rows, int count, int wide, std::vector<uint32_t> &room) {
-    if constexpr (NUMBERS<T> == 1) return {(const uint32_t *)rows, 1, wide};
-    room.resize((count + 1) / 2 * wide);
-    for (int r = 0; r < count; r += 2)
-        for (int i = 0; i < wide; i += LANES) {
-            const Floats high = r + 1 < count ? load(rows + (r + 1) * wide + i) : all(0);
-            store((float *)room.data() + r / 2 * wide + i, pairs(load(rows + r * wide + i), high));
-        }
-    return {room.data(), 1, wide};
-}
-
-// Rows (count, wide) in place as numbers of type T.
-template <class T> static Left left_of(float *rows, int count, int wide) {
-    if constexpr (NUMBERS<T> == 2)
-        for (int r = 0; r < count; r++)
-            for (int i = 0; i < wide; i += LANES) store((Bf16 *)(rows + r * wide) + i, load(rows + r * wide + i));
-    return {(const uint32_t *)rows, wide, 1};
-}
 
 // f(i, scores) along the keys that a query sees of its row of scores; `wide` is whole LANES, and -inf what it does not see.
 template <class F> static void seen_scores(const float *row, int wide, int seen, const int8_t *marks, float scale, const F &f) {

@@ -69,6 +69,7 @@ static unsigned lanes(Ints mask) { return _mm256_movemask_ps((__m256)mask); }  /
 #endif
 static Ints every(uint32_t x) { return Ints{} + (int32_t)x; }
 constexpr int LANES = sizeof(Floats) / sizeof(float), BLOCK = 4 * LANES;  // rows that lie together in int4
+constexpr int LINE = 64;  // bytes that a cache keeps together
 
 static float one(float x) { return x; }
 static float one(int8_t x) { return x; }
@@ -141,6 +142,7 @@ class Threads {
         stepping.store(std::min({sharing, count, most})), stepping.notify_all();
     }
     void end() { stepping.store(0); }
+    int at_work() const { return stepping.load(); }
 
     template <class F> void run(int chunks, const F &f) {
         work = [](const void *f, int chunk) { (*(const F *)f)(chunk); };

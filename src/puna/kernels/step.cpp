@@ -1,7 +1,7 @@
 // One decode step of a Llama on a CPU: rows of one new token each, through all layers and the head in one call.
 //
 // Weights and cache are read where torch holds them; states and sums are float32 throughout, but that a processor with
-// products of bfloat16 rounds many rows that meet such weights, and queries that meet such keys (tiles.h). Among few
+// products of bfloat16 rounds many rows that meet such weights, and what meets such keys and values (tiles.h). Among few
 // rows, and among many, a row's numbers do not depend on the others. generate/kernel.py says what the structures
 // hold; they must stay alike.
 //
@@ -9,7 +9,8 @@
 
 #include "tiles.h"
 
-constexpr int FEW = 8;  // rows for which reading the weights is all that counts
+constexpr int FEW = 8;     // rows for which reading the weights is all that counts
+constexpr int ALIKE = 16;  // rows at most that a thread takes at once where they begin with the same pages
 
 struct Matrix { const void *data, *scales; int32_t kind, rows, columns, group; };  // kind 0 fp32, 1 bf16, 2 int8, 3 int4
 struct Layer { const float *attention_norm, *ffn_norm; Matrix wq, wk, wv, wo, w1, w2, w3; };
@@ -24,7 +25,7 @@ struct Cache {  // strides in numbers; a row's position s is at place s % page o
 // Dots of R rows of x (R, count) with w; the order of a sum is the same for any R. One stream of weights with the next
 // ones asked for reads memory twice as fast as four rows side by side.
 template <int R, class W> static void dots(const float *x, const W *w, int count, float *out) {
-    constexpr int SUMS = 4, AHEAD = 4096, LINE = 64 / sizeof(W);
+    constexpr int SUMS = 4, AHEAD = 4096;
     Floats sums[R][SUMS] = {};
     int i = 0;
     auto add = [&](int part) {
@@ -33,7 +34,7 @@ template <int R, class W> static void dots(const float *x, const W *w, int count
             sums[r][part] = multiply_add(weights, load(x + (int64_t)r * count + i + part * LANES), sums[r][part]);
     };
     for (; i + SUMS * LANES <= count; i += SUMS * LANES) {
-        for (int j = 0; j < SUMS * LANES; j += LINE) __builtin_prefetch((const char *)(w + i + j) + AHEAD);
+        for (int j = 0; j < SUMS * LANES; j += LINE / sizeof(W)) __builtin_prefetch((const char *)(w + i + j) + AHEAD);
         for (int part = 0; part < SUMS; part++) add(part);
     }
     for (; i + LANES <= count; i += LANES) add(0);
@@ -72,9 +73,9 @@ template <int R> static void block(const float *x, const Matrix &m, int first, f
     memcpy(out, totals, sizeof totals);
 }
 
-// Calls give(row of x, row of w, dot) for rows begin..end of the matrix.
+// Calls give(row of x, row of w, dot) for rows begin..end of the matrix, R rows of x from `first` on.
 template <int R, class W, class Give>
-static void product(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
+static void few(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
     float out[R];
     for (int n = begin; n < end; n++) {
         dots<R>(x, (const W *)m.data + (int64_t)n * m.columns, m.columns, out);
@@ -82,7 +83,7 @@ static void product(const float *x, const Matrix &m, int first, int begin, int e
     }
 }
 template <int R, class Give>
-static void product_int4(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
+static void few_int4(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
     float out[R * BLOCK];
     for (; begin < end; begin += BLOCK) {
         block<R>(x, m, begin, out);
@@ -91,27 +92,55 @@ static void product_int4(const float *x, const Matrix &m, int first, int begin, 
     }
 }
 template <int R, class Give>
-static void product(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
-    if (m.kind == 0) product<R, float>(x, m, first, begin, end, give);
-    else if (m.kind == 1) product<R, Bf16>(x, m, first, begin, end, give);
-    else if (m.kind == 2) product<R, int8_t>(x, m, first, begin, end, give);
-    else product_int4<R>(x, m, first, begin, end, give);
+static void few(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
+    if (m.kind == 0) few<R, float>(x, m, first, begin, end, give);
+    else if (m.kind == 1) few<R, Bf16>(x, m, first, begin, end, give);
+    else if (m.kind == 2) few<R, int8_t>(x, m, first, begin, end, give);
+    else few_int4<R>(x, m, first, begin, end, give);
 }
-static bool is_tiled(const Matrix &m) { return m.kind != 3 && (m.kind != 1 || m.columns % NUMBERS<Bf16> == 0); }
+
+// The same for many rows of x and a matrix whose columns fill whole units. A block of its rows is laid out at a time, and
+// the one that this thread will likely lay out next is asked for meanwhile: behind its chunk come the other threads'.
+template <class W, class Give>
+static void many(const float *x, int rows, const Matrix &m, int begin, int end, const Give &give) {
+    static thread_local std::vector<uint32_t> held, room(PANEL * WIDE);
+    static thread_local std::vector<float> held_sums;
+    const int units = m.columns / NUMBERS<W>;
+    const uint32_t *from = units_of<W>(x, (int64_t)rows * m.columns, held);
+    uint32_t *laid = room.data();
+    held_sums.resize((int64_t)rows * WIDE);
+    float *sums = held_sums.data();
+    const int others = (end - begin) * (threads.at_work() - 1);
+    for (; begin < end; begin += WIDE) {
+        const int wide = std::min(WIDE, end - begin);
+        const W *w = (const W *)m.data + (int64_t)begin * m.columns;
+        const W *next = w + (int64_t)(wide + (begin + WIDE < end ? 0 : others)) * m.columns;
+        for (int u = 0; u < units; u += PANEL) {
+            const int n = std::min(PANEL, units - u);
+            lay_out(w + u * NUMBERS<W>, m.columns, wide, n, laid);
+            const Right block{laid, 0, WIDE, (const char *)next, (const char *)(next + wide * m.columns)};
+            product<W>({from + u, units, 1}, block, n, sums, WIDE, rows, padded(wide, LANES), u > 0);
+        }
+        for (int r = 0; r < rows; r++)
+            for (int n = 0; n < wide; n++) give(r, begin + n, sums[(int64_t)r * WIDE + n]);
+    }
+}
+
+static bool takes_many(const Matrix &m) { return m.kind != 3 && (m.kind != 1 || m.columns % NUMBERS<Bf16> == 0); }
 template <class Give>
 static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int begin, int end, const Give &give) {
     if (begin == end) return;
     auto scaled = [&](int r, int n, float dot) { give(r, n, dot * ((const float *)m.scales)[n]); };
-    if (rows > FEW && is_tiled(m)) {
-        if (m.kind == 0) tiles(x.data(), rows, (const float *)m.data, m.columns, begin, end, give);
-        if (m.kind == 1) tiles(x.data(), rows, (const Bf16 *)m.data, m.columns, begin, end, give);
-        if (m.kind == 2) tiles(x.data(), rows, (const int8_t *)m.data, m.columns, begin, end, scaled);
+    if (rows > FEW && takes_many(m)) {
+        if (m.kind == 0) many<float>(x.data(), rows, m, begin, end, give);
+        if (m.kind == 1) many<Bf16>(x.data(), rows, m, begin, end, give);
+        if (m.kind == 2) many<int8_t>(x.data(), rows, m, begin, end, scaled);
         return;
     }
     int r = 0;
-    for (; r + 4 <= rows; r += 4) product<4>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
-    for (; r + 2 <= rows; r += 2) product<2>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
-    for (; r < rows; r++) product<1>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
+    for (; r + 4 <= rows; r += 4) few<4>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
+    for (; r + 2 <= rows; r += 2) few<2>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
+    for (; r < rows; r++) few<1>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
 }
 
 // f(row) for each of the rows, a few at a time.
@@ -154,57 +183,81 @@ static void rotate(float *x, const float *table, int heads, int width) {
         }
 }
 
-// Attention of one head's query q (E,) over positions 0..last of a row, whose keys and values lie in these pages.
+// Neighbouring rows that begin with the same pages, so many of them, which nobody writes to.
+struct Group { int first, rows; int64_t pages; };
+
+static std::vector<Group> groups_of(const Cache &cache, int rows, const int64_t *positions) {
+    auto alike = [&](int a, int b) {
+        const int64_t *pages = cache.table + a * cache.pages;
+        const int64_t whole = std::min(positions[a], positions[b]) / cache.page;
+        return std::mismatch(pages, pages + whole, cache.table + b * cache.pages).first - pages;
+    };
+    std::vector<Group> groups;
+    for (int first = 0, next; first < rows; first = next) {
+        next = first + 1;
+        const int64_t pages = next < rows ? alike(first, next) : 0;
+        while (pages && next < rows && next < first + ALIKE && alike(first, next) >= pages) next++;
+        groups.push_back({first, next - first, pages});
+    }
+    return groups;
+}
+
+// Attention of neighbouring heads that read one key head, for the rows of a group. q and out point at the first of these
+// heads in (R, H, E), whose rows are so many numbers apart. What several queries read is laid out once for all of them.
 template <class C>
-static void attend(const float *q, const Cache &cache, int layer, int head, const int64_t *pages, int64_t last, int width,
-                   float *out) {
-    static thread_local std::vector<float> weights;
-    static thread_local std::vector<uint32_t> units;  // of q
-    weights.assign((last / LANES + 1) * LANES, -INFINITY);
-    auto over_pages = [&](const void *base, auto f) {  // f(first position, how many, where)
-        for (int64_t s = 0; s <= last; s += cache.page)
-            f(s, std::min(cache.page, last + 1 - s),
-              (const C *)base + pages[s / cache.page] * cache.page_stride + head * cache.head_stride);
+static void attend(const float *q, const Cache &cache, int layer, int key_head, const Group &group, const int64_t *positions,
+                   int sharing, int apart, int width, float *out) {
+    struct Piece { int query, count, places; int64_t begin, offset; };  // that `count` queries see from position `begin` on
+    static thread_local std::vector<Piece> pieces;
+    static thread_local std::vector<float> queries, scores, sums;
+    static thread_local std::vector<uint32_t> units, room;
+    const int count = group.rows * sharing, wide_out = padded(width, LANES);
+    const int64_t *last = positions + group.first;
+    const int wide = padded(*std::max_element(last, last + group.rows) + 1, LANES) + LANES;
+    auto place = [&](int query) { return (int64_t)(group.first + query / sharing) * apart + query % sharing * width; };
+    auto add = [&](int query, int count, int64_t i) {
+        const int64_t page = cache.table[(group.first + query / sharing) * cache.pages + i], begin = i * cache.page;
+        const int places = std::min(cache.page, last[query / sharing] + 1 - begin);
+        pieces.push_back({query, count, places, begin, page * cache.page_stride + key_head * cache.head_stride});
     };
-    for (const void *base : {cache.keys[layer], cache.values[layer]})
-        over_pages(base, [&](int64_t, int64_t count, const C *held) {
-            for (int64_t i = 0; i < count; i++)
-                for (int e = 0; e < width; e += 64 / sizeof(C)) __builtin_prefetch(held + i * cache.place_stride + e);
-        });
-    const bool is_turned = LANES == 16 && width % NUMBERS<C> == 0;  // AVX2 is faster without
-    const uint32_t *from = is_turned ? units_of<C>(q, width, units) : nullptr;
-    over_pages(cache.keys[layer], [&](int64_t s, int64_t count, const C *keys) {
-        if (is_turned) return dots_with(from, keys, cache.place_stride, count, width / NUMBERS<C>, &weights[s]);
-        for (int64_t i = 0; i < count; i++) dots<1>(q, keys + i * cache.place_stride, width, &weights[s + i]);
+    pieces.clear();
+    for (int64_t i = 0; i < group.pages; i++) add(0, count, i);
+    for (int r = 0; r < group.rows; r++)
+        for (int64_t i = group.pages; i * cache.page <= last[r]; i++) add(r * sharing, sharing, i);
+    auto over_pieces = [&](const void *base, const void *then, auto f) {  // f(piece, tokens, bytes to those read next)
+        for (size_t i = 0; i < pieces.size(); i++) {
+            const C *at = (const C *)base + pieces[i].offset;
+            const C *next = i + 1 < pieces.size() ? (const C *)base + pieces[i + 1].offset : (const C *)then + pieces[0].offset;
+            f(pieces[i], Head<C>{at, cache.place_stride, pieces[i].places, width}, (const char *)next - (const char *)at);
+        }
+    };
+    const void *keys = cache.keys[layer], *values = cache.values[layer];
+    queries.resize(count * width), scores.resize(count * wide), sums.assign(count * wide_out, 0);
+    for (int i = 0; i < count; i++) std::copy_n(q + place(i), width, &queries[i * width]);
+    const int stride = width / NUMBERS<C>;
+    const uint32_t *from = units_of<C>(queries.data(), count * width, units);
+    over_pieces(keys, values, [&](const Piece &p, const Head<C> &held, int64_t next) {
+        product<C>({from + p.query * stride, stride, 1}, held.turned(room, next), stride, &scores[p.query * wide + p.begin], wide,
+                   p.count, padded(p.places, LANES));
     });
-    const float scale = 1 / std::sqrt((float)width);
-    float highest = -INFINITY;
-    for (int64_t s = 0; s <= last; s++) highest = std::max(highest, weights[s] *= scale);
-    Floats totals = all(0);
-    for (size_t s = 0; s < weights.size(); s += LANES) {
-        Floats weight = exponential(load(&weights[s]) - all(highest));
-        store(&weights[s], weight), totals += weight;
-    }
-    const float total = sum(totals);
-    int i = 0;
-    auto part = [&](auto count) {  // the next numbers of the output, summed in so many registers
-        Floats sums[count] = {};
-        over_pages(cache.values[layer], [&](int64_t s, int64_t places, const C *value) {
-            for (; places--; s++, value += cache.place_stride)
-                for (int n = 0; n < count; n++) sums[n] = multiply_add(all(weights[s]), load(value + i + n * LANES), sums[n]);
+    const Floats scale = all(1 / std::sqrt((float)width));
+    float totals[count];
+    for (int i = 0; i < count; i++) {
+        Floats most = all(-INFINITY);
+        const int seen = last[i / sharing] + 1;
+        along(seen, [&](int s, auto part) {
+            const Floats score = part.or_lowest(load(&scores[i * wide + s]) * scale);
+            store(&scores[i * wide + s], score), most = score > most ? score : most;
         });
-        for (int n = 0; n < count; n++, i += LANES) store(out + i, sums[n] / all(total));
-    };
-    while (i + 4 * LANES <= width) part(std::integral_constant<int, 4>());
-    while (i + 2 * LANES <= width) part(std::integral_constant<int, 2>());
-    while (i + LANES <= width) part(std::integral_constant<int, 1>());
-    for (; i < width; i++) {
-        float sum_of_one = 0;
-        over_pages(cache.values[layer], [&](int64_t s, int64_t places, const C *value) {
-            for (; places--; s++, value += cache.place_stride) sum_of_one += weights[s] * one(value[i]);
-        });
-        out[i] = sum_of_one / total;
+        totals[i] = exponentials(&scores[i * wide], seen, highest(most));
     }
+    const Left weights = left_of<C>(scores.data(), count, wide);
+    over_pieces(values, values, [&](const Piece &p, const Head<C> &held, int64_t next) {
+        product<C>({weights.at + p.query * weights.row + p.begin / NUMBERS<C>, weights.row, 1}, held.paired(room, next),
+                   in_units<C>(p.places), &sums[p.query * wide_out], wide_out, p.count, wide_out, true);
+    });
+    for (int i = 0; i < count; i++)
+        along(width, [&](int e, auto part) { part.set(out + place(i) + e, load(&sums[i * wide_out + e]) / all(totals[i])); });
 }
 
 static auto into(std::vector<float> &x, const Matrix &m) {
@@ -216,8 +269,11 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
                  float *states, float *logits) {
     const int dim = model.output.columns, width = model.width, heads = model.heads, kv = model.kv_heads;
     const int hidden = model.layers->w1.rows, wide = heads * width, narrow = kv * width;
-    const int each = rows > FEW ? heads / kv : 1;  // heads that a thread takes at once
-    auto share = [&](int count, int columns, const auto &f) { rows > FEW ? threads.parts(count, f) : threads.rows(count, columns, f); };
+    const std::vector<Group> groups = groups_of(cache, rows, positions);
+    int sharing = heads / kv;  // heads of a key head that a thread takes at once
+    while (sharing % 2 == 0 && (int)groups.size() * heads / sharing < threads.at_work()) sharing /= 2;
+    const int parts = heads / sharing;
+    auto divide = [&](int count, int columns, const auto &f) { rows > FEW ? threads.parts(count, f) : threads.rows(count, columns, f); };
     static std::vector<float> x, h, q, out, k, v, gate, up;  // kept from step to step, of which one runs at a time
     x.assign(states, states + (int64_t)rows * dim);
     h.resize(x.size());
@@ -228,7 +284,7 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
         const Layer &layer = model.layers[l];
         auto add = [to = x.data(), dim](int r, int n, float dot) { to[(int64_t)r * dim + n] += dot; };
         normalise(x, layer.attention_norm, rows, dim, model.eps, h);
-        share(wide + 2 * narrow, dim, [&](int begin, int end) {
+        divide(wide + 2 * narrow, dim, [&](int begin, int end) {
             int first = 0;
             for (auto [m, to] : {std::pair{&layer.wq, &q}, {&layer.wk, &k}, {&layer.wv, &v}}) {
                 multiply(h, rows, *m, std::clamp(begin - first, 0, m->rows), std::clamp(end - first, 0, m->rows), into(*to, *m));
@@ -246,26 +302,24 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
                 put((C *)cache.values[l] + to, v[r * narrow + i]);
             }
         });
-        threads.pieces(rows * heads, each, [&](int begin, int end) {
-            for (int i = begin; i < end; i++) {
-                const int r = i / heads, head = i % heads / (heads / kv);
-                attend<C>(&q[i * width], cache, l, head, cache.table + r * cache.pages, positions[r], width, &out[i * width]);
-            }
+        threads.run(groups.size() * parts, [&](int i) {
+            const int head = i % parts * sharing;
+            attend<C>(&q[head * width], cache, l, head * kv / heads, groups[i / parts], positions, sharing, wide, width, &out[head * width]);
         });
-        share(dim, wide, [&](int begin, int end) { multiply(out, rows, layer.wo, begin, end, add); });
+        divide(dim, wide, [&](int begin, int end) { multiply(out, rows, layer.wo, begin, end, add); });
         normalise(x, layer.ffn_norm, rows, dim, model.eps, h);
-        share(hidden, 2 * dim, [&](int begin, int end) {
+        divide(hidden, 2 * dim, [&](int begin, int end) {
             for (auto [m, to] : {std::pair{&layer.w1, &gate}, {&layer.w3, &up}})
                 multiply(h, rows, *m, begin, end, into(*to, *m));
             for (int r = 0; r < rows; r++)
                 activate(&gate[(int64_t)r * hidden + begin], &up[(int64_t)r * hidden + begin], end - begin);
         });
-        share(dim, hidden, [&](int begin, int end) { multiply(gate, rows, layer.w2, begin, end, add); });
+        divide(dim, hidden, [&](int begin, int end) { multiply(gate, rows, layer.w2, begin, end, add); });
     }
     normalise(x, model.norm, rows, dim, model.eps, h);
     memcpy(states, h.data(), h.size() * sizeof(float));
     if (logits)
-        share(model.output.rows, dim, [&](int begin, int end) {
+        divide(model.output.rows, dim, [&](int begin, int end) {
             multiply(h, rows, model.output, begin, end,
                      [=, wide = model.output.rows](int r, int n, float dot) { logits[(int64_t)r * wide + n] = dot; });
         });

@@ -2,16 +2,17 @@
 // where the processor multiplies them (AVX512-BF16), a pair of neighbouring bfloat16; the other side is then rounded too,
 // as torch does it.
 //
-// Rows are turned so that a vector holds the same unit of so many of them. No sum runs across lanes. Of a weight a block
-// is laid out thus at a time, and each unit that is read serves six rows of x. The sums of a row of x do not depend on
-// its other rows.
+// The rows that serve as columns are turned so that a vector holds the same unit of so many of them. No sum runs across
+// lanes, and each unit that is read serves six rows of the other side, whose sums do not depend on each other.
 
 #pragma once
 
-#include "shared.h"
+#include "passes.h"
 
-constexpr int VECTORS = LANES / 4;  // of sums a row of x: AVX2 has registers for six rows of two, AVX512 for six of four
-constexpr int WIDE = VECTORS * LANES, PANEL = 32 * LANES;  // weight rows of a block; units that are laid out at a time
+constexpr int VECTORS = LANES / 4;  // of sums a row: AVX2 has registers for six rows of two, AVX512 for six of four
+constexpr int WIDE = VECTORS * LANES, PANEL = 32 * LANES;  // columns of a block; units of a weight that are laid out at a time
+
+#define INLINE [[gnu::always_inline]] static inline  // its array stays in registers only where it is written out
 
 template <class W> constexpr int NUMBERS = 1;  // in a unit
 template <class W> static Ints units_at(const W *p, int count) {  // of LANES at most, with zeros behind them
@@ -28,7 +29,7 @@ template <> Floats add_products<Bf16>(Floats sums, Ints a, Ints b) { return _mm5
 #endif
 
 // Swaps what stands S rows and S lanes apart; after every S a square of LANES x LANES units is turned.
-template <int S> static void swap_across(Ints (&v)[LANES]) {
+template <int S> INLINE void swap_across(Ints (&v)[LANES]) {
     Ints low, high;
     for (int i = 0; i < LANES; i++) low[i] = i & S ? LANES + i - S : i, high[i] = i & S ? LANES + i : i + S;
 #pragma GCC unroll 16
@@ -40,21 +41,25 @@ template <int S> static void swap_across(Ints (&v)[LANES]) {
         }
 }
 
-// `count` units of `rows` rows, LANES of either at most, turned; rows that lack are the last one again.
-template <class W> static void turned(const W *w, int64_t stride, int rows, int count, Ints (&held)[LANES]) {
+// `count` units of `rows` rows, LANES of either at most, turned; rows that lack are the last one again. What lies `next`
+// bytes further is asked for on the way.
+template <class W> INLINE void turned(const W *w, int64_t stride, int rows, int count, int64_t next, Ints (&held)[LANES]) {
 #pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++) held[i] = units_at(w + std::min(i, rows - 1) * stride, std::min(count, LANES));
+    for (int i = 0; i < LANES; i++) {
+        const W *at = w + std::min(i, rows - 1) * stride;
+        __builtin_prefetch((const char *)at + next);
+        held[i] = units_at(at, std::min(count, LANES));
+    }
     swap_across<1>(held), swap_across<2>(held), swap_across<4>(held);
     if constexpr (LANES == 16) swap_across<8>(held);
 }
 
-// Units of up to WIDE rows: out (units, WIDE).
-template <class W> static void lay_out(const W *w, int64_t stride, int rows, int units, uint32_t *out) {
-    for (int first = 0; first < WIDE; first += LANES)
+// Units of up to WIDE rows as columns: out (units, WIDE), of which whole LANES are written.
+template <class W> static void lay_out(const W *w, int64_t stride, int rows, int units, uint32_t *out, int64_t next = 0) {
+    for (int first = 0; first < rows; first += LANES)
         for (int u = 0; u < units; u += LANES) {
             Ints held[LANES];
-            const int from = std::min(first, rows - 1);
-            turned(w + from * stride + u * NUMBERS<W>, stride, rows - from, units - u, held);
+            turned(w + first * stride + u * NUMBERS<W>, stride, rows - first, units - u, next, held);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) store((float *)out + (u + i) * WIDE + first, (Floats)held[i]);
         }
@@ -73,64 +78,117 @@ template <class W> static const uint32_t *units_of(const float *x, int64_t count
     return held.data();
 }
 
-// Dots of x (units,) with `count` rows of w, which stand `stride` numbers apart.
-template <class W>
-static void dots_with(const uint32_t *x, const W *w, int64_t stride, int count, int units, float *out) {
-    for (; count > 0; count -= LANES, w += LANES * stride, out += LANES) {
-        Floats sums[4] = {};
-        auto some = [&](int u, auto few) {
-            Ints held[LANES];
-            turned(w + u * NUMBERS<W>, stride, count, units - u, held);
-#pragma GCC unroll 16
-            for (int i = 0; i < few; i++) sums[i % 4] = add_products<W>(sums[i % 4], held[i], every(x[u + i]));
-        };
-        int u = 0;
-        for (; u + LANES <= units; u += LANES) some(u, std::integral_constant<int, LANES>());
-        if (u < units) some(u, units - u);
-        const Floats total = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        memcpy(out, &total, std::min(count, LANES) * sizeof(float));
-    }
+struct Left { const uint32_t *at; int64_t row, unit; };  // units between neighbours
+struct Right {                                           // WIDE columns a block, units between neighbours
+    const uint32_t *at;
+    int64_t block;
+    int stride;
+    const char *ahead = nullptr, *end = nullptr;  // memory that is read next, to be asked for on the way
+};
+
+// Units of two bfloat16 each.
+static Floats pairs(Floats low, Floats high) {
+#ifdef __AVX512BF16__
+    auto wide = [](Floats x) { return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)); };
+    return (Floats)_mm512_or_si512(wide(low), _mm512_slli_epi32(wide(high), 16));
+#else
+    return low;  // no product here is of pairs
+#endif
 }
 
-// Adds the products of R rows of x, `units` of each, to sums (R, WIDE).
-template <int R, class W> static void tile(const uint32_t *x, int stride, const uint32_t *w, int units, float *sums) {
-    Floats held[R][VECTORS];
+static int padded(int count, int to) { return (count + to - 1) / to * to; }
+template <class T> static int in_units(int count) { return (count + NUMBERS<T> - 1) / NUMBERS<T>; }
+
+// out (R, N LANES) = x (R, units) w (units, N LANES), or more of it.
+template <class T, int R, int N>
+static void corner(const Left &x, const uint32_t *w, int stride, int units, float *out, int wide, bool adds, const char *ahead) {
+    Floats sums[R][N];
     for (int r = 0; r < R; r++)
-        for (int n = 0; n < VECTORS; n++) held[r][n] = load(sums + r * WIDE + n * LANES);
-    for (int u = 0; u < units; u++, w += WIDE)
+        for (int n = 0; n < N; n++) sums[r][n] = adds ? load(out + r * wide + n * LANES) : all(0);
+    for (int u = 0; u < units; u++, w += stride) {
+        if (ahead) __builtin_prefetch(ahead + u * LINE, 0, 2);
         for (int r = 0; r < R; r++) {
-            const Ints unit = every(x[(int64_t)r * stride + u]);
-            for (int n = 0; n < VECTORS; n++)
-                held[r][n] = add_products<W>(held[r][n], unit, (Ints)load((const float *)w + n * LANES));
+            const Ints unit = every(x.at[r * x.row + u * x.unit]);
+            for (int n = 0; n < N; n++) sums[r][n] = add_products<T>(sums[r][n], unit, (Ints)load((const float *)w + n * LANES));
         }
+    }
     for (int r = 0; r < R; r++)
-        for (int n = 0; n < VECTORS; n++) store(sums + r * WIDE + n * LANES, held[r][n]);
+        for (int n = 0; n < N; n++) store(out + r * wide + n * LANES, sums[r][n]);
 }
 
-// Calls give(row of x, row of w, dot) for rows begin..end of a matrix w, whose columns fill whole units.
-template <class W, class Give>
-static void tiles(const float *x, int rows, const W *w, int columns, int begin, int end, const Give &give) {
-    static thread_local std::vector<uint32_t> held_x, held_w(PANEL * WIDE);
-    static thread_local std::vector<float> held_sums;
-    const int units = columns / NUMBERS<W>;
-    const uint32_t *from = units_of<W>(x, (int64_t)rows * columns, held_x);
-    uint32_t *laid = held_w.data();
-    held_sums.resize((int64_t)rows * WIDE);
-    float *sums = held_sums.data();
-    for (; begin < end; begin += WIDE) {
-        const int wide = std::min(WIDE, end - begin);
-        std::fill(sums, sums + (int64_t)rows * WIDE, 0.f);
-        for (int u = 0; u < units; u += PANEL) {
-            const int n = std::min(PANEL, units - u);
-            lay_out(w + (int64_t)begin * columns + u * NUMBERS<W>, columns, wide, n, laid);
-            auto some = [&](int r, auto count) {
-                for (; r + count <= rows; r += count)
-                    tile<count, W>(from + (int64_t)r * units + u, units, laid, n, sums + (int64_t)r * WIDE);
-                return r;
-            };
-            some(some(some(0, std::integral_constant<int, 6>()), std::integral_constant<int, 2>()), std::integral_constant<int, 1>());
-        }
-        for (int r = 0; r < rows; r++)
-            for (int n = 0; n < wide; n++) give(r, begin + n, sums[(int64_t)r * WIDE + n]);
+// out (rows, columns), whose rows stand `wide` numbers apart; columns are whole LANES.
+template <class T>
+static void product(const Left &x, const Right &w, int units, float *out, int wide, int rows, int columns, bool adds = false) {
+    const char *ahead = w.ahead;
+    auto block = [&](int column, auto n) {
+        int r = 0;
+        auto some = [&](auto count) {
+            for (; r + count <= rows; r += count) {
+                corner<T, count, n>({x.at + r * x.row, x.row, x.unit}, w.at + column / WIDE * w.block + column % WIDE, w.stride,
+                                    units, out + (int64_t)r * wide + column, wide, adds, ahead);
+                ahead = ahead && w.end - ahead > units * LINE ? ahead + units * LINE : nullptr;
+            }
+        };
+        some(std::integral_constant<int, 6>()), some(std::integral_constant<int, 3>());
+        some(std::integral_constant<int, 2>()), some(std::integral_constant<int, 1>());
+    };
+    int column = 0;
+    for (; column + WIDE <= columns; column += WIDE) block(column, std::integral_constant<int, VECTORS>());
+    const int left = (columns - column) / LANES;
+    if (left == 3) block(column, std::integral_constant<int, 3>());
+    if (left == 2) block(column, std::integral_constant<int, 2>());
+    if (left == 1) block(column, std::integral_constant<int, 1>());
+}
+
+// The tokens of one head, and what products need of them.
+template <class T> struct Head {
+    const T *at;
+    int64_t stride;
+    int rows, width;
+
+    Left left() const { return {(const uint32_t *)at, stride / NUMBERS<T>, 1}; }
+    Head part(int begin, int count) const { return {at + begin * stride, stride, count, width}; }
+
+    // The rows as columns: to multiply with other rows.
+    Right turned(std::vector<uint32_t> &room, int64_t next = 0) const {
+        const int units = width / NUMBERS<T>, block = padded(units, LANES) * WIDE;
+        room.resize(padded(rows, WIDE) / WIDE * block);
+        for (int r = 0; r < rows; r += WIDE)
+            lay_out(at + r * stride, stride, std::min(WIDE, rows - r), units, room.data() + r / WIDE * block, next);
+        return {room.data(), block, WIDE};
     }
+    // The rows as they are, to be summed: neighbours in one unit.
+    Right paired(std::vector<uint32_t> &room, int64_t next = 0) const {
+        const int wide = padded(width, LANES);
+        room.resize((rows + 1) * wide);
+        for (int r = 0; r < rows; r += NUMBERS<T>)
+            along(width, [&](int i, auto part) {
+                const T *first = at + r * stride + i, *second = first + stride;
+                __builtin_prefetch((const char *)first + next), __builtin_prefetch((const char *)second + next);
+                Floats units = part.get(first);
+                if (NUMBERS<T> == 2) units = pairs(units, r + 1 < rows ? part.get(second) : all(0));
+                store((float *)room.data() + r / NUMBERS<T> * wide + i, units);
+            });
+        return {room.data(), WIDE, wide};
+    }
+};
+
+// The units of rows (count, wide) that stand below each other, to multiply what they weigh: (count / 2, wide) or as it is.
+template <class T> static Left turned_left(const float *rows, int count, int wide, std::vector<uint32_t> &room) {
+    if constexpr (NUMBERS<T> == 1) return {(const uint32_t *)rows, 1, wide};
+    room.resize((count + 1) / 2 * wide);
+    for (int r = 0; r < count; r += 2)
+        for (int i = 0; i < wide; i += LANES) {
+            const Floats high = r + 1 < count ? load(rows + (r + 1) * wide + i) : all(0);
+            store((float *)room.data() + r / 2 * wide + i, pairs(load(rows + r * wide + i), high));
+        }
+    return {room.data(), 1, wide};
+}
+
+// Rows (count, wide) in place as numbers of type T.
+template <class T> static Left left_of(float *rows, int count, int wide) {
+    if constexpr (NUMBERS<T> == 2)
+        for (int r = 0; r < count; r++)
+            for (int i = 0; i < wide; i += LANES) store((Bf16 *)(rows + r * wide) + i, load(rows + r * wide + i));
+    return {(const uint32_t *)rows, wide, 1};
 }
