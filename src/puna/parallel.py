@@ -464,6 +464,13 @@ def dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if precision == "bf16" and fast else torch.float32
 
 
+def memory_of(device: torch.device) -> int:
+    """In bytes: a GPU's, or the machine's."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:
     """bfloat16 matrix products over float32 weights where `dtype` says so, nothing otherwise."""
     if dtype(precision, device) == torch.bfloat16:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from puna import parallel
 from puna.config import ConfigError, DataError
 from puna.generate import scheduler
 from puna.generate.engine import LocalEngine
-from puna.generate.kv_cache import BlockCache
+from puna.generate.kv_cache import BLOCK, BlockCache, bytes_of_token
 from puna.generate.sampling import Sampling
 from puna.model.transformer import Cache, Documents, Transformer
 from puna.types import Completion, Dialog
@@ -313,3 +314,22 @@ def test_a_dialog_that_goes_on_is_computed_once(monkeypatch: pytest.MonkeyPatch)
     left.close()  # type: ignore[attr-defined]
     list(made.stream(dialog[:-1], max_new_tokens=2, goes_on=True))
     assert found[-1] == 0, "other weights know nothing of it"
+
+
+def test_a_cache_stays_within_its_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = helpers.model()
+    expected = tokens(engine(model=model).generate_ids(PROMPTS, n=4, max_new_tokens=200))
+    least = scheduler.tokens_of(model.config, 1)
+    sizes: list[int] = []
+    true = BlockCache.take
+
+    def watched(cache: BlockCache) -> int:
+        sizes.append(cache.capacity)
+        return true(cache)
+
+    monkeypatch.setattr(BlockCache, "take", watched)
+    for memory in (0, 4 * least * bytes_of_token(model)):
+        sizes.clear()
+        monkeypatch.setattr(parallel, "memory_of", lambda device, memory=memory: memory)
+        assert tokens(engine(model=model).generate_ids(PROMPTS, n=4, max_new_tokens=200)) == expected
+        assert set(sizes) == {max(1, 2 * bool(memory)) * least // BLOCK}

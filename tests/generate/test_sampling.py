@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from puna import kernels
 from puna.config import ConfigError
 from puna.generate import sampling as samplings
-from puna.generate.sampling import Sampling, Settings, adjust, uniforms
+from puna.generate.sampling import Sampling, Settings, adjust, likeliest, uniforms
 
 WHOLE = Sampling()
 pytestmark = pytest.mark.usefixtures("path")
@@ -84,10 +85,22 @@ def test_min_p_is_a_share_of_the_likeliest() -> None:
 
 
 def test_a_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:
-    logits = torch.tensor([2.0, -2.0, 1.0, 4.0])
-    assert adjust(logits, Sampling(repetition_penalty=2.0), [0, 1, 1]).tolist() == [1.0, -4.0, 1.0, 4.0]
-    assert adjust(logits, Sampling(logit_bias={3: -100, 1: 5}), []).tolist() == [2.0, 3.0, 1.0, -96.0]
-    assert logits.tolist() == [2.0, -2.0, 1.0, 4.0]
+    logits = torch.tensor([[2.0, -2.0, 1.0, 4.0]] * 4, dtype=torch.bfloat16)
+    both = Sampling(repetition_penalty=4.0, logit_bias={0: 1.0})
+    every = [Sampling(repetition_penalty=2.0), Sampling(), Sampling(logit_bias={3: -100, 1: 5}), both]
+    adjusted = adjust(logits, every, [{0, 1}, {0, 1}, {0}, {0}])
+    assert adjusted.tolist() == [[1, -4, 1, 4], [2, -2, 1, 4], [2, 3, 1, -96], [1.5, -2, 1, 4]]
+    assert adjusted.dtype == torch.float32
+    assert logits.tolist() == [[2.0, -2.0, 1.0, 4.0]] * 4
+    assert adjust(logits, every[1:2] * 4, [{0}] * 4) is logits
+
+
+def test_each_row_has_as_many_likely_tokens_as_it_asks_for() -> None:
+    logits = torch.tensor([[0.2, 0.5, 0.3]] * 4).log()
+    every = [Sampling(top_logprobs=1), Sampling(), Sampling(top_logprobs=9), Sampling(top_logprobs=2, temperature=0.5)]
+    ids, probs = zip(*(zip(*row, strict=True) if row else ((), ()) for row in likeliest(logits, every)), strict=True)
+    assert ids == ((1,), (), (1, 2, 0), (1, 2))
+    assert [round(math.exp(p), 4) for row in probs for p in row] == [0.5, 0.5, 0.3, 0.2, 0.6579, 0.2368]
 
 
 def test_each_row_has_its_own_settings() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from puna.config import ConfigError
 from puna.generate import scheduler as schedulers
+from puna.generate import weights
 from puna.generate.kv_cache import BLOCK
 from puna.generate.sampling import Sampling, uniforms
 from puna.generate.scheduler import Scheduler
@@ -20,8 +21,19 @@ HEAD = [1] + [300 + i % 40 for i in range(2 * BLOCK)]
 PROMPTS = [[*HEAD, 310 + i, 320 + i] for i in range(5)] + [[1, *range(330, 330 + n)] for n in (1, 9, 50)]
 
 
+@pytest.fixture(autouse=True, params=["plain", "packed"])
+def held(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test runs a model as it is, and packed, which decodes by the compiled step."""
+    if request.param == "packed":
+        monkeypatch.setattr("tests.generate.test_scheduler.hold", lambda model: weights.pack(model, "fp32"))
+
+
+def hold(model: Transformer) -> Transformer:
+    return model
+
+
 def made(model: Transformer, size: int = 16, cache_tokens: int | None = None, **more: bool) -> Scheduler:
-    tokenizer = helpers.tokenizer()
+    tokenizer, model = helpers.tokenizer(), hold(model)
     return Scheduler(model, tokenizer.decode, tokenizer.eos_id, max_batch_size=size, cache_tokens=cache_tokens, **more)  # type: ignore[arg-type]
 
 
@@ -208,20 +220,18 @@ def test_without_sharing_every_prompt_is_run(monkeypatch: pytest.MonkeyPatch) ->
 
 @torch.inference_mode()
 def test_a_row_that_is_not_finite_ends_alone() -> None:
-    class Sick(Transformer):
-        def forward(self, tokens: torch.Tensor, **more: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            logits = super().forward(tokens, **more)  # type: ignore[arg-type]
-            return logits.masked_fill((tokens == 77)[..., None], torch.nan)
-
-    model = Sick(helpers.config())
-    model.load_state_dict(helpers.model().state_dict())
-    scheduler = made(model)
-    [sick] = scheduler.submit(Request(0, [1, 5], Sampling(max_new_tokens=9, logit_bias={77: 1000.0})))
-    [well] = scheduler.submit(Request(1, [1, 5], Sampling(max_new_tokens=9, logit_bias={77: -1000.0})))
+    model = helpers.model()
+    model.tok_embeddings.weight[77] = torch.nan
+    scheduler, well = made(model), Sampling(max_new_tokens=9, logit_bias={77: -1000.0})
+    [sick] = scheduler.submit(Request(0, [1, *range(5, 25)], Sampling(max_new_tokens=9, logit_bias={77: 1000.0})))
+    [beside] = scheduler.submit(Request(1, [1, 5], well))
     while scheduler.busy:
         scheduler.step()
     assert (sick.finish, sick.tokens) == ("error", [77])
-    assert (well.finish, len(well.tokens)) == ("length", 9)
+    [later] = scheduler.submit(Request(2, [1, 5], well))  # in the same block
+    while scheduler.busy:
+        scheduler.step()
+    assert [(answer.finish, len(answer.tokens)) for answer in (beside, later)] == [("length", 9)] * 2
 
 
 @pytest.mark.parametrize(

@@ -210,12 +210,14 @@ def test_many_rows_step_as_beside_more(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", ["fp32", "bf16"])
 @pytest.mark.parametrize("threads", [1, 3])
 def test_rows_that_begin_with_the_same_pages_step_as_with_their_own(kind: Kind, threads: int) -> None:
-    """Twenty rows share 8 tokens, of which the first five share 16, and then all go their own way."""
+    """Twenty rows share 8 tokens, of which five in the midst share 16, and then all go their own way."""
     packed = weights.pack(helpers.model(**WIDE), kind)
     ids = tokens(22)
-    ids[1:5, :16], ids[5:20, :8] = ids[0, :16], ids[0, :8]
+    ids[1:20, :8] = ids[0, :8]
+    ids[4:8, :16] = ids[3, :16]
     apart, shared = (Paged(packed.config, 22, packed.tok_embeddings.weight.dtype) for _ in range(2))
-    shared.table[1:5, :4], shared.table[5:20, :2] = shared.table[0, :4], shared.table[0, :2]
+    shared.table[1:20, :2] = shared.table[0, :2]
+    shared.table[4:8, :4] = shared.table[3, :4]
     torch.set_num_threads(threads)
     try:
         for i in range(ids.shape[1]):
@@ -228,9 +230,10 @@ def test_rows_that_begin_with_the_same_pages_step_as_with_their_own(kind: Kind, 
 
 @torch.inference_mode()
 @pytest.mark.usefixtures("compiled")
-@pytest.mark.parametrize("rows", [2, 40])
-def test_threads_change_nothing(rows: int) -> None:
-    packed, ids = weights.pack(helpers.model(**WIDE), "bf16"), tokens(rows)
+@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("shape", [WIDE, WIDE | {"n_heads": 8, "n_kv_heads": 1}])  # few tasks: heads are parted
+def test_threads_change_nothing(rows: int, shape: dict[str, int]) -> None:
+    packed, ids = weights.pack(helpers.model(**shape), "bf16"), tokens(rows)
     alone = stepped(packed, ids)
     torch.set_num_threads(3)
     try:

@@ -150,6 +150,9 @@ def test_completions(client: openai.OpenAI, engine: StandIn) -> None:
     with client.completions.create(model="llama", prompt=[1, 300, 301], max_tokens=50, stream=True) as stream:
         assert "".join(chunk.choices[0].text for chunk in stream) == ANSWER
     assert engine.asked[-1][0] == [1, 300, 301]
+    with client.completions.create(model="llama", prompt="Llamas", max_tokens=50, logprobs=1, stream=True) as stream:
+        parts = [chunk.choices[0].logprobs for chunk in stream]
+    assert [offset for part in parts if part for offset in part.text_offset or []] == found.text_offset
 
 
 def test_best_of_keeps_the_likeliest(client: openai.OpenAI, engine: StandIn) -> None:

@@ -125,7 +125,7 @@ def test_two_hundred_streams(tmp_path: Path, root: Path) -> None:
     same = sum(alone.answers[question] == texts for question, texts in seen.answers.items())
     assert same >= 0.9 * len(seen.answers), "answers are not those that a question gets alone"
     assert too_many.statuses[429] and too_many.statuses.keys() == {200, 429}
-    assert statistics.median(health) < 100
+    assert max(health) < 100
     assert settled[-1] < 1.1 * settled[0]
 
 

@@ -23,6 +23,7 @@ import openai
 import pytest
 import torch
 
+from puna import parallel
 from puna.config import ConfigError
 from puna.serve import replies, server
 from puna.serve.guard import JSONLines, Rules, read_keys
@@ -131,7 +132,7 @@ def test_hosts_that_are_answered(host: str, allowed: tuple[str, ...], expected: 
 def test_a_cache_that_outgrows_the_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = helpers.talker_folder(tmp_path / "chat")
     least = 6 * 64  # tokens; each has 2 layers of 2 heads' keys and values, 8 wide, in float32
-    monkeypatch.setattr(server, "memory_of", lambda device: least * 256)
+    monkeypatch.setattr(parallel, "memory_of", lambda device: least * 256)
     with pytest.raises(ConfigError, match=r"set --cache-tokens \(a token takes 0 KiB\)"):
         server.open_models(ServeConfig(chat))
     [model] = server.open_models(ServeConfig(chat, cache_tokens=least)).values()

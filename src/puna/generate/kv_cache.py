@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from puna.generate.weights import Pages
-from puna.model.transformer import ModelConfig, attend
+from puna.model.transformer import ModelConfig, Transformer, attend
 
 BLOCK = 64
 """Tokens a block (docs/decisions/0008-queries-go-to-the-blocks.md)."""
@@ -33,6 +33,12 @@ LOWEST = torch.finfo(torch.float32).min
 """Hides a score; finite, so that a block without a reader makes no NaN."""
 
 Ids = NDArray[np.int64]
+
+
+def bytes_of_token(model: Transformer) -> int:
+    """What a token's keys and values take of a model's cache."""
+    cfg = model.config
+    return 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * model.tok_embeddings.weight.element_size()
 
 
 class Full(Exception):
@@ -99,6 +105,12 @@ class BlockCache:
                     self._unused[block] = None
                 else:
                     heapq.heappush(self._free, block)
+
+    def blank(self, blocks: Sequence[int]) -> None:
+        """Zeros in the blocks that nobody else holds: what is no number there must not meet the next one's tokens."""
+        alone = self.tensor(np.array([block for block in blocks if self._holders[block] == 1], np.int64))
+        for part in (*self.keys, *self.values):
+            part.index_fill_(0, alone, 0.0)
 
     def match(self, tokens: Sequence[int]) -> list[int]:
         """The known blocks that a prompt begins with, held for it; never all of it: its last token must be run."""

@@ -8,7 +8,7 @@ Shapes: B sequences, V vocabulary, W candidates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -136,19 +136,49 @@ def uniforms(seed: int, request: int, sample: int, count: int) -> Tensor:
     return torch.from_numpy(generator.random(count, dtype=np.float32))
 
 
-def adjust(logits: Tensor, sampling: Sampling, seen: Sequence[int]) -> Tensor:
-    """One row's logits (V,) with its repetition penalty on the `seen` tokens and its bias."""
-    logits = logits.float()
-    if sampling.repetition_penalty != 1:
-        ids = torch.tensor(sorted(set(seen)), device=logits.device)
-        old = logits[ids]
-        new = torch.where(old > 0, old / sampling.repetition_penalty, old * sampling.repetition_penalty)
-        logits = logits.index_copy(0, ids, new)
-    if sampling.logit_bias:
-        ids = torch.tensor(list(sampling.logit_bias), device=logits.device)
-        bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=logits.device)
-        logits = logits.index_add(0, ids, bias)
+def adjust(logits: Tensor, samplings: Sequence[Sampling], seen: Sequence[Collection[int]]) -> Tensor:
+    """Logits (B, V) with each row's repetition penalty on the tokens it has `seen`, and its bias; float32 where any is.
+
+    `seen` names a token once.
+    """
+    penalised = [
+        (row, token, sampling.repetition_penalty)
+        for row, (sampling, tokens) in enumerate(zip(samplings, seen, strict=True))
+        if sampling.repetition_penalty != 1
+        for token in tokens
+    ]
+    biased = [(row, *each) for row, sampling in enumerate(samplings) for each in sampling.logit_bias.items()]
+    if penalised:
+        rows, tokens, penalty = _columns(penalised, logits.device)
+        old = logits.float()[rows, tokens]
+        logits = logits.float().index_put((rows, tokens), torch.where(old > 0, old / penalty, old * penalty))
+    if biased:
+        rows, tokens, bias = _columns(biased, logits.device)
+        logits = logits.float().index_put((rows, tokens), bias, accumulate=True)
     return logits
+
+
+def _columns(places: Sequence[tuple[int, int, float]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows and tokens, int64, and a number for each, float32."""
+    types = (torch.int64, torch.int64, torch.float32)
+    rows, tokens, numbers = (
+        torch.tensor(x, dtype=t, device=device) for x, t in zip(zip(*places, strict=True), types, strict=True)
+    )
+    return rows, tokens, numbers
+
+
+def likeliest(logits: Tensor, samplings: Sequence[Sampling]) -> list[tuple[tuple[int, float], ...]]:
+    """Each row's likeliest tokens with their log-probabilities under `sample`'s softmax, as many as it asks for."""
+    found: list[tuple[tuple[int, float], ...]] = [()] * len(samplings)
+    asking = [row for row, sampling in enumerate(samplings) if sampling.top_logprobs]
+    if asking:
+        temperature = torch.tensor([[samplings[row].temperature or 1.0] for row in asking], device=logits.device)
+        logprobs = (logits[asking].float() / temperature).log_softmax(-1)
+        most = min(max(samplings[row].top_logprobs for row in asking), logits.shape[-1])
+        values, ids = (x.tolist() for x in logprobs.topk(most))
+        for row, *likely in zip(asking, ids, values, strict=True):
+            found[row] = tuple(zip(*likely, strict=True))[: samplings[row].top_logprobs]
+    return found
 
 
 def sample(logits: Tensor, uniform: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from puna.config import ConfigError
 from puna.generate.kv_cache import BLOCK, BlockCache, DecodePass, Full, PromptPass, blocks_of
-from puna.generate.sampling import Sampling, Settings, adjust, sample, uniforms
+from puna.generate.sampling import Settings, adjust, likeliest, sample, uniforms
 from puna.generate.sequence import Answer, Request, TextStream, Token, room
 from puna.model.transformer import ModelConfig, Transformer
 
@@ -41,6 +41,11 @@ Watch = Callable[[Answer, Token, str], None]
 def shape(model: Transformer) -> ModelConfig:
     """A model's config without what pretraining alone reads, and no folder keeps."""
     return replace(model.config, moe=replace(model.config.moe, capacity_factor=0.0, balance=0.0))
+
+
+def tokens_of(config: ModelConfig, sequences: int) -> int:
+    """Of a cache that is never full: the model's context, a prompt's last block and its copy for each sequence."""
+    return sequences * BLOCK * (blocks_of(config.max_seq_len) + 2)
 
 
 @dataclass(eq=False)
@@ -63,6 +68,7 @@ class _Running:
     blocks: list[int]
     length: int  # tokens cached: where the next one goes
     uniform: Sequence[float]
+    seen: set[int]  # tokens of the prompt and the answer
 
 
 class Scheduler:
@@ -89,19 +95,19 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self._decode, self._eos_id, self._watch = decode, eos_id, watch
         self._serving, self._shares = serving, share_prompts
-        context = blocks_of(model.config.max_seq_len)
         if max_batch_size < 1:
             raise ConfigError(f"max_batch_size is {max_batch_size}: it must be at least 1")
-        least = context + 2  # a sequence's, the last one of its prompt, and that one's copy for another sample
-        capacity = least * max_batch_size if cache_tokens is None else cache_tokens // BLOCK
-        if capacity < least:
+        least = tokens_of(model.config, 1)
+        if cache_tokens is None:
+            cache_tokens = tokens_of(model.config, max_batch_size)
+        if cache_tokens < least:
             raise ConfigError(
                 f"a cache of {cache_tokens} tokens is too small for the model's context of "
-                f"{model.config.max_seq_len}: give it at least {BLOCK * least}"
+                f"{model.config.max_seq_len}: give it at least {least}"
             )
         self._waiting: deque[_Waiting] = deque()
         self._running: list[_Running] = []
-        self._use(model, capacity)
+        self._use(model, cache_tokens // BLOCK)
 
     def _use(self, model: Transformer, capacity: int) -> None:
         """This model from now on, with a cache that knows nothing and nobody in a slot."""
@@ -301,7 +307,7 @@ class Scheduler:
                     answer = group.answers.popleft()
                     request = answer.request
                     uniform = uniforms(request.sampling.seed, request.place, answer.sample, answer.limit).tolist()
-                    rows.append(_Running(answer, blocks, len(group.tokens), uniform))
+                    rows.append(_Running(answer, blocks, len(group.tokens), uniform, set(group.tokens)))
                     assert group.logits is not None
                     logits.append(group.logits)
                 if not group.answers:
@@ -319,14 +325,17 @@ class Scheduler:
 
     def _draw(self) -> list[Answer]:
         """One token for every sequence; those that ended leave their slots."""
-        logits = self._adjusted()
+        samplings = [row.answer.request.sampling for row in self._running]
+        logits = adjust(self._logits, samplings, [row.seen for row in self._running])
+        likely = likeliest(logits, samplings) if self._watch else []
         uniform = torch.tensor([row.uniform[len(row.answer.tokens)] for row in self._running], device=self._device)
         self._tokens, logprobs = sample(logits, uniform, self._settings)
         drawn = zip(self._running, self._tokens.tolist(), logprobs.tolist(), strict=True)
         for i, (row, token, logprob) in enumerate(drawn):
+            row.seen.add(token)
             piece = self._take(row.answer, token, logprob)
             if self._watch:
-                self._watch(row.answer, Token(token, logprob, self._top(logits[i], row.answer.request.sampling)), piece)
+                self._watch(row.answer, Token(token, logprob, likely[i]), piece)
         ended = [row for row in self._running if row.answer.finish]
         if self._serving and self._shares:
             for row in ended:
@@ -350,29 +359,13 @@ class Scheduler:
             answer.finish = "length"
         return piece
 
-    def _adjusted(self) -> Tensor:
-        """The logits (B, V); with the penalties and biases of the rows that have any, float32."""
-        logits = self._logits
-        for i, row in enumerate(self._running):
-            sampling = row.answer.request.sampling
-            if sampling.repetition_penalty != 1 or sampling.logit_bias:
-                logits = logits.float()
-                logits[i] = adjust(logits[i], sampling, row.answer.request.prompt + row.answer.tokens)
-        return logits
-
-    def _top(self, logits: Tensor, sampling: Sampling) -> tuple[tuple[int, float], ...]:
-        """The likeliest tokens and their log-probabilities, as many as were asked for."""
-        if not sampling.top_logprobs:
-            return ()
-        logprobs = (logits.float() / (sampling.temperature or 1.0)).log_softmax(-1)
-        values, ids = logprobs.topk(min(sampling.top_logprobs, len(logprobs)))
-        return tuple(zip(ids.tolist(), values.tolist(), strict=True))
-
     def _remove(self, rows: Sequence[_Running]) -> None:
         """Free the slots and blocks of these."""
         if not rows:
             return
         for row in rows:
+            if row.answer.finish == "error":
+                self.cache.blank(row.blocks)
             self.cache.release(row.blocks)
         gone = set(map(id, rows))
         kept = [i for i, row in enumerate(self._running) if id(row) not in gone]

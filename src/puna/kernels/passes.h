@@ -1,5 +1,5 @@
-// What the passes of training share: work spread over torch's own threads, as threads of ours would wait for them, and
-// loops along rows of any width. Numbers are float32 or bfloat16 in memory and float32 in registers.
+// What the passes of training share: work spread over torch's own threads, as threads of ours would wait for them, and,
+// with the decoding step, loops along rows of any width. Numbers are float32 or bfloat16 in memory and float32 in registers.
 
 #pragma once
 

@@ -10,7 +10,7 @@
 #include "tiles.h"
 
 constexpr int FEW = 8;     // rows for which reading the weights is all that counts
-constexpr int ALIKE = 16;  // rows at most that a thread takes at once where they begin with the same pages
+constexpr int ALIKE = 16;  // rows at most that a thread takes at once because they begin with the same pages
 
 struct Matrix { const void *data, *scales; int32_t kind, rows, columns, group; };  // kind 0 fp32, 1 bf16, 2 int8, 3 int4
 struct Layer { const float *attention_norm, *ffn_norm; Matrix wq, wk, wv, wo, w1, w2, w3; };
@@ -75,7 +75,7 @@ template <int R> static void block(const float *x, const Matrix &m, int first, f
 
 // Calls give(row of x, row of w, dot) for rows begin..end of the matrix, R rows of x from `first` on.
 template <int R, class W, class Give>
-static void few(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
+static void few_plain(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
     float out[R];
     for (int n = begin; n < end; n++) {
         dots<R>(x, (const W *)m.data + (int64_t)n * m.columns, m.columns, out);
@@ -93,9 +93,9 @@ static void few_int4(const float *x, const Matrix &m, int first, int begin, int 
 }
 template <int R, class Give>
 static void few(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
-    if (m.kind == 0) few<R, float>(x, m, first, begin, end, give);
-    else if (m.kind == 1) few<R, Bf16>(x, m, first, begin, end, give);
-    else if (m.kind == 2) few<R, int8_t>(x, m, first, begin, end, give);
+    if (m.kind == 0) few_plain<R, float>(x, m, first, begin, end, give);
+    else if (m.kind == 1) few_plain<R, Bf16>(x, m, first, begin, end, give);
+    else if (m.kind == 2) few_plain<R, int8_t>(x, m, first, begin, end, give);
     else few_int4<R>(x, m, first, begin, end, give);
 }
 
@@ -111,14 +111,14 @@ static void many(const float *x, int rows, const Matrix &m, int begin, int end, 
     held_sums.resize((int64_t)rows * WIDE);
     float *sums = held_sums.data();
     const int others = (end - begin) * (threads.at_work() - 1);
+    auto row = [&](int n) { return (const W *)m.data + (int64_t)n * m.columns; };
     for (; begin < end; begin += WIDE) {
-        const int wide = std::min(WIDE, end - begin);
-        const W *w = (const W *)m.data + (int64_t)begin * m.columns;
-        const W *next = w + (int64_t)(wide + (begin + WIDE < end ? 0 : others)) * m.columns;
+        const int wide = std::min(WIDE, end - begin), next = begin + wide + (begin + WIDE < end ? 0 : others);
+        const char *ahead = (const char *)row(next), *last = (const char *)row(std::min(next + WIDE, m.rows));
         for (int u = 0; u < units; u += PANEL) {
             const int n = std::min(PANEL, units - u);
-            lay_out(w + u * NUMBERS<W>, m.columns, wide, n, laid);
-            const Right block{laid, 0, WIDE, (const char *)next, (const char *)(next + wide * m.columns)};
+            lay_out(row(begin) + u * NUMBERS<W>, m.columns, wide, n, laid);
+            const Right block{laid, 0, WIDE, next < m.rows ? ahead + (last - ahead) * u / units : nullptr, last};
             product<W>({from + u, units, 1}, block, n, sums, WIDE, rows, padded(wide, LANES), u > 0);
         }
         for (int r = 0; r < rows; r++)
@@ -183,10 +183,10 @@ static void rotate(float *x, const float *table, int heads, int width) {
         }
 }
 
-// Neighbouring rows that begin with the same pages, so many of them, which nobody writes to.
+// Neighbouring rows that begin with the same pages, so many of them, which each sees whole.
 struct Group { int first, rows; int64_t pages; };
 
-static std::vector<Group> groups_of(const Cache &cache, int rows, const int64_t *positions) {
+static std::vector<Group> groups_of(const Cache &cache, int rows, const int64_t *positions, int most) {
     auto alike = [&](int a, int b) {
         const int64_t *pages = cache.table + a * cache.pages;
         const int64_t whole = std::min(positions[a], positions[b]) / cache.page;
@@ -195,8 +195,9 @@ static std::vector<Group> groups_of(const Cache &cache, int rows, const int64_t 
     std::vector<Group> groups;
     for (int first = 0, next; first < rows; first = next) {
         next = first + 1;
-        const int64_t pages = next < rows ? alike(first, next) : 0;
-        while (pages && next < rows && next < first + ALIKE && alike(first, next) >= pages) next++;
+        int64_t pages = next < rows ? alike(first, next) : 0;
+        if (next + 1 < rows && alike(next, next + 1) > pages) pages = 0;  // the next one has more in common with others
+        while (pages && next < rows && next < first + most && alike(first, next) >= pages) next++;
         groups.push_back({first, next - first, pages});
     }
     return groups;
@@ -213,30 +214,29 @@ static void attend(const float *q, const Cache &cache, int layer, int key_head, 
     static thread_local std::vector<uint32_t> units, room;
     const int count = group.rows * sharing, wide_out = padded(width, LANES);
     const int64_t *last = positions + group.first;
-    const int wide = padded(*std::max_element(last, last + group.rows) + 1, LANES) + LANES;
+    const int64_t wide = padded(*std::max_element(last, last + group.rows) + 1, LANES) + LANES;
     auto place = [&](int query) { return (int64_t)(group.first + query / sharing) * apart + query % sharing * width; };
-    auto add = [&](int query, int count, int64_t i) {
+    auto add = [&](int query, int readers, int64_t i) {
         const int64_t page = cache.table[(group.first + query / sharing) * cache.pages + i], begin = i * cache.page;
         const int places = std::min(cache.page, last[query / sharing] + 1 - begin);
-        pieces.push_back({query, count, places, begin, page * cache.page_stride + key_head * cache.head_stride});
+        pieces.push_back({query, readers, places, begin, page * cache.page_stride + key_head * cache.head_stride});
     };
     pieces.clear();
     for (int64_t i = 0; i < group.pages; i++) add(0, count, i);
     for (int r = 0; r < group.rows; r++)
         for (int64_t i = group.pages; i * cache.page <= last[r]; i++) add(r * sharing, sharing, i);
-    auto over_pieces = [&](const void *base, const void *then, auto f) {  // f(piece, tokens, bytes to those read next)
+    const C *keys = (const C *)cache.keys[layer], *values = (const C *)cache.values[layer];
+    auto over_pieces = [&](const C *base, const C *then, auto f) {  // f(piece, tokens, bytes to those that are read next)
         for (size_t i = 0; i < pieces.size(); i++) {
-            const C *at = (const C *)base + pieces[i].offset;
-            const C *next = i + 1 < pieces.size() ? (const C *)base + pieces[i + 1].offset : (const C *)then + pieces[0].offset;
-            f(pieces[i], Head<C>{at, cache.place_stride, pieces[i].places, width}, (const char *)next - (const char *)at);
+            const C *at = base + pieces[i].offset, *next = i + 1 < pieces.size() ? base + pieces[i + 1].offset : then;
+            f(pieces[i], Head<C>{at, cache.place_stride, pieces[i].places, width}, (next - at) * sizeof(C));
         }
     };
-    const void *keys = cache.keys[layer], *values = cache.values[layer];
-    queries.resize(count * width), scores.resize(count * wide), sums.assign(count * wide_out, 0);
+    queries.resize(count * width), scores.resize(count * wide), sums.assign((int64_t)count * wide_out, 0);
     for (int i = 0; i < count; i++) std::copy_n(q + place(i), width, &queries[i * width]);
     const int stride = width / NUMBERS<C>;
     const uint32_t *from = units_of<C>(queries.data(), count * width, units);
-    over_pieces(keys, values, [&](const Piece &p, const Head<C> &held, int64_t next) {
+    over_pieces(keys, values + pieces[0].offset, [&](const Piece &p, const Head<C> &held, int64_t next) {
         product<C>({from + p.query * stride, stride, 1}, held.turned(room, next), stride, &scores[p.query * wide + p.begin], wide,
                    p.count, padded(p.places, LANES));
     });
@@ -252,7 +252,7 @@ static void attend(const float *q, const Cache &cache, int layer, int key_head, 
         totals[i] = exponentials(&scores[i * wide], seen, highest(most));
     }
     const Left weights = left_of<C>(scores.data(), count, wide);
-    over_pieces(values, values, [&](const Piece &p, const Head<C> &held, int64_t next) {
+    over_pieces(values, values + pieces.back().offset, [&](const Piece &p, const Head<C> &held, int64_t next) {
         product<C>({weights.at + p.query * weights.row + p.begin / NUMBERS<C>, weights.row, 1}, held.paired(room, next),
                    in_units<C>(p.places), &sums[p.query * wide_out], wide_out, p.count, wide_out, true);
     });
@@ -269,11 +269,14 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
                  float *states, float *logits) {
     const int dim = model.output.columns, width = model.width, heads = model.heads, kv = model.kv_heads;
     const int hidden = model.layers->w1.rows, wide = heads * width, narrow = kv * width;
-    const std::vector<Group> groups = groups_of(cache, rows, positions);
+    const int enough = threads.at_work();
+    const std::vector<Group> groups = groups_of(cache, rows, positions, std::clamp(rows * kv / (2 * enough), 1, ALIKE));
     int sharing = heads / kv;  // heads of a key head that a thread takes at once
-    while (sharing % 2 == 0 && (int)groups.size() * heads / sharing < threads.at_work()) sharing /= 2;
+    while (sharing > 1 && (heads / kv % sharing || (int)groups.size() * heads / sharing < enough)) sharing--;
     const int parts = heads / sharing;
-    auto divide = [&](int count, int columns, const auto &f) { rows > FEW ? threads.parts(count, f) : threads.rows(count, columns, f); };
+    auto divide = [&](int count, int columns, const auto &f) {
+        rows > FEW ? threads.parts(count, f) : threads.rows(count, columns, f);
+    };
     static std::vector<float> x, h, q, out, k, v, gate, up;  // kept from step to step, of which one runs at a time
     x.assign(states, states + (int64_t)rows * dim);
     h.resize(x.size());
@@ -304,7 +307,8 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
         });
         threads.run(groups.size() * parts, [&](int i) {
             const int head = i % parts * sharing;
-            attend<C>(&q[head * width], cache, l, head * kv / heads, groups[i / parts], positions, sharing, wide, width, &out[head * width]);
+            const Group &group = groups[i / parts];
+            attend<C>(&q[head * width], cache, l, head * kv / heads, group, positions, sharing, wide, width, &out[head * width]);
         });
         divide(dim, wide, [&](int begin, int end) { multiply(out, rows, layer.wo, begin, end, add); });
         normalise(x, layer.ffn_norm, rows, dim, model.eps, h);

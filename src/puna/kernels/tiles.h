@@ -12,7 +12,7 @@
 constexpr int VECTORS = LANES / 4;  // of sums a row: AVX2 has registers for six rows of two, AVX512 for six of four
 constexpr int WIDE = VECTORS * LANES, PANEL = 32 * LANES;  // columns of a block; units of a weight that are laid out at a time
 
-#define INLINE [[gnu::always_inline]] static inline  // its array stays in registers only where it is written out
+#define INLINE [[gnu::always_inline]] static inline  // where an array is to stay in registers
 
 template <class W> constexpr int NUMBERS = 1;  // in a unit
 template <class W> static Ints units_at(const W *p, int count) {  // of LANES at most, with zeros behind them
@@ -42,12 +42,12 @@ template <int S> INLINE void swap_across(Ints (&v)[LANES]) {
 }
 
 // `count` units of `rows` rows, LANES of either at most, turned; rows that lack are the last one again. What lies `next`
-// bytes further is asked for on the way.
+// bytes further is asked for on the way; 0 asks for nothing.
 template <class W> INLINE void turned(const W *w, int64_t stride, int rows, int count, int64_t next, Ints (&held)[LANES]) {
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) {
         const W *at = w + std::min(i, rows - 1) * stride;
-        __builtin_prefetch((const char *)at + next);
+        if (next) __builtin_prefetch((const char *)at + next);
         held[i] = units_at(at, std::min(count, LANES));
     }
     swap_across<1>(held), swap_across<2>(held), swap_across<4>(held);
@@ -164,7 +164,8 @@ template <class T> struct Head {
         for (int r = 0; r < rows; r += NUMBERS<T>)
             along(width, [&](int i, auto part) {
                 const T *first = at + r * stride + i, *second = first + stride;
-                __builtin_prefetch((const char *)first + next), __builtin_prefetch((const char *)second + next);
+                if (next) __builtin_prefetch((const char *)first + next);
+                if (next && NUMBERS<T> == 2) __builtin_prefetch((const char *)second + next);
                 Floats units = part.get(first);
                 if (NUMBERS<T> == 2) units = pairs(units, r + 1 < rows ? part.get(second) : all(0));
                 store((float *)room.data() + r / NUMBERS<T> * wide + i, units);

@@ -15,7 +15,7 @@ BETWEEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 GAUGES = {
     "waiting": ("puna_samples_waiting", "Samples that wait for their first token"),
     "running": ("puna_samples_running", "Samples in the batch"),
-    "cached_tokens": ("puna_cache_tokens", "Tokens in the key-value cache"),
+    "cached_tokens": ("puna_cache_tokens", "Tokens of the key-value cache that sequences hold"),
     "capacity_tokens": ("puna_cache_capacity_tokens", "Tokens that the key-value cache can hold"),
 }
 """A field of Stats -> the gauge's name and help."""

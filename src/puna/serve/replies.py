@@ -6,6 +6,7 @@ import itertools
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -62,10 +63,12 @@ def chat_delta(model: Served, with_logprobs: bool) -> Choice:
 
 
 def text_choice(model: Served, with_logprobs: bool) -> Choice:
-    """A choice of a completion, whole or a chunk's. Offsets are within the text of this very object."""
+    """A choice of a completion, whole or a chunk's. Offsets are within the whole answer, a chunk's too."""
+    begun: Counter[int] = Counter()  # of each answer, the characters of its tokens so far
 
     def choice(index: int, text: str, tokens: Sequence[Token], finish: str | None) -> Reply:
-        found = _text_logprobs(model, tokens) if with_logprobs else None
+        found = _text_logprobs(model, tokens, begun[index]) if with_logprobs else None
+        begun[index] += sum(map(len, found["tokens"])) if found else 0
         return {"index": index, "text": text, "logprobs": found, "finish_reason": finish}
 
     return choice
@@ -130,10 +133,10 @@ def _chat_logprobs(model: Served, tokens: Sequence[Token]) -> Reply:
     return {"content": content, "refusal": None}
 
 
-def _text_logprobs(model: Served, tokens: Sequence[Token]) -> Reply:
+def _text_logprobs(model: Served, tokens: Sequence[Token], begun: int) -> Reply:
     shown = _shown(model, tokens)
     texts = [model.token_text(token.id) for token in shown]
-    offsets = list(itertools.accumulate(map(len, texts), initial=0))[:-1]
+    offsets = list(itertools.accumulate(map(len, texts), initial=begun))[:-1]
     return {
         "tokens": texts,
         "token_logprobs": [token.logprob for token in shown],

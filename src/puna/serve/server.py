@@ -13,7 +13,6 @@ import gc
 import ipaddress
 import logging
 import math
-import os
 import socket
 import sys
 import threading
@@ -30,8 +29,6 @@ from puna.config import ConfigError
 from puna.types import Reward
 
 if TYPE_CHECKING:
-    import torch
-
     from puna.model.transformer import Transformer
     from puna.serve.answers import Served
 
@@ -190,30 +187,18 @@ def open_models(cfg: ServeConfig) -> Mapping[str, Served]:
 
 def check_memory(served: Mapping[str, Served], models: Sequence[Transformer]) -> None:
     """ConfigError, and the engines' end, where full caches are more than the memory of the models' device."""
-    each = [_cached_bytes(model) for model in models]
+    from puna import parallel
+    from puna.generate.kv_cache import bytes_of_token
+
+    each = [bytes_of_token(model) for model in models]
     full = sum(n * model.engine.stats().capacity_tokens for n, model in zip(each, served.values(), strict=True))
-    if full > (memory := memory_of(models[0].tok_embeddings.weight.device)):
+    if full > (memory := parallel.memory_of(models[0].tok_embeddings.weight.device)):
         for model in served.values():
             model.engine.close()
         raise ConfigError(
             f"the cache of keys and values may grow to {full / 2**30:.1f} GiB, there are {memory / 2**30:.1f}: "
             f"set --cache-tokens (a token takes {sum(each) / 2**10:.0f} KiB), or a smaller --max-concurrent"
         )
-
-
-def memory_of(device: torch.device) -> int:
-    """In bytes: a GPU's, or the machine's."""
-    if device.type == "cuda":
-        import torch
-
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _cached_bytes(model: Transformer) -> int:
-    """What a token takes in the cache."""
-    cfg = model.config
-    return 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * model.tok_embeddings.weight.element_size()
 
 
 def open_rewards(cfg: ServeConfig) -> Mapping[str, Reward]:
