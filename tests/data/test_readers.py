@@ -328,8 +328,13 @@ def test_a_tree_of_other_things_is_set_aside(tmp_path: Path, format: str, change
 
 
 def test_oasst_preferences_are_ranked_siblings(tmp_path: Path) -> None:
-    records = readers.read(jsonl(tmp_path, tree()), "oasst_preferences").records
-    assert records == [Preference([user("a")], "b0", "b1")]
+    result = readers.read(jsonl(tmp_path, tree()), "oasst_preferences")
+    assert result.records == [Preference([user("a")], "b0", "b1")]
+    assert result.skipped == {"no rank": 2}
+    result = readers.read(
+        jsonl(tmp_path, json.loads(json.dumps(tree()).replace('"rank": 1', '"rank": 0'))), "oasst_preferences"
+    )
+    assert (result.records, result.skipped) == ([], {"a tie": 1, "no rank": 2})
 
 
 def test_pku(tmp_path: Path) -> None:

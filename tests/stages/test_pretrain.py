@@ -127,3 +127,10 @@ def test_bfloat16_is_near_float32(tmp_path: Path) -> None:
     assert loss[0] == pytest.approx(loss[1], abs=0.01)
     rounded = parallel.dtype("bf16", torch.device("cpu")) == torch.bfloat16  # not on every processor
     assert (loss[0] != loss[1]) == rounded
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path) -> None:
+    cfg = helpers.pretrain_config(tmp_path, checkpoint_every=1, checkpoints_kept=3, steps=6)
+    pretrain.run(cfg)
+    kept = sorted(path.name for path in (cfg.out / "checkpoints").glob("step_*"))
+    assert [int(name.removeprefix("step_")) for name in kept] == [3, 4, 5]  # after the last step there is the model

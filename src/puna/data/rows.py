@@ -216,16 +216,19 @@ def oasst(row: Row) -> Iterator[Row | Skipped]:
 
 
 def oasst_preferences(row: Row) -> Iterator[Preference | Skipped]:
-    """Every pair of ranked answers to one turn of an OpenAssistant tree, the better-ranked one preferred."""
+    """Every pair of answers to one turn of an OpenAssistant tree, the better-ranked one preferred."""
     pending: list[tuple[Dialog, Row]] = [([], row.get("prompt") or {})]
     while pending:
         above, node = pending.pop()
         turns = _alternating([*above, _oasst_message(node)])
         replies = _oasst_replies(node)
         if turns[-1]["role"] == "user":
-            ranked = [reply for reply in replies if reply.get("rank") is not None]
-            for better, worse in itertools.combinations(ranked, 2):
-                if better["rank"] < worse["rank"]:
+            for better, worse in itertools.combinations(replies, 2):
+                if worse.get("rank") is None:  # the unranked come last
+                    yield Skipped("no rank")
+                elif better["rank"] == worse["rank"]:
+                    yield Skipped("a tie")
+                else:
                     yield _compared(Preference(turns, _text(better, "text"), _text(worse, "text")))
         pending += [(turns, reply) for reply in replies]
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from puna import parallel
 from puna.config import ConfigError, DataError
 from puna.run_folder import write_atomically
 from puna.text.tokenizer import Tokenizer
@@ -136,9 +137,11 @@ def _description(file: Path) -> dict[str, Any]:
 def read_sound(path: Path, tokenizer: Tokenizer) -> Shard:
     """`read_shard`, and DataError, naming the file, where tokens or offsets are not those of their hash.
 
-    To know that, all are read once a process: a gigabyte or two a second and core.
+    To know that, the first of several ranks reads them once for all: a gigabyte or two a second and core.
     """
     shard, description = read_shard(path, tokenizer), path.with_suffix(".json")
+    if not parallel.is_main():
+        return shard
     expected = _description(description)
     for suffix, key in HASHES.items():
         file = path.with_suffix(suffix)

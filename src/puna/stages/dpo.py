@@ -73,6 +73,8 @@ class DPOConfig:
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 50
     """steps between checkpoints; 0 writes one on SIGTERM alone."""
+    checkpoints_kept: int = 2
+    """the newest ones; older ones are removed."""
     limit: int = 0
     """use at most so many training pairs; 0 uses all."""
     threads: int = 0
@@ -80,7 +82,7 @@ class DPOConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive(self, "beta", "epochs", "max_len", "batch_size", "micro_batch_tokens")
+        positive(self, "checkpoints_kept", "beta", "epochs", "max_len", "batch_size", "micro_batch_tokens")
         within(self, 0, math.inf, "limit")
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"label_smoothing is {self.label_smoothing}: it must be at least 0 and less than 0.5")
@@ -107,7 +109,9 @@ def run(cfg: DPOConfig) -> Path:
         start, _ = checkpoint.resume(folder.path / "checkpoints", policy, optimizer)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="dpo")
         progress = Progress("dpo", len(steps), start=start)
-        with Saver(folder.path / "checkpoints", policy, optimizer, cfg.checkpoint_every, last=len(steps)) as saver:
+        with Saver(
+            folder.path / "checkpoints", policy, optimizer, cfg.checkpoint_every, cfg.checkpoints_kept, last=len(steps)
+        ) as saver:
             for step in range(start, len(steps)):
                 began = time.perf_counter()
                 pairs = [train[i] for i in steps[step][parallel.share(len(steps[step]))]]

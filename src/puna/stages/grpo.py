@@ -99,12 +99,22 @@ class GRPOConfig:
     """stop after so many measurements without a new best; 0 never stops early."""
     checkpoint_every: int = 10
     """iterations between checkpoints; 0 writes one on SIGTERM alone."""
+    checkpoints_kept: int = 2
+    """the newest ones; older ones are removed."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
+        config.positive(
+            self,
+            "checkpoints_kept",
+            "iterations",
+            "batch_size",
+            "mini_batch_size",
+            "micro_batch_tokens",
+            "evaluate_every",
+        )
         config.positive(self, "inner_epochs", "held_out_prompts", "temperature")
         config.positive(self, "clip", "max_new_tokens")
         config.within(self, 0, 1, "threshold")
@@ -164,7 +174,9 @@ def run(cfg: GRPOConfig) -> Path:
         best = Best(**kept)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="grpo")
         progress = Progress(cfg.advantage, len(batches), unit="iteration", start=start)
-        with Saver(folder.path / "checkpoints", trained, optimizer, cfg.checkpoint_every) as saver:
+        with Saver(
+            folder.path / "checkpoints", trained, optimizer, cfg.checkpoint_every, cfg.checkpoints_kept
+        ) as saver:
             for iteration in range(start, len(batches)):
                 if iteration % cfg.evaluate_every == 0:
                     best = measure(cfg, models, held_out, iteration, best, folder.path)

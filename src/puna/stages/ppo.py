@@ -148,6 +148,8 @@ class PPOConfig:
     """which one; at 0 the policy is the reference."""
     checkpoint_every: int = 10
     """iterations between checkpoints; 0 writes one on SIGTERM alone."""
+    checkpoints_kept: int = 2
+    """the newest ones; older ones are removed."""
     vllm: str = ""
     """the address of a vLLM server to sample on (puna.generate.vllm); empty samples in this process."""
     threads: int = 0
@@ -155,7 +157,15 @@ class PPOConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
+        config.positive(
+            self,
+            "checkpoints_kept",
+            "iterations",
+            "batch_size",
+            "mini_batch_size",
+            "micro_batch_tokens",
+            "evaluate_every",
+        )
         config.positive(self, "kl_horizon", "pretrain_windows", "pretrain_seq_len", "temperature")
         config.positive(self, "inner_epochs", "held_out_prompts")
         config.positive(self, "clip", "value_clip", "max_new_tokens")
@@ -209,7 +219,9 @@ def run(cfg: PPOConfig) -> Path:
         parallel.barrier()  # all ranks know the same lines, or they might not stop together
         history = read_metrics(metrics.path) if start else []
         progress = Progress("ppo", len(batches), unit="iteration", start=start)
-        with Saver(folder.path / "checkpoints", models.trained, optimizer, cfg.checkpoint_every) as saver:
+        with Saver(
+            folder.path / "checkpoints", models.trained, optimizer, cfg.checkpoint_every, cfg.checkpoints_kept
+        ) as saver:
             for iteration in range(start, len(batches)):
                 if cfg.stop_on_hacking and monitors.signs(history):
                     break

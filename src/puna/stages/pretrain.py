@@ -65,12 +65,14 @@ class PretrainConfig:
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 100
     """steps between checkpoints; 0 writes one on SIGTERM alone."""
+    checkpoints_kept: int = 2
+    """the newest ones; older ones are removed."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive(self, "seq_len", "batch_size", "micro_batch_size", "steps")
+        positive(self, "checkpoints_kept", "seq_len", "batch_size", "micro_batch_size", "steps")
         within(self, 0, 0.5, "validation_share")
 
 
@@ -94,7 +96,9 @@ def run(cfg: PretrainConfig) -> Path:
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="pretrain")
         n_tokens = cfg.batch_size * cfg.seq_len
         progress = Progress("pretrain", cfg.steps, start=start)
-        with Saver(folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every, last=cfg.steps) as saver:
+        with Saver(
+            folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every, cfg.checkpoints_kept, last=cfg.steps
+        ) as saver:
             for step in range(start, cfg.steps):
                 began = time.perf_counter()
                 loss = update(cfg, model, train, step, device)

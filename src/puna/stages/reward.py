@@ -78,6 +78,8 @@ class RewardConfig:
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 50
     """steps between checkpoints; 0 writes one on SIGTERM alone."""
+    checkpoints_kept: int = 2
+    """the newest ones; older ones are removed."""
     limit: int = 0
     """use at most so many training pairs; 0 uses all."""
     reference: tuple[Path, ...] = ()
@@ -89,7 +91,7 @@ class RewardConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive(self, "epochs", "max_len", "batch_size", "micro_batch_tokens")
+        positive(self, "checkpoints_kept", "epochs", "max_len", "batch_size", "micro_batch_tokens")
         within(self, 0, math.inf, "safety_auxiliary", "limit", "test_limit")
         if not 0 <= self.other_share < 1:
             raise ConfigError(f"other_share is {self.other_share}: it must be at least 0 and less than 1")
@@ -121,7 +123,9 @@ def run(cfg: RewardConfig) -> Path:
         start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="reward")
         progress = Progress(f"reward {cfg.out.name}", len(steps), start=start)
-        with Saver(folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every, last=len(steps)) as saver:
+        with Saver(
+            folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every, cfg.checkpoints_kept, last=len(steps)
+        ) as saver:
             for step in range(start, len(steps)):
                 began = time.perf_counter()
                 pairs = [train[i] for i in steps[step][parallel.share(len(steps[step]))]]

@@ -58,12 +58,14 @@ class SFTConfig:
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 200
     """steps between checkpoints; 0 writes one on SIGTERM alone."""
+    checkpoints_kept: int = 2
+    """the newest ones; older ones are removed."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        positive(self, "epochs", "seq_len", "batch_size", "micro_batch_size")
+        positive(self, "checkpoints_kept", "epochs", "seq_len", "batch_size", "micro_batch_size")
 
 
 def run(cfg: SFTConfig) -> Path:
@@ -82,7 +84,9 @@ def run(cfg: SFTConfig) -> Path:
         start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="sft")
         progress = Progress("sft", len(steps), start=start)
-        with Saver(folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every, last=len(steps)) as saver:
+        with Saver(
+            folder.path / "checkpoints", model, optimizer, cfg.checkpoint_every, cfg.checkpoints_kept, last=len(steps)
+        ) as saver:
             for step in range(start, len(steps)):
                 began = time.perf_counter()
                 batch = Packed(*(tensor[steps[step]] for tensor in rows))
