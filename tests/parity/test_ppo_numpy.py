@@ -21,7 +21,6 @@ from puna.model.reward import RewardModel
 from puna.model.transformer import Transformer
 from puna.stages import ppo
 from puna.stages.ppo import PPOConfig
-from puna.types import Rollout
 from tests import helpers
 
 Array = npt.NDArray[np.float64]
@@ -104,22 +103,32 @@ def test_clipped_losses() -> None:
 # One whole iteration
 
 
+Answers = list[tuple[Tensor, Tensor]]
+"""Of each the prompt and the answer (1, L), and where the actions are drawn from."""
+
+
+@torch.no_grad()
+def plain_scores(cfg: PPOConfig, judges: list[RewardModel], answers: Answers, tagged: list[bool], eos: int) -> Tensor:
+    """What each answer's last token earns: the paper's piecewise reward through logit and whitening, less a penalty."""
+    combined, penalties = [], []
+    for (tokens, _), is_safety in zip(answers, tagged, strict=True):
+        helpfulness, safety = (1 / (1 + math.exp(-float(judge.values(tokens)[0, -1]))) for judge in judges)
+        combined.append(safety if is_safety or safety < cfg.threshold else helpfulness)
+        penalties.append(0.0 if int(tokens[0, -1]) == eos else cfg.missing_eos_penalty)
+    odds = np.log(np.array(combined)) - np.log1p(-np.array(combined))
+    return torch.from_numpy(whitened(odds) - np.array(penalties)).float()
+
+
 def plain_iteration(
     cfg: PPOConfig,
     policy: Transformer,
     critic: RewardModel,
     reference: Transformer,
-    rollout: Rollout,
+    answers: Answers,
+    scores: Tensor,
     orders: list[Any],
 ) -> None:
-    """Trains policy and critic on a rollout: answer by answer, no padding, no micro-batches, AdamW written out.
-
-    Of the rollout are taken the tokens, which of them are actions, and the scores.
-    """
-    answers = []
-    for row in range(len(rollout.tokens)):
-        where = rollout.action_mask[row].nonzero().flatten()
-        answers.append((rollout.tokens[row : row + 1, : int(where[-1]) + 2], where))
+    """Trains policy and critic: answer by answer, no padding, no micro-batches, AdamW written out."""
 
     def logprobs(model: Transformer, i: int) -> Tensor:
         tokens, where = answers[i]
@@ -135,7 +144,7 @@ def plain_iteration(
         targets, raw = [], []
         for i in range(len(answers)):
             rewards = -cfg.beta * (old[i] - logprobs(reference, i))
-            rewards[-1] += rollout.scores[i]
+            rewards[-1] += scores[i]
             v, advantage, found = torch.cat((old_values[i], torch.zeros(1))), torch.zeros(()), []
             for t in reversed(range(len(rewards))):
                 advantage = rewards[t] + cfg.gamma * v[t + 1] - v[t] + cfg.gamma * cfg.lam * advantage
@@ -180,17 +189,40 @@ def adam(cfg: PPOConfig, model: nn.Module, moments: dict[Tensor, tuple[Tensor, T
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_a_whole_iteration(temperature: float, tmp_path: Path) -> None:
-    cfg = helpers.ppo_config(tmp_path, temperature=temperature, beta=0.2, inner_epochs=2, micro_batch_tokens=100)
+    """From the drawn tokens on: which of them are actions is all that is taken of the stage's rollout beside them."""
+    changes = {
+        "beta": 0.2,
+        "inner_epochs": 2,
+        "micro_batch_tokens": 100,
+        "missing_eos_penalty": 0.7,
+        "threshold": 0.5,
+        "max_new_tokens": 4,
+    }
+    cfg = helpers.ppo_config(tmp_path, temperature=temperature, **changes)
     models = ppo.load(cfg, torch.device("cpu"))
     with torch.no_grad():
         for parameter in models.policy.layers.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    rollout, _, _ = ppo.collect(cfg, models, helpers.prompts(10, seed=3), 0)
+    asked = helpers.prompts(10, seed=3)
+    rollout, _, _ = ppo.collect(cfg, models, asked, 0)
     assert isinstance(models.value, RewardModel)
+    answers = []
+    for row in range(len(rollout.tokens)):
+        where = rollout.action_mask[row].nonzero().flatten()
+        answers.append((rollout.tokens[row : row + 1, : int(where[-1]) + 2], where))
+    judges = [models.helpfulness.model, models.safety.model]
+    tagged = [prompt["is_safety"] for prompt in asked]
+    scores = plain_scores(cfg, judges, answers, tagged, models.tokenizer.eos_id)
+    torch.testing.assert_close(rollout.scores, scores, rtol=0, atol=1e-5)
+    safe = [float(judges[1].values(tokens)[0, -1].detach()) > 0 for tokens, _ in answers]
+    assert 0 < sum(rollout.finished.tolist()) < 10, "some answers have no end"
+    assert len({(is_safe, is_safety) for is_safe, is_safety in zip(safe, tagged, strict=True)}) > 2, (
+        "all ways to a reward"
+    )
     policy, critic = copy.deepcopy(models.policy), copy.deepcopy(models.value)
     before = copy.deepcopy(policy.state_dict())
     orders = [np.random.default_rng((cfg.seed, 3, epoch)).permutation(10).tolist() for epoch in range(2)]
-    plain_iteration(cfg, policy, critic, models.reference, rollout, orders)
+    plain_iteration(cfg, policy, critic, models.reference, answers, scores, orders)
     groups = [optim.groups(model, cfg.optim) for model in (models.policy, models.value)]
     numbers = ppo.update(cfg, models, optim.adamw(cfg.optim, *groups), rollout, 3, 5)
     assert 0 < numbers["clip_fraction"] < 1 and numbers["grad_norm"] > 1, "clipping plays its part"
