@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from puna import losses
-from puna.formats import huggingface
+from puna.formats import huggingface, llama2c
 from puna.model.moe import MoEConfig
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
@@ -20,7 +20,7 @@ from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.formats]
 
 CachedLogits = Callable[[Transformer, Tensor, int], Tensor]
 
@@ -134,3 +134,14 @@ def test_bfloat16(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokens = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(1))
     rounded = huggingface.load_model(tmp_path / "model")
     torch.testing.assert_close(rounded(tokens), theirs.float()(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.shared_data
+def test_a_trained_model_tells_its_story(shared: Path, tmp_path: Path) -> None:
+    folder = shared / "data/tiny_model"
+    tokenizer = llama2c.load_tokenizer(folder / "stories260K_tok512.bin", 512)
+    huggingface.save_model(llama2c.load_model(folder / "stories260K.bin"), tokenizer, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    told = theirs.generate(torch.tensor([[tokenizer.bos_id]]), do_sample=False, max_new_tokens=200)
+    expected = (folder / "stories260K_expected_greedy_200.txt").read_text()
+    assert tokenizer.decode(told[0, 1:].tolist()).strip() == expected.strip()

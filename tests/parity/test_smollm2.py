@@ -30,7 +30,7 @@ from puna.text.tokenizer import Tokenizer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("gguf", reason="gguf is not installed")
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.formats]
 
 TEXT = "The capital of France is Paris. Llamas were first kept by people in the Andes of Peru, thousands of years ago."
 
@@ -88,6 +88,9 @@ def test_transformers_gives_the_same_numbers(
         steps.append(step.logits)
     torch.testing.assert_close(cached_logits(model, tokens, 1), torch.cat(steps, dim=1), rtol=0, atol=tolerance)
 
+    written = theirs.generate(tokens, do_sample=False, max_new_tokens=24, eos_token_id=None, pad_token_id=0)
+    assert [written[0, tokens.shape[1] :].tolist()] == run((model, tokenizer), [tokens[0].tolist()], new=24)
+
 
 def test_its_tokenizer_is_transformers_too(loaded: tuple[Transformer, Tokenizer], tmp_path: Path) -> None:
     _, tokenizer = loaded
@@ -129,12 +132,16 @@ def greedy(loaded: tuple[Transformer, Tokenizer], ragged: list[list[int]]) -> li
 
 
 def run(
-    loaded: tuple[Transformer, Tokenizer], prompts: list[list[int]], model: Transformer | None = None, **settings: int
+    loaded: tuple[Transformer, Tokenizer],
+    prompts: list[list[int]],
+    model: Transformer | None = None,
+    new: int = 16,
+    **settings: int,
 ) -> list[list[int]]:
-    """Greedy answers of 16 tokens, the end of the text ending none."""
+    """Greedy answers of so many tokens, the end of the text ending none."""
     settings = {"max_batch_size": RAGGED} | settings
     scheduler = Scheduler(model or loaded[0], loaded[1].decode, -1, **settings)  # type: ignore[arg-type]
-    sampling = Sampling(temperature=0, max_new_tokens=16)
+    sampling = Sampling(temperature=0, max_new_tokens=new)
     with torch.inference_mode():
         answers = [scheduler.submit(Request(i, prompt, sampling))[0] for i, prompt in enumerate(prompts)]
         while scheduler.busy:
