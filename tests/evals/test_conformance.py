@@ -126,6 +126,11 @@ def c_positions_count_pads(t: Tensors, facts: Any) -> Tensors:
     return {"alone_logprobs": t["alone_logprobs"] + 0.05 * padded}
 
 
+def d_pads_with_eos(t: Tensors, facts: Any) -> Tensors:
+    behind = np.arange(t["tokens"].shape[1]) > last_of(t)[:, None] + 1
+    return {"tokens": np.where(behind, facts["eos_id"], t["tokens"])}
+
+
 def e_reads_the_end_of_the_row(t: Tensors, facts: Any) -> Tensors:
     shorter = (last_of(t) < last_of(t).max()).astype(np.float32)
     assert shorter[:8].any()
@@ -248,6 +253,7 @@ WRONG = [
     a_at_temperature_1,
     b_dropout,
     c_positions_count_pads,
+    d_pads_with_eos,
     e_reads_the_end_of_the_row,
     f_on_the_first_pad,
     g_no_penalty,

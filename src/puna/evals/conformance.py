@@ -193,9 +193,11 @@ def padding(s: Shown) -> Finding:
 
 
 def pad_token(s: Shown) -> Finding:
-    """d: a pad is not EOS."""
+    """d: a pad is not EOS, and nothing but pads stands behind an answer."""
     pad, eos = s.fact("pad_id"), s.fact("eos_id")
-    return pad != eos, f"pad is {pad}, EOS is {eos}"
+    behind = s["tokens"][np.arange(s["tokens"].shape[1]) > s.last[:, None] + 1]
+    others = int((behind != pad).sum())
+    return pad != eos and not others, f"pad is {pad}, EOS is {eos}; {others} of {len(behind)} pads are other tokens"
 
 
 def last_real_token(s: Shown) -> Finding:
