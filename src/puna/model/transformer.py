@@ -134,9 +134,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """Attention of q (B, H, T, E) over k, v (B, K, S, E), causal without a mask (B, 1, T, S): (B, H, T, E)."""
     if fused.attends(q, k, v):
         return fused.attend(q, k, v, mask)
-    if q.shape[1] > k.shape[1]:
+    shares = q.shape[1] > k.shape[1]
+    if shares and mask is not None and q.is_cuda:  # no kernel there takes a mask and shared heads
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, S, E)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        shares = False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shares)
 
 
 def attend_apart(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
