@@ -1,7 +1,7 @@
 """Bulk sampling on a CPU beside transformers: many prompts, and many samples of long prompts.
 
     python benchmarks/generate.py MODEL.gguf|.whl [top-p] [plain] [shared] [--rounds 3] [--threads 2] [--new 128]
-        [--vllm PYTHON] [--without transformers]
+        [--vllm PYTHON] [--without transformers unshared]
 
 64 prompts of 32 to 96 tokens, with top-p 0.9 and without; 8 prompts of 512 tokens with 16 samples each, also on our own
 engine with every sample a request whose prompt nothing is known of. An answer is as long as asked for. All contenders
@@ -15,6 +15,7 @@ stopped while others have their turns.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -40,6 +41,7 @@ from puna.generate.weights import PackedTransformer, pack
 from puna.parallel import start
 
 CASES = ("top-p", "plain", "shared")
+OTHERS = ("transformers", "unshared")
 
 Prompts = list[list[int]]
 Work = Callable[[], int]
@@ -93,8 +95,16 @@ class VLLM:
         self._process = subprocess.Popen(
             command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
+
+    def __enter__(self) -> VLLM:
         print(f"vLLM {self._reply()}")
         self._signal(signal.SIGSTOP)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._signal(signal.SIGKILL)
+        self._process.wait()
 
     def work(self, prompts: Prompts, n: int, new: int, top_p: float) -> Work:
         request = json.dumps({"prompts": prompts, "n": n, "new": new, "top_p": top_p})
@@ -108,10 +118,6 @@ class VLLM:
             return int(made)
 
         return work
-
-    def close(self) -> None:
-        self._signal(signal.SIGKILL)
-        self._process.wait()
 
     def _reply(self) -> Any:
         assert self._process.stdout is not None
@@ -158,7 +164,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--vllm", help="a Python that has vLLM")
-    parser.add_argument("--without", nargs="*", default=(), help="contenders to leave out")
+    parser.add_argument("--without", nargs="*", default=(), choices=OTHERS, help="contenders to leave out")
     settings = parser.parse_args()
     start(settings.threads)
     whole, tokenizer = gguf.load(gguf.find(settings.model))
@@ -170,24 +176,23 @@ def main() -> None:
     )
     endless: Any = SimpleNamespace(decode=tokenizer.decode, eos_id=-1)  # no token ends an answer
     engine = LocalEngine(model, endless, max_batch_size=128)
-    with tempfile.TemporaryDirectory() as work:
-        folder = Path(work)
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         huggingface.save_model(whole, tokenizer, folder, dtype=machine.fast_type())
-        vllm = VLLM(settings.vllm, folder) if settings.vllm else None
+        vllm = stack.enter_context(VLLM(settings.vllm, folder)) if settings.vllm else None
         for name in settings.cases:
             prompts, n, top_p = (long, 16, 1.0) if name == "shared" else (short, 1, 0.9 if name == "top-p" else 1.0)
             case = (prompts, n, settings.new, top_p)
-            contenders = {"puna": ours(engine, *case), "transformers": transformers(folder, *case)}
+            contenders = {"puna": ours(engine, *case)}
+            if "transformers" not in settings.without:
+                contenders["transformers"] = transformers(folder, *case)
             if vllm:
                 contenders["vLLM"] = vllm.work(*case)
-            if name == "shared":
+            if name == "shared" and "unshared" not in settings.without:
                 contenders["puna without sharing"] = unshared(engine, *case)
             least = bytes_read(model, prompts, n, settings.new)
             title = f"{name}: {len(prompts)} prompts, {n} samples each, {settings.new} new tokens, top-p {top_p}"
-            contenders = {name: work for name, work in contenders.items() if name not in settings.without}
             race(title, contenders, settings.rounds, least)
-        if vllm:
-            vllm.close()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 Trains a helpfulness and a safety model on the `*.train` files, mixed as the paper has it (1:1 and 90:10), and measures
 on the `*.test` files: each model on its own domain beside the longer answer and a bag of words fitted to the same files
-(`puna reward evaluate`; differences are paired), then both on every file (Table 7). What is finished in OUT is read;
-OUT/hh.json has the numbers.
+(`puna reward evaluate`; differences are paired), then both on every file (Table 7). Models that are finished in OUT are
+not trained again; OUT/hh.json has the numbers.
 """
 
 from __future__ import annotations

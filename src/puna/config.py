@@ -40,7 +40,7 @@ ALIASES = {
 """What Hugging Face calls keys of ours that look like no key of ours: for the nearest valid key in messages."""
 
 
-NOT_RESULTS = ("out", "threads", "dry_run", "workers", "cluster", "gpus", "parallel")
+NOT_RESULTS = ("out", "threads", "dry_run", "workers", "cluster", "gpus", "parallel", "checkpoints_kept")
 """Keys, or tables of them, that change nothing in what a run writes."""
 
 

@@ -178,6 +178,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def is_first_here() -> bool:
+    """Whether this process is the first of its machine's."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def data_rank() -> int:
     """Which part of a batch is this process's, from 0."""
     return _mesh.get_local_rank("data") if _mesh else 0
@@ -465,10 +470,11 @@ def dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def memory_of(device: torch.device) -> int:
-    """In bytes: a GPU's, or the machine's."""
+    """In bytes: a GPU's, or this process's part of the machine's."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[object]:

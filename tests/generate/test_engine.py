@@ -316,20 +316,21 @@ def test_a_dialog_that_goes_on_is_computed_once(monkeypatch: pytest.MonkeyPatch)
     assert found[-1] == 0, "other weights know nothing of it"
 
 
-def test_a_cache_stays_within_its_share_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("sequences", "fitting"), [(0, 1), (4, 2)])  # in all the memory; in the cache, one at least
+def test_a_cache_stays_within_its_share_of_the_memory(
+    sequences: int, fitting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = helpers.model()
     expected = tokens(engine(model=model).generate_ids(PROMPTS, n=4, max_new_tokens=200))
-    least = scheduler.tokens_of(model.config, 1)
-    sizes: list[int] = []
+    memory = sequences * scheduler.tokens_of(model.config, 1) * bytes_of_token(model)
+    monkeypatch.setattr(parallel, "memory_of", lambda device: memory)
+    sizes: set[int] = set()
     true = BlockCache.take
 
     def watched(cache: BlockCache) -> int:
-        sizes.append(cache.capacity)
+        sizes.add(cache.capacity * BLOCK)
         return true(cache)
 
     monkeypatch.setattr(BlockCache, "take", watched)
-    for memory in (0, 4 * least * bytes_of_token(model)):
-        sizes.clear()
-        monkeypatch.setattr(parallel, "memory_of", lambda device, memory=memory: memory)
-        assert tokens(engine(model=model).generate_ids(PROMPTS, n=4, max_new_tokens=200)) == expected
-        assert set(sizes) == {max(1, 2 * bool(memory)) * least // BLOCK}
+    assert tokens(engine(model=model).generate_ids(PROMPTS, n=4, max_new_tokens=200)) == expected
+    assert sizes == {scheduler.tokens_of(model.config, fitting)}

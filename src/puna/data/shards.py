@@ -137,10 +137,10 @@ def _description(file: Path) -> dict[str, Any]:
 def read_sound(path: Path, tokenizer: Tokenizer) -> Shard:
     """`read_shard`, and DataError, naming the file, where tokens or offsets are not those of their hash.
 
-    To know that, the first of several ranks reads them once for all: a gigabyte or two a second and core.
+    To know that, a machine's first rank reads them once for its others: a gigabyte or two a second and core.
     """
     shard, description = read_shard(path, tokenizer), path.with_suffix(".json")
-    if not parallel.is_main():
+    if not parallel.is_first_here():
         return shard
     expected = _description(description)
     for suffix, key in HASHES.items():

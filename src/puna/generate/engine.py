@@ -27,7 +27,8 @@ BULK_BATCH_SIZE = 128
 """Measured on two cores with a 3-million-parameter model: 64 is a fifth slower, 256 no faster."""
 
 CACHE_SHARE = 0.5
-"""Of the memory of a model's device, what a call's keys and values may take; the rest is for what trains beside it."""
+"""Of the memory of a model's device, what a call's keys and values may take: ours, for policy, critic and reward models
+need the rest."""
 
 
 def open_engine(folder: Path, device: torch.device, server: str = "") -> Engine:

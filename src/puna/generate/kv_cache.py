@@ -108,9 +108,13 @@ class BlockCache:
 
     def blank(self, blocks: Sequence[int]) -> None:
         """Zeros in the blocks that nobody else holds: what is no number there must not meet the next one's tokens."""
-        alone = self.tensor(np.array([block for block in blocks if self._holders[block] == 1], np.int64))
+        alone = [block for block in blocks if self._holders[block] == 1]
+        for block in alone:
+            if self._serials[block]:
+                self._forget(block)
+        places = self.tensor(np.array(alone, np.int64))
         for part in (*self.keys, *self.values):
-            part.index_fill_(0, alone, 0.0)
+            part.index_fill_(0, places, 0.0)
 
     def match(self, tokens: Sequence[int]) -> list[int]:
         """The known blocks that a prompt begins with, held for it; never all of it: its last token must be run."""

@@ -68,7 +68,7 @@ class _Running:
     blocks: list[int]
     length: int  # tokens cached: where the next one goes
     uniform: Sequence[float]
-    seen: set[int]  # tokens of the prompt and the answer
+    seen: set[int]  # tokens of the prompt and the answer, where there is a penalty on them
 
 
 class Scheduler:
@@ -307,7 +307,8 @@ class Scheduler:
                     answer = group.answers.popleft()
                     request = answer.request
                     uniform = uniforms(request.sampling.seed, request.place, answer.sample, answer.limit).tolist()
-                    rows.append(_Running(answer, blocks, len(group.tokens), uniform, set(group.tokens)))
+                    seen = set(group.tokens) if request.sampling.repetition_penalty != 1 else set()
+                    rows.append(_Running(answer, blocks, len(group.tokens), uniform, seen))
                     assert group.logits is not None
                     logits.append(group.logits)
                 if not group.answers:
@@ -338,7 +339,7 @@ class Scheduler:
                 self._watch(row.answer, Token(token, logprob, likely[i]), piece)
         ended = [row for row in self._running if row.answer.finish]
         if self._serving and self._shares:
-            for row in ended:
+            for row in (row for row in ended if row.answer.finish != "error"):
                 self.cache.remember((row.answer.request.prompt + row.answer.tokens)[: row.length], row.blocks)
         self._remove(ended)
         return [row.answer for row in ended]

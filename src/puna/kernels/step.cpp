@@ -100,7 +100,8 @@ static void few(const float *x, const Matrix &m, int first, int begin, int end, 
 }
 
 // The same for many rows of x and a matrix whose columns fill whole units. A block of its rows is laid out at a time, and
-// the one that this thread will likely lay out next is asked for meanwhile: behind its chunk come the other threads'.
+// the one that this thread will likely lay out next is asked for meanwhile: behind its chunk come the other threads'. (A
+// guess: another matrix may come first.)
 template <class W, class Give>
 static void many(const float *x, int rows, const Matrix &m, int begin, int end, const Give &give) {
     static thread_local std::vector<uint32_t> held, room(PANEL * WIDE);
@@ -118,7 +119,8 @@ static void many(const float *x, int rows, const Matrix &m, int begin, int end, 
         for (int u = 0; u < units; u += PANEL) {
             const int n = std::min(PANEL, units - u);
             lay_out(row(begin) + u * NUMBERS<W>, m.columns, wide, n, laid);
-            const Right block{laid, 0, WIDE, next < m.rows ? ahead + (last - ahead) * u / units : nullptr, last};
+            auto part = [&](int u) { return ahead + (last - ahead) * u / units; };
+            const Right block{laid, 0, WIDE, next < m.rows ? part(u) : nullptr, part(u + n)};
             product<W>({from + u, units, 1}, block, n, sums, WIDE, rows, padded(wide, LANES), u > 0);
         }
         for (int r = 0; r < rows; r++)
@@ -270,7 +272,8 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
     const int dim = model.output.columns, width = model.width, heads = model.heads, kv = model.kv_heads;
     const int hidden = model.layers->w1.rows, wide = heads * width, narrow = kv * width;
     const int enough = threads.at_work();
-    const std::vector<Group> groups = groups_of(cache, rows, positions, std::clamp(rows * kv / (2 * enough), 1, ALIKE));
+    const int most = std::clamp(rows * kv / (2 * enough), 1, ALIKE);  // two groups a thread: one alone would be waited for
+    const std::vector<Group> groups = groups_of(cache, rows, positions, most);
     int sharing = heads / kv;  // heads of a key head that a thread takes at once
     while (sharing > 1 && (heads / kv % sharing || (int)groups.size() * heads / sharing < enough)) sharing--;
     const int parts = heads / sharing;

@@ -135,7 +135,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     if fused.attends(q, k, v):
         return fused.attend(q, k, v, mask)
     shares = q.shape[1] > k.shape[1]
-    if shares and mask is not None and q.is_cuda:  # no kernel there takes a mask and shared heads
+    if shares and q.is_cuda and not (mask is None and q.dtype in (torch.float16, torch.bfloat16)):
+        # Of CUDA's kernels that hold no scores flash alone shares heads, and takes no mask and no float32.
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))  # (B, H, S, E)
         shares = False
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=shares)
