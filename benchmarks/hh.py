@@ -61,6 +61,13 @@ def train(settings: argparse.Namespace, domain: str, seed: int) -> Path:
     return reward.run(cfg)
 
 
+def told(settings: argparse.Namespace, domain: str, seed: int) -> dict[str, Any]:
+    """What a model was trained on, and how."""
+    done = json.loads((settings.out / f"{domain}-{seed}/done/reward.json").read_text())
+    how = {key: getattr(settings, key) for key in ("lr", "batch_size", "epochs", "max_len")}
+    return {"pairs": done["pairs"], "other_share": done["other_share"], **how, "seed": seed}
+
+
 def measure(
     settings: argparse.Namespace, name: str, models: list[Path], test: dict[Path, str], fitted: tuple[Path, ...]
 ) -> dict[str, Any]:
@@ -73,6 +80,7 @@ def measure(
         format=(*test.values(), *("hh" for _ in fitted)),
         ensemble=name in DOMAINS and len(models) > 1,
         max_len=settings.max_len,
+        limit=0 if name in DOMAINS else settings.matrix_limit,
         threads=settings.threads,
     )
     print(f"{name}\n{reward_models.run(cfg)}\n", flush=True)
@@ -91,6 +99,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--max-len", type=int, default=512)
+    parser.add_argument("--matrix-limit", type=int, default=0, help="comparisons a file in the matrix; 0 takes all")
     parser.add_argument("--threads", type=int, default=0)
     settings = parser.parse_args()
     models = {domain: [train(settings, domain, seed) for seed in settings.seeds] for domain in DOMAINS}
@@ -104,6 +113,8 @@ def main() -> None:
         )
         for domain, names in DOMAINS.items()
     }
+    for domain in DOMAINS:
+        results[domain]["trained"] = [told(settings, domain, seed) for seed in settings.seeds]
     every = dict.fromkeys(hh(settings, EVERY, "test"), "hh")
     every |= {settings.data / name: kind for name, kind in OTHERS.items()}
     results["matrix"] = measure(
