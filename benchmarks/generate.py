@@ -38,6 +38,7 @@ from puna.formats import gguf, huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.sampling import Sampling
 from puna.generate.weights import PackedTransformer, pack
+from puna.model.sizes import cache_bytes
 from puna.parallel import start
 
 CASES = ("top-p", "plain", "shared")
@@ -131,9 +132,8 @@ class VLLM:
 
 def bytes_read(model: PackedTransformer, prompts: Prompts, n: int, new: int) -> int:
     """What all steps of one batch must read: the weights, the keys and values; those of a shared prompt once."""
-    c, size = model.config, machine.fast_type().itemsize
     positions = sum(len(prompt) + n * new / 2 for prompt in prompts)  # of the caches, half-way
-    return round(new * (bytes_a_token(model) + positions * c.n_layers * 2 * c.n_kv_heads * c.head_dim * size))
+    return round(new * (bytes_a_token(model) + positions * cache_bytes(model.config, machine.fast_type())))
 
 
 def race(title: str, contenders: dict[str, Work], rounds: int, least: int) -> None:

@@ -14,8 +14,9 @@ from puna import parallel
 from puna.config import ConfigError, DataError
 from puna.generate import scheduler
 from puna.generate.engine import LocalEngine
-from puna.generate.kv_cache import BLOCK, BlockCache, bytes_of_token
+from puna.generate.kv_cache import BLOCK, BlockCache
 from puna.generate.sampling import Sampling
+from puna.model.sizes import cache_bytes
 from puna.model.transformer import Cache, Documents, Transformer
 from puna.types import Completion, Dialog
 from tests import helpers
@@ -322,7 +323,7 @@ def test_a_cache_stays_within_its_share_of_the_memory(
 ) -> None:
     model = helpers.model()
     expected = tokens(engine(model=model).generate_ids(PROMPTS, n=4, max_new_tokens=200))
-    memory = sequences * scheduler.tokens_of(model.config, 1) * bytes_of_token(model)
+    memory = sequences * scheduler.tokens_of(model.config, 1) * cache_bytes(model.config, torch.float32)
     monkeypatch.setattr(parallel, "memory_of", lambda device: memory)
     sizes: set[int] = set()
     true = BlockCache.take

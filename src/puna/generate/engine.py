@@ -11,12 +11,12 @@ from torch import nn
 
 from puna import parallel
 from puna.formats import huggingface
-from puna.generate.kv_cache import bytes_of_token
 from puna.generate.sampling import Sampling, one_each
 from puna.generate.scheduler import Scheduler, Watch, tokens_of
 from puna.generate.sequence import Answer, Request
 from puna.generate.vllm import VLLMEngine
 from puna.generate.weights import pack, whole
+from puna.model.sizes import cache_bytes
 from puna.model.transformer import Transformer
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
@@ -189,8 +189,9 @@ class LocalEngine:
 
     def _scheduler(self, watch: Watch | None = None, goes_on: bool = False) -> Scheduler:
         """A new one: what an old one has cached may be of weights that have changed since."""
-        config, memory = self.model.config, parallel.memory_of(self.model.tok_embeddings.weight.device)
-        fitting = max(tokens_of(config, 1), int(CACHE_SHARE * memory) // bytes_of_token(self.model))
+        config, weight = self.model.config, self.model.tok_embeddings.weight
+        memory = int(CACHE_SHARE * parallel.memory_of(weight.device))
+        fitting = max(tokens_of(config, 1), memory // cache_bytes(config, weight.dtype))
         return Scheduler(
             self.model,
             self.tokenizer.decode,

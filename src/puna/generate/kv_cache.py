@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from puna.generate.weights import Pages
-from puna.model.transformer import ModelConfig, Transformer, attend
+from puna.model.transformer import ModelConfig, attend
 
 BLOCK = 64
 """Tokens a block (docs/decisions/0008-queries-go-to-the-blocks.md)."""
@@ -33,12 +33,6 @@ LOWEST = torch.finfo(torch.float32).min
 """Hides a score; finite, so that a block without a reader makes no NaN."""
 
 Ids = NDArray[np.int64]
-
-
-def bytes_of_token(model: Transformer) -> int:
-    """What a token's keys and values take of a model's cache."""
-    cfg = model.config
-    return 2 * cfg.n_layers * cfg.n_kv_heads * cfg.head_dim * model.tok_embeddings.weight.element_size()
 
 
 class Full(Exception):

@@ -6,26 +6,11 @@
 //
 // T queries, S keys, E head width; G query heads share a key's. model/fused.py says what is computed.
 
-#include <cfloat>
-
 #include "tiles.h"
 
 constexpr int QUERIES = 32;  // of a head that are taken at once; an even number
 
 struct Shape { int rows, heads, kv_heads, queries, keys, width; int64_t of_mask; };  // numbers between rows' masks
-
-// f(i, scores) along the keys that a query sees of its row of scores; `wide` is whole LANES, and -inf what it does not see.
-template <class F> static void seen_scores(const float *row, int wide, int seen, const int8_t *marks, float scale, const F &f) {
-    for (int i = 0; i < wide; i += LANES) {
-        Floats score = load(row + i) * all(scale);
-        if (i + LANES > seen) score = Part{std::max(0, seen - i)}.or_lowest(score);
-        if (marks && i < seen) {
-            const Floats marked = i + LANES > seen ? Part{seen - i}.get(marks + i) : load(marks + i);
-            score = marked != all(0) ? score : all(-INFINITY);
-        }
-        f(i, score);
-    }
-}
 
 template <class T> static Head<T> head_of(const T *x, const Layout &layout, int row, int head, int count, int width) {
     return {x + row * layout.row + head * layout.head, layout.token, count, width};
@@ -78,11 +63,7 @@ static void attend(const T *q, const T *k, const T *v, const int8_t *mask, T *ou
             product<T>(queries.left(), keys, in_units<T>(s.width), scores.data(), wide, b.count, wide);
             for (int i = 0; i < b.count; i++) {
                 float *held = &scores[i * wide];
-                Floats most = all(-INFINITY);
-                seen_scores(held, wide, b.sees(i), b.marks_of(i), scale, [&](int j, Floats score) {
-                    store(held + j, score), most = score > most ? score : most;
-                });
-                const float at_most = std::max(highest(most), -FLT_MAX), total = exponentials(held, wide, at_most);
+                const auto [at_most, total] = weigh(held, wide, b.sees(i), b.marks_of(i), scale);
                 const Floats share_of = all(total == 0 ? 0 : 1 / total);  // a query may see nothing
                 for (int j = 0; j < wide; j += LANES) store(held + j, load(held + j) * share_of);
                 const float log = total == 0 ? INFINITY : at_most + std::log(total);

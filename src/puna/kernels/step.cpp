@@ -242,16 +242,10 @@ static void attend(const float *q, const Cache &cache, int layer, int key_head, 
         product<C>({from + p.query * stride, stride, 1}, held.turned(room, next), stride, &scores[p.query * wide + p.begin], wide,
                    p.count, padded(p.places, LANES));
     });
-    const Floats scale = all(1 / std::sqrt((float)width));
     float totals[count];
     for (int i = 0; i < count; i++) {
-        Floats most = all(-INFINITY);
         const int seen = last[i / sharing] + 1;
-        along(seen, [&](int s, auto part) {
-            const Floats score = part.or_lowest(load(&scores[i * wide + s]) * scale);
-            store(&scores[i * wide + s], score), most = score > most ? score : most;
-        });
-        totals[i] = exponentials(&scores[i * wide], seen, highest(most));
+        totals[i] = weigh(&scores[i * wide], padded(seen, LANES), seen, nullptr, 1 / std::sqrt((float)width)).second;
     }
     const Left weights = left_of<C>(scores.data(), count, wide);
     over_pieces(values, values + pieces.back().offset, [&](const Piece &p, const Head<C> &held, int64_t next) {

@@ -7,6 +7,8 @@
 
 #pragma once
 
+#include <cfloat>
+
 #include "passes.h"
 
 constexpr int VECTORS = LANES / 4;  // of sums a row: AVX2 has registers for six rows of two, AVX512 for six of four
@@ -192,4 +194,27 @@ template <class T> static Left left_of(float *rows, int count, int wide) {
         for (int r = 0; r < count; r++)
             for (int i = 0; i < wide; i += LANES) store((Bf16 *)(rows + r * wide) + i, load(rows + r * wide + i));
     return {(const uint32_t *)rows, wide, 1};
+}
+
+// f(i, scores) along the keys that a query sees of its row of scores; `wide` is whole LANES, and -inf what it does not see.
+template <class F> static void seen_scores(const float *row, int wide, int seen, const int8_t *marks, float scale, const F &f) {
+    for (int i = 0; i < wide; i += LANES) {
+        Floats score = load(row + i) * all(scale);
+        if (i + LANES > seen) score = Part{std::max(0, seen - i)}.or_lowest(score);
+        if (marks && i < seen) {
+            const Floats marked = i + LANES > seen ? Part{seen - i}.get(marks + i) : load(marks + i);
+            score = marked != all(0) ? score : all(-INFINITY);
+        }
+        f(i, score);
+    }
+}
+
+// A query's row of scores becomes e^(score - the highest), and 0 where it sees no key: the highest and the sum of these.
+static std::pair<float, float> weigh(float *row, int wide, int seen, const int8_t *marks, float scale) {
+    Floats most = all(-INFINITY);
+    seen_scores(row, wide, seen, marks, scale, [&](int i, Floats score) {
+        store(row + i, score), most = score > most ? score : most;
+    });
+    const float at_most = std::max(highest(most), -FLT_MAX);  // it may see none
+    return {at_most, exponentials(row, wide, at_most)};
 }

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from puna.model.transformer import ModelConfig
 
 
@@ -27,9 +29,9 @@ def with_kv_heads(config: ModelConfig, n_kv_heads: int) -> ModelConfig:
     return replace(config, n_kv_heads=n_kv_heads, ffn_hidden=config.ffn_hidden + wider)
 
 
-def cache_bytes(config: ModelConfig) -> int:
-    """Bytes of a token's keys and values in bfloat16."""
-    return 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim
+def cache_bytes(config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes of a token's keys and values."""
+    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype.itemsize
 
 
 LLAMA_2 = {

@@ -188,9 +188,9 @@ def open_models(cfg: ServeConfig) -> Mapping[str, Served]:
 def check_memory(served: Mapping[str, Served], models: Sequence[Transformer]) -> None:
     """ConfigError, and the engines' end, where full caches are more than the memory of the models' device."""
     from puna import parallel
-    from puna.generate.kv_cache import bytes_of_token
+    from puna.model.sizes import cache_bytes
 
-    each = [bytes_of_token(model) for model in models]
+    each = [cache_bytes(model.config, model.tok_embeddings.weight.dtype) for model in models]
     full = sum(n * model.engine.stats().capacity_tokens for n, model in zip(each, served.values(), strict=True))
     if full > (memory := parallel.memory_of(models[0].tok_embeddings.weight.device)):
         for model in served.values():

@@ -106,17 +106,9 @@ class GRPOConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        config.positive(
-            self,
-            "checkpoints_kept",
-            "iterations",
-            "batch_size",
-            "mini_batch_size",
-            "micro_batch_tokens",
-            "evaluate_every",
-        )
+        config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
         config.positive(self, "inner_epochs", "held_out_prompts", "temperature")
-        config.positive(self, "clip", "max_new_tokens")
+        config.positive(self, "clip", "max_new_tokens", "checkpoints_kept")
         config.within(self, 0, 1, "threshold")
         config.within(self, 0, math.inf, "beta", "patience")
         if self.group_size < 2:

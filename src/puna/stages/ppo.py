@@ -157,17 +157,9 @@ class PPOConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        config.positive(
-            self,
-            "checkpoints_kept",
-            "iterations",
-            "batch_size",
-            "mini_batch_size",
-            "micro_batch_tokens",
-            "evaluate_every",
-        )
+        config.positive(self, "iterations", "batch_size", "mini_batch_size", "micro_batch_tokens", "evaluate_every")
         config.positive(self, "kl_horizon", "pretrain_windows", "pretrain_seq_len", "temperature")
-        config.positive(self, "inner_epochs", "held_out_prompts")
+        config.positive(self, "inner_epochs", "held_out_prompts", "checkpoints_kept")
         config.positive(self, "clip", "value_clip", "max_new_tokens")
         config.within(self, 0, 1, "threshold", "gamma", "lam")
         config.within(self, 0, math.inf, "beta", "score_clip", "advantage_clip", "patience", "pretrain_coefficient")
