@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,10 +21,13 @@ WIDTHS = [8, 37, 192]
 """Fewer numbers than fill a register, some over, and whole ones."""
 
 
-@pytest.fixture(autouse=True, scope="module", params=[(), ("-mno-avx512f",)], ids=["native", "AVX2"])
+@pytest.fixture(autouse=True, scope="module", params=["native", "-mno-amx-bf16", "-mno-avx512f"])
 def _compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """As this processor has it, and as one without AVX512 would."""
-    with helpers.compiled_in(tmp_path_factory.mktemp("cache"), *request.param):
+    """As this processor has it, as one without matrix tiles would, and as one without AVX512."""
+    if "amx" in request.param and "amx_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no matrix tiles: native is without them")
+    flags = () if request.param == "native" else (request.param,)
+    with helpers.compiled_in(tmp_path_factory.mktemp("cache"), *flags):
         yield
 
 

@@ -25,6 +25,17 @@ static void give(const std::vector<float> &sums, int wide, T *x, const Layout &l
         along(width, [&](int e, auto part) { part.set(to + e, part.get(&sums[i * wide + e])); });
     }
 }
+// The same of sums (width, wide), a column a token.
+template <class T>
+static void give_turned(const std::vector<float> &sums, int wide, T *x, const Layout &layout, int row, int head, int count, int width) {
+    for (int begin = 0; begin < count; begin += LANES)
+        along(width, [&](int e, auto part) {
+            Ints held[LANES];
+            turned(&sums[e * wide + begin], wide, LANES, LANES, 0, held);
+            T *to = x + row * layout.row + head * layout.head + begin * layout.token + e;
+            for (int i = 0; i < std::min(LANES, count - begin); i++, to += layout.token) part.set(to, (Floats)held[i]);
+        });
+}
 
 // Queries of one head, and the keys that they see: up to their own, or those that are marked.
 struct Block {
@@ -88,7 +99,8 @@ static void attend_back(const T *slopes, const T *q, const T *k, const T *v, con
         const Head<T> keys = head_of(k, layouts[2], row, key_head, s.keys, s.width);
         const Right by_key = keys.turned(rooms[0]), key_rows = keys.paired(rooms[1]);
         const Right by_value = head_of(v, layouts[3], row, key_head, s.keys, s.width).turned(rooms[2]);
-        for (auto part : {&key_sums, &value_sums}) part->assign(s.keys * wide_out, 0);
+        const int of_keys = padded(s.keys, LANES);
+        for (auto part : {&key_sums, &value_sums}) part->assign(wide_out * of_keys, 0);
         blocks(s, row, key_head, mask, [&](const Block &b) {
             const int seen = b.seen(), wide = padded(seen, LANES);
             for (auto part : {&weights, &of_scores}) part->resize(b.count * wide);
@@ -110,16 +122,16 @@ static void attend_back(const T *slopes, const T *q, const T *k, const T *v, con
                     store(weight + j, w), store(of_score + j, w * (load(of_score + j) - mean) * all(scale));
                 });
             }
-            const Left by_weight = turned_left<T>(weights.data(), b.count, wide, rooms[3]);
-            product<T>(by_weight, slope.paired(rooms[4]), in_units<T>(b.count), value_sums.data(), wide_out, seen, wide_out, true);
-            const Left by_slope = turned_left<T>(of_scores.data(), b.count, wide, rooms[5]);
-            product<T>(by_slope, queries.paired(rooms[6]), in_units<T>(b.count), key_sums.data(), wide_out, seen, wide_out, true);
+            const Right by_weight = paired<T>(weights.data(), b.count, wide, rooms[3]);
+            product<T>(slope.across(rooms[5], rooms[6]), by_weight, in_units<T>(b.count), value_sums.data(), of_keys, wide_out, wide, true);
+            const Right by_slope = paired<T>(of_scores.data(), b.count, wide, rooms[4]);
+            product<T>(queries.across(rooms[5], rooms[6]), by_slope, in_units<T>(b.count), key_sums.data(), of_keys, wide_out, wide, true);
             const Left of_weights = left_of<T>(of_scores.data(), b.count, wide);
             product<T>(of_weights, key_rows, in_units<T>(seen), sums.data(), wide_out, b.count, wide_out);
             give(sums, wide_out, of_q, layouts[5], row, b.head, b.begin, b.count, s.width);
         });
-        give(key_sums, wide_out, of_k, layouts[6], row, key_head, 0, s.keys, s.width);
-        give(value_sums, wide_out, of_v, layouts[7], row, key_head, 0, s.keys, s.width);
+        give_turned(key_sums, of_keys, of_k, layouts[6], row, key_head, s.keys, s.width);
+        give_turned(value_sums, of_keys, of_v, layouts[7], row, key_head, s.keys, s.width);
     });
 }
 

@@ -99,50 +99,73 @@ static void few(const float *x, const Matrix &m, int first, int begin, int end, 
     else few_int4<R>(x, m, first, begin, end, give);
 }
 
-// The same for many rows of x and a matrix whose columns fill whole units. A block of its rows is laid out at a time, and
-// the one that this thread will likely lay out next is asked for meanwhile: behind its chunk come the other threads'. (A
-// guess: another matrix may come first.)
+// Rows of numbers; where they are many, also as pairs of bfloat16, and with matrix tiles these as columns.
+struct Rows { const float *x; int count; const uint32_t *pairs; Right columns; };
+
+static bool takes_many(const Matrix &m) { return m.kind != 3 && (m.kind != 1 || m.columns % NUMBERS<Bf16> == 0); }
+static bool takes_pairs(const Matrix &m) { return m.kind == 1 && NUMBERS<Bf16> == 2 && takes_many(m); }
+
+// As these matrices take them; x is what is multiplied next.
+static Rows rows_of(const std::vector<float> &x, int rows, std::initializer_list<Matrix> readers) {
+    static std::vector<uint32_t> pairs, columns;
+    const int wide = x.size() / rows, units = wide / NUMBERS<Bf16>, block = padded(units, LANES) * WIDE;
+    if (rows <= FEW || std::none_of(readers.begin(), readers.end(), takes_pairs)) return {x.data(), rows};
+    pairs.resize((int64_t)rows * units);
+    if (is_tiled<Bf16>()) columns.resize((int64_t)padded(rows, WIDE) / WIDE * block);
+    threads.pieces(rows, LANES, [&](int begin, int end) {
+        uint32_t *to = &pairs[(int64_t)begin * units];
+        along((end - begin) * wide, [&](int i, auto part) { part.set((Bf16 *)to + i, part.get(&x[(int64_t)begin * wide + i])); });
+        if (is_tiled<Bf16>()) lay_out((float *)to, units, end - begin, units, &columns[(int64_t)begin / WIDE * block + begin % WIDE]);
+    });
+    return {x.data(), rows, pairs.data(), {columns.data(), block, WIDE}};
+}
+
+// As `few` for many rows of x and a matrix whose columns fill whole units. A block of its rows is laid out at a time, and
+// the one that this thread will likely take next is asked for meanwhile: behind its chunk come the other threads'. (A
+// guess: another matrix may come first.) Matrix tiles read a block where it lies, and give its columns.
 template <class W, class Give>
-static void many(const float *x, int rows, const Matrix &m, int begin, int end, const Give &give) {
-    static thread_local std::vector<uint32_t> held, room(PANEL * WIDE);
-    static thread_local std::vector<float> held_sums;
-    const int units = m.columns / NUMBERS<W>;
-    const uint32_t *from = units_of<W>(x, (int64_t)rows * m.columns, held);
+static void many(const Rows &x, const Matrix &m, int begin, int end, const Give &give) {
+    static thread_local std::vector<uint32_t> room(PANEL * WIDE);
+    static thread_local std::vector<float> held_sums, held_columns;
+    const int units = m.columns / NUMBERS<W>, others = (end - begin) * (threads.at_work() - 1), high = padded(x.count, LANES);
+    const uint32_t *from = NUMBERS<W> == 2 ? x.pairs : (const uint32_t *)x.x;
+    for (auto part : {&held_sums, &held_columns}) part->resize((int64_t)high * WIDE);
     uint32_t *laid = room.data();
-    held_sums.resize((int64_t)rows * WIDE);
-    float *sums = held_sums.data();
-    const int others = (end - begin) * (threads.at_work() - 1);
+    float *sums = held_sums.data(), *columns = held_columns.data();
     auto row = [&](int n) { return (const W *)m.data + (int64_t)n * m.columns; };
     for (; begin < end; begin += WIDE) {
         const int wide = std::min(WIDE, end - begin), next = begin + wide + (begin + WIDE < end ? 0 : others);
         const char *ahead = (const char *)row(next), *last = (const char *)row(std::min(next + WIDE, m.rows));
         for (int u = 0; u < units; u += PANEL) {
             const int n = std::min(PANEL, units - u);
-            lay_out(row(begin) + u * NUMBERS<W>, m.columns, wide, n, laid);
-            auto part = [&](int u) { return ahead + (last - ahead) * u / units; };
-            const Right block{laid, 0, WIDE, next < m.rows ? part(u) : nullptr, part(u + n)};
-            product<W>({from + u, units, 1}, block, n, sums, WIDE, rows, padded(wide, LANES), u > 0);
+            auto part = [&](int u) { return next < m.rows ? ahead + (last - ahead) * u / units : nullptr; };
+            auto left = [&](const void *at) { return Left{(const uint32_t *)at + u, units, part(u), part(u + n)}; };
+            if (is_tiled<W>()) {
+                product<W>(left(row(begin)), {x.columns.at + u * WIDE, x.columns.block, WIDE}, n, columns, high, wide, high, u > 0);
+            } else {
+                lay_out(row(begin) + u * NUMBERS<W>, m.columns, wide, n, laid);
+                product<W>(left(from), {laid, 0, WIDE}, n, sums, WIDE, x.count, padded(wide, LANES), u > 0);
+            }
         }
-        for (int r = 0; r < rows; r++)
+        if (is_tiled<W>()) lay_out(columns, high, wide, x.count, (uint32_t *)sums);
+        for (int r = 0; r < x.count; r++)
             for (int n = 0; n < wide; n++) give(r, begin + n, sums[(int64_t)r * WIDE + n]);
     }
 }
 
-static bool takes_many(const Matrix &m) { return m.kind != 3 && (m.kind != 1 || m.columns % NUMBERS<Bf16> == 0); }
-template <class Give>
-static void multiply(const std::vector<float> &x, int rows, const Matrix &m, int begin, int end, const Give &give) {
+template <class Give> static void multiply(const Rows &x, const Matrix &m, int begin, int end, const Give &give) {
     if (begin == end) return;
     auto scaled = [&](int r, int n, float dot) { give(r, n, dot * ((const float *)m.scales)[n]); };
-    if (rows > FEW && takes_many(m)) {
-        if (m.kind == 0) many<float>(x.data(), rows, m, begin, end, give);
-        if (m.kind == 1) many<Bf16>(x.data(), rows, m, begin, end, give);
-        if (m.kind == 2) many<int8_t>(x.data(), rows, m, begin, end, scaled);
+    if (x.count > FEW && takes_many(m)) {
+        if (m.kind == 0) many<float>(x, m, begin, end, give);
+        if (m.kind == 1) many<Bf16>(x, m, begin, end, give);
+        if (m.kind == 2) many<int8_t>(x, m, begin, end, scaled);
         return;
     }
     int r = 0;
-    for (; r + 4 <= rows; r += 4) few<4>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
-    for (; r + 2 <= rows; r += 2) few<2>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
-    for (; r < rows; r++) few<1>(&x[(int64_t)r * m.columns], m, r, begin, end, give);
+    for (; r + 4 <= x.count; r += 4) few<4>(x.x + (int64_t)r * m.columns, m, r, begin, end, give);
+    for (; r + 2 <= x.count; r += 2) few<2>(x.x + (int64_t)r * m.columns, m, r, begin, end, give);
+    for (; r < x.count; r++) few<1>(x.x + (int64_t)r * m.columns, m, r, begin, end, give);
 }
 
 // f(row) for each of the rows, a few at a time.
@@ -213,7 +236,7 @@ static void attend(const float *q, const Cache &cache, int layer, int key_head, 
     struct Piece { int query, count, places; int64_t begin, offset; };  // that `count` queries see from position `begin` on
     static thread_local std::vector<Piece> pieces;
     static thread_local std::vector<float> queries, scores, sums;
-    static thread_local std::vector<uint32_t> units, room;
+    static thread_local std::vector<uint32_t> room;
     const int count = group.rows * sharing, wide_out = padded(width, LANES);
     const int64_t *last = positions + group.first;
     const int64_t wide = padded(*std::max_element(last, last + group.rows) + 1, LANES) + LANES;
@@ -234,13 +257,12 @@ static void attend(const float *q, const Cache &cache, int layer, int key_head, 
             f(pieces[i], Head<C>{at, cache.place_stride, pieces[i].places, width}, (next - at) * sizeof(C));
         }
     };
-    queries.resize(count * width), scores.resize(count * wide), sums.assign((int64_t)count * wide_out, 0);
-    for (int i = 0; i < count; i++) std::copy_n(q + place(i), width, &queries[i * width]);
-    const int stride = width / NUMBERS<C>;
-    const uint32_t *from = units_of<C>(queries.data(), count * width, units);
+    queries.resize(count * wide_out), scores.resize(count * wide), sums.assign((int64_t)count * wide_out, 0);
+    for (int i = 0; i < count; i++) std::copy_n(q + place(i), width, &queries[i * wide_out]);
+    const Left from = left_of<C>(queries.data(), count, wide_out);
     over_pieces(keys, values + pieces[0].offset, [&](const Piece &p, const Head<C> &held, int64_t next) {
-        product<C>({from + p.query * stride, stride, 1}, held.turned(room, next), stride, &scores[p.query * wide + p.begin], wide,
-                   p.count, padded(p.places, LANES));
+        product<C>({from.at + p.query * from.row, from.row}, held.turned(room, next), width / NUMBERS<C>,
+                   &scores[p.query * wide + p.begin], wide, p.count, padded(p.places, LANES));
     });
     float totals[count];
     for (int i = 0; i < count; i++) {
@@ -249,7 +271,7 @@ static void attend(const float *q, const Cache &cache, int layer, int key_head, 
     }
     const Left weights = left_of<C>(scores.data(), count, wide);
     over_pieces(values, values + pieces.back().offset, [&](const Piece &p, const Head<C> &held, int64_t next) {
-        product<C>({weights.at + p.query * weights.row + p.begin / NUMBERS<C>, weights.row, 1}, held.paired(room, next),
+        product<C>({weights.at + p.query * weights.row + p.begin / NUMBERS<C>, weights.row}, held.paired(room, next),
                    in_units<C>(p.places), &sums[p.query * wide_out], wide_out, p.count, wide_out, true);
     });
     for (int i = 0; i < count; i++)
@@ -284,10 +306,11 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
         const Layer &layer = model.layers[l];
         auto add = [to = x.data(), dim](int r, int n, float dot) { to[(int64_t)r * dim + n] += dot; };
         normalise(x, layer.attention_norm, rows, dim, model.eps, h);
+        const Rows read = rows_of(h, rows, {layer.wq, layer.wk, layer.wv});
         divide(wide + 2 * narrow, dim, [&](int begin, int end) {
             int first = 0;
             for (auto [m, to] : {std::pair{&layer.wq, &q}, {&layer.wk, &k}, {&layer.wv, &v}}) {
-                multiply(h, rows, *m, std::clamp(begin - first, 0, m->rows), std::clamp(end - first, 0, m->rows), into(*to, *m));
+                multiply(read, *m, std::clamp(begin - first, 0, m->rows), std::clamp(end - first, 0, m->rows), into(*to, *m));
                 first += m->rows;
             }
         });
@@ -296,34 +319,38 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
             rotate(&k[r * narrow], rotary + r * width, kv, width);
             int64_t page = cache.table[r * cache.pages + positions[r] / cache.page];
             int64_t place = page * cache.page_stride + positions[r] % cache.page * cache.place_stride;
-            for (int i = 0; i < narrow; i++) {
-                int64_t to = place + i / width * cache.head_stride + i % width;
-                put((C *)cache.keys[l] + to, k[r * narrow + i]);
-                put((C *)cache.values[l] + to, v[r * narrow + i]);
-            }
+            for (int i = 0; i < narrow; i += width, place += cache.head_stride)
+                along(width, [&](int e, auto part) {
+                    part.set((C *)cache.keys[l] + place + e, part.get(&k[r * narrow + i + e]));
+                    part.set((C *)cache.values[l] + place + e, part.get(&v[r * narrow + i + e]));
+                });
         });
         threads.run(groups.size() * parts, [&](int i) {
             const int head = i % parts * sharing;
             const Group &group = groups[i / parts];
             attend<C>(&q[head * width], cache, l, head * kv / heads, group, positions, sharing, wide, width, &out[head * width]);
         });
-        divide(dim, wide, [&](int begin, int end) { multiply(out, rows, layer.wo, begin, end, add); });
+        const Rows attended = rows_of(out, rows, {layer.wo});
+        divide(dim, wide, [&](int begin, int end) { multiply(attended, layer.wo, begin, end, add); });
         normalise(x, layer.ffn_norm, rows, dim, model.eps, h);
+        const Rows normed = rows_of(h, rows, {layer.w1, layer.w3});
         divide(hidden, 2 * dim, [&](int begin, int end) {
             for (auto [m, to] : {std::pair{&layer.w1, &gate}, {&layer.w3, &up}})
-                multiply(h, rows, *m, begin, end, into(*to, *m));
+                multiply(normed, *m, begin, end, into(*to, *m));
             for (int r = 0; r < rows; r++)
                 activate(&gate[(int64_t)r * hidden + begin], &up[(int64_t)r * hidden + begin], end - begin);
         });
-        divide(dim, hidden, [&](int begin, int end) { multiply(gate, rows, layer.w2, begin, end, add); });
+        const Rows activated = rows_of(gate, rows, {layer.w2});
+        divide(dim, hidden, [&](int begin, int end) { multiply(activated, layer.w2, begin, end, add); });
     }
     normalise(x, model.norm, rows, dim, model.eps, h);
     memcpy(states, h.data(), h.size() * sizeof(float));
-    if (logits)
-        divide(model.output.rows, dim, [&](int begin, int end) {
-            multiply(h, rows, model.output, begin, end,
-                     [=, wide = model.output.rows](int r, int n, float dot) { logits[(int64_t)r * wide + n] = dot; });
-        });
+    if (!logits) return;
+    const Rows last = rows_of(h, rows, {model.output});
+    divide(model.output.rows, dim, [&](int begin, int end) {
+        multiply(last, model.output, begin, end,
+                 [=, wide = model.output.rows](int r, int n, float dot) { logits[(int64_t)r * wide + n] = dot; });
+    });
 }
 
 extern "C" int puna_block() { return BLOCK; }

@@ -3,11 +3,14 @@
 // as torch does it.
 //
 // The rows that serve as columns are turned so that a vector holds the same unit of so many of them. No sum runs across
-// lanes, and each unit that is read serves six rows of the other side, whose sums do not depend on each other.
+// lanes, and each unit that is read serves six rows of the other side, whose sums do not depend on each other. A processor
+// with matrix tiles (AMX) takes sixteen units of sixteen rows and columns at once: the layout is the one that they ask for.
 
 #pragma once
 
 #include <cfloat>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "passes.h"
 
@@ -67,26 +70,12 @@ template <class W> static void lay_out(const W *w, int64_t stride, int rows, int
         }
 }
 
-// x (count,) as units that meet W's: itself, or pairs in `held`.
-template <class W> static const uint32_t *units_of(const float *x, int64_t count, std::vector<uint32_t> &held) {
-    if constexpr (NUMBERS<W> == 1) return (const uint32_t *)x;
-    held.resize(count / 2 + 1);
-    int64_t i = 0;
-#ifdef __AVX512BF16__
-    for (; i + 16 <= count; i += 16)
-        _mm256_storeu_si256((__m256i *)&held[i / 2], (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
-#endif
-    for (; i < count; i++) put((Bf16 *)held.data() + i, x[i]);
-    return held.data();
-}
-
-struct Left { const uint32_t *at; int64_t row, unit; };  // units between neighbours
-struct Right {                                           // WIDE columns a block, units between neighbours
+struct Left {  // units between rows
     const uint32_t *at;
-    int64_t block;
-    int stride;
+    int64_t row;
     const char *ahead = nullptr, *end = nullptr;  // memory that is read next, to be asked for on the way
 };
+struct Right { const uint32_t *at; int64_t block; int stride; };  // WIDE columns a block, units between neighbours
 
 // Units of two bfloat16 each.
 static Floats pairs(Floats low, Floats high) {
@@ -103,14 +92,14 @@ template <class T> static int in_units(int count) { return (count + NUMBERS<T> -
 
 // out (R, N LANES) = x (R, units) w (units, N LANES), or more of it.
 template <class T, int R, int N>
-static void corner(const Left &x, const uint32_t *w, int stride, int units, float *out, int wide, bool adds, const char *ahead) {
+static void corner(const Left &x, const uint32_t *w, int stride, int units, float *out, int wide, bool adds) {
     Floats sums[R][N];
     for (int r = 0; r < R; r++)
         for (int n = 0; n < N; n++) sums[r][n] = adds ? load(out + r * wide + n * LANES) : all(0);
     for (int u = 0; u < units; u++, w += stride) {
-        if (ahead) __builtin_prefetch(ahead + u * LINE, 0, 2);
+        if (x.ahead) __builtin_prefetch(x.ahead + u * LINE, 0, 2);
         for (int r = 0; r < R; r++) {
-            const Ints unit = every(x.at[r * x.row + u * x.unit]);
+            const Ints unit = every(x.at[r * x.row + u]);
             for (int n = 0; n < N; n++) sums[r][n] = add_products<T>(sums[r][n], unit, (Ints)load((const float *)w + n * LANES));
         }
     }
@@ -118,28 +107,97 @@ static void corner(const Left &x, const uint32_t *w, int stride, int units, floa
         for (int n = 0; n < N; n++) store(out + r * wide + n * LANES, sums[r][n]);
 }
 
+// Whether matrix tiles multiply such units: the system keeps tiles only for a program that asks for them.
+template <class T> static bool is_tiled() {
+#ifdef __AMX_BF16__
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;
+    static const bool given = NUMBERS<T> == 2 && !syscall(SYS_arch_prctl, REQUEST, TILE_DATA);
+    return given;
+#else
+    return false;
+#endif
+}
+
+#ifdef __AMX_BF16__
+constexpr int TILE = 16;  // rows, columns and units of a tile
+
+template <int T> INLINE void load_tile(const void *from, int64_t stride) {
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
+}
+template <int T> INLINE void store_tile(void *to, int64_t stride) {
+    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
+}
+template <int T> INLINE void clear_tile() { asm volatile("tilezero %%tmm%c0" ::"i"(T)); }
+template <int SUMS, int A, int B> INLINE void multiply_tiles() {
+    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(SUMS), "i"(A), "i"(B));
+}
+template <int N, class F> INLINE void each(const F &f) {
+    [&]<int... n>(std::integer_sequence<int, n...>) { (f(std::integral_constant<int, n>()), ...); }(std::make_integer_sequence<int, N>());
+}
+
+// Tiles 0 to 3 are sums, 4 and 5 units of rows and of columns, 6 and 7 the units of these that do not fill a tile.
+static void set_tiles(int rows, int left) {
+    struct { uint8_t palette = 1, start = 0, unused[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } shape;
+    auto set = [&](int tile, int rows, int columns) { shape.rows[tile] = rows, shape.bytes[tile] = 4 * columns; };
+    for (int sums = 0; sums < 4; sums++) set(sums, rows, TILE);
+    set(4, rows, TILE), set(5, TILE, TILE);
+    if (left) set(6, rows, left), set(7, left, TILE);
+    asm volatile("ldtilecfg %0" ::"m"(shape));
+}
+
+// As `corner`, for as many rows as the tiles are set to.
+template <int N> static void tiled_corner(const Left &x, const uint32_t *w, int stride, int units, float *out, int wide, bool adds) {
+    each<N>([&](auto n) { adds ? load_tile<n>(out + n * TILE, 4 * wide) : clear_tile<n>(); });
+    const char *ahead = x.ahead;
+    int u = 0;
+    for (; u + TILE <= units; u += TILE, w += TILE * stride) {
+        for (int i = 0; ahead && i < TILE; i++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
+        load_tile<4>(x.at + u, 4 * x.row);
+        each<N>([&](auto n) { load_tile<5>(w + n * TILE, 4 * stride), multiply_tiles<n, 4, 5>(); });
+    }
+    if (u < units) {
+        load_tile<6>(x.at + u, 4 * x.row);
+        each<N>([&](auto n) { load_tile<7>(w + n * TILE, 4 * stride), multiply_tiles<n, 6, 7>(); });
+    }
+    each<N>([&](auto n) { store_tile<n>(out + n * TILE, 4 * wide); });
+}
+#endif
+
 // out (rows, columns), whose rows stand `wide` numbers apart; columns are whole LANES.
 template <class T>
-static void product(const Left &x, const Right &w, int units, float *out, int wide, int rows, int columns, bool adds = false) {
-    const char *ahead = w.ahead;
-    auto block = [&](int column, auto n) {
+static void product(Left x, const Right &w, int units, float *out, int wide, int rows, int columns, bool adds = false) {
+    auto over_columns = [&](const auto &f) {  // f(column, vectors)
+        int column = 0;
+        for (; column + WIDE <= columns; column += WIDE) f(column, std::integral_constant<int, VECTORS>());
+        const int left = (columns - column) / LANES;
+        if (left == 3) f(column, std::integral_constant<int, 3>());
+        if (left == 2) f(column, std::integral_constant<int, 2>());
+        if (left == 1) f(column, std::integral_constant<int, 1>());
+    };
+    auto part = [&](int r) { return Left{x.at + r * x.row, x.row, x.ahead, x.end}; };
+    auto at = [&](int column) { return w.at + column / WIDE * w.block + column % WIDE; };
+    auto asked = [&] { x.ahead = x.ahead && x.end - x.ahead > units * LINE ? x.ahead + units * LINE : nullptr; };
+#ifdef __AMX_BF16__
+    if (is_tiled<T>()) {
+        for (int r = 0; r < rows; r += TILE) {
+            set_tiles(std::min(TILE, rows - r), units % TILE);
+            over_columns([&](int column, auto n) {
+                tiled_corner<n>(part(r), at(column), w.stride, units, out + (int64_t)r * wide + column, wide, adds), asked();
+            });
+        }
+        asm volatile("tilerelease");
+        return;
+    }
+#endif
+    over_columns([&](int column, auto n) {
         int r = 0;
         auto some = [&](auto count) {
-            for (; r + count <= rows; r += count) {
-                corner<T, count, n>({x.at + r * x.row, x.row, x.unit}, w.at + column / WIDE * w.block + column % WIDE, w.stride,
-                                    units, out + (int64_t)r * wide + column, wide, adds, ahead);
-                ahead = ahead && w.end - ahead > units * LINE ? ahead + units * LINE : nullptr;
-            }
+            for (; r + count <= rows; r += count)
+                corner<T, count, n>(part(r), at(column), w.stride, units, out + (int64_t)r * wide + column, wide, adds), asked();
         };
         some(std::integral_constant<int, 6>()), some(std::integral_constant<int, 3>());
         some(std::integral_constant<int, 2>()), some(std::integral_constant<int, 1>());
-    };
-    int column = 0;
-    for (; column + WIDE <= columns; column += WIDE) block(column, std::integral_constant<int, VECTORS>());
-    const int left = (columns - column) / LANES;
-    if (left == 3) block(column, std::integral_constant<int, 3>());
-    if (left == 2) block(column, std::integral_constant<int, 2>());
-    if (left == 1) block(column, std::integral_constant<int, 1>());
+    });
 }
 
 // The tokens of one head, and what products need of them.
@@ -148,7 +206,7 @@ template <class T> struct Head {
     int64_t stride;
     int rows, width;
 
-    Left left() const { return {(const uint32_t *)at, stride / NUMBERS<T>, 1}; }
+    Left left() const { return {(const uint32_t *)at, stride / NUMBERS<T>}; }
     Head part(int begin, int count) const { return {at + begin * stride, stride, count, width}; }
 
     // The rows as columns: to multiply with other rows.
@@ -174,18 +232,33 @@ template <class T> struct Head {
             });
         return {room.data(), WIDE, wide};
     }
+    // The same turned, a row for each place of the width.
+    Left across(std::vector<uint32_t> &paired_room, std::vector<uint32_t> &room) const {
+        const Right rows_of = paired(paired_room);
+        const int units = in_units<T>(rows), stride = padded(units, LANES);
+        room.resize(rows_of.stride * stride);
+        for (int e = 0; e < rows_of.stride; e += LANES)
+            for (int u = 0; u < units; u += LANES) {
+                Ints held[LANES];
+                const float *from = (const float *)rows_of.at + u * rows_of.stride + e;
+                ::turned(from, rows_of.stride, units - u, LANES, 0, held);
+#pragma GCC unroll 16
+                for (int i = 0; i < LANES; i++) store((float *)room.data() + (e + i) * stride + u, (Floats)held[i]);
+            }
+        return {room.data(), stride};
+    }
 };
 
-// The units of rows (count, wide) that stand below each other, to multiply what they weigh: (count / 2, wide) or as it is.
-template <class T> static Left turned_left(const float *rows, int count, int wide, std::vector<uint32_t> &room) {
-    if constexpr (NUMBERS<T> == 1) return {(const uint32_t *)rows, 1, wide};
+// Rows (count, wide) of floats as `paired` has them.
+template <class T> static Right paired(const float *rows, int count, int wide, std::vector<uint32_t> &room) {
+    if constexpr (NUMBERS<T> == 1) return {(const uint32_t *)rows, WIDE, wide};
     room.resize((count + 1) / 2 * wide);
     for (int r = 0; r < count; r += 2)
         for (int i = 0; i < wide; i += LANES) {
             const Floats high = r + 1 < count ? load(rows + (r + 1) * wide + i) : all(0);
             store((float *)room.data() + r / 2 * wide + i, pairs(load(rows + r * wide + i), high));
         }
-    return {room.data(), 1, wide};
+    return {room.data(), WIDE, wide};
 }
 
 // Rows (count, wide) in place as numbers of type T.
@@ -193,7 +266,7 @@ template <class T> static Left left_of(float *rows, int count, int wide) {
     if constexpr (NUMBERS<T> == 2)
         for (int r = 0; r < count; r++)
             for (int i = 0; i < wide; i += LANES) store((Bf16 *)(rows + r * wide) + i, load(rows + r * wide + i));
-    return {(const uint32_t *)rows, wide, 1};
+    return {(const uint32_t *)rows, wide};
 }
 
 // f(i, scores) along the keys that a query sees of its row of scores; `wide` is whole LANES, and -inf what it does not see.
