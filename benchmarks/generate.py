@@ -1,6 +1,6 @@
 """Bulk sampling on a CPU beside transformers: many prompts, and many samples of long prompts.
 
-    python benchmarks/generate.py MODEL.gguf|.whl [top-p] [plain] [shared] [--rounds 3] [--threads 2] [--new 128]
+    python benchmarks/generate.py MODEL.gguf|.whl [--cases top-p plain shared] [--rounds 3] [--threads 2] [--new 128]
         [--vllm PYTHON] [--without transformers unshared]
 
 64 prompts of 32 to 96 tokens, with top-p 0.9 and without; 8 prompts of 512 tokens with 16 samples each, also on our own
@@ -159,7 +159,7 @@ def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("cases", nargs="*", choices=CASES, default=CASES)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--new", type=int, default=128)

@@ -18,7 +18,7 @@ template <class T> static Head<T> head_of(const T *x, const Layout &layout, int 
 
 // Rows of sums (count, wide) as the tokens of a head from `begin` on.
 template <class T>
-static void give(const std::vector<float> &sums, int wide, T *x, const Layout &layout, int row, int head, int begin, int count,
+static void give(const Room<float> &sums, int wide, T *x, const Layout &layout, int row, int head, int begin, int count,
                  int width) {
     for (int i = 0; i < count; i++) {
         T *to = x + row * layout.row + head * layout.head + (begin + i) * layout.token;
@@ -27,7 +27,7 @@ static void give(const std::vector<float> &sums, int wide, T *x, const Layout &l
 }
 // The same of sums (width, wide), a column a token.
 template <class T>
-static void give_turned(const std::vector<float> &sums, int wide, T *x, const Layout &layout, int row, int head, int count, int width) {
+static void give_turned(const Room<float> &sums, int wide, T *x, const Layout &layout, int row, int head, int count, int width) {
     for (int begin = 0; begin < count; begin += LANES)
         along(width, [&](int e, auto part) {
             Ints held[LANES];
@@ -62,8 +62,8 @@ static void attend(const T *q, const T *k, const T *v, const int8_t *mask, T *ou
                    const Shape &s, int threads) {
     const float scale = 1 / std::sqrt((float)s.width);
     over(threads, s.rows * s.kv_heads, 1, [=](int64_t task, int64_t) {
-        static thread_local std::vector<uint32_t> key_room, value_room;
-        static thread_local std::vector<float> scores, sums;
+        static thread_local Room<uint32_t> key_room, value_room;
+        static thread_local Room<float> scores, sums;
         const int row = task / s.kv_heads, key_head = task % s.kv_heads, wide_out = padded(s.width, LANES);
         const Right keys = head_of(k, layouts[1], row, key_head, s.keys, s.width).turned(key_room);
         const Right values = head_of(v, layouts[2], row, key_head, s.keys, s.width).paired(value_room);
@@ -92,8 +92,8 @@ static void attend_back(const T *slopes, const T *q, const T *k, const T *v, con
                         T *of_q, T *of_k, T *of_v, const Layout *layouts, const Shape &s, int threads) {
     const float scale = 1 / std::sqrt((float)s.width);
     over(threads, s.rows * s.kv_heads, 1, [=](int64_t task, int64_t) {
-        static thread_local std::vector<uint32_t> rooms[7];
-        static thread_local std::vector<float> weights, of_scores, sums, key_sums, value_sums;
+        static thread_local Room<uint32_t> rooms[7];
+        static thread_local Room<float> weights, of_scores, sums, key_sums, value_sums;
         const int row = task / s.kv_heads, key_head = task % s.kv_heads, wide_out = padded(s.width, LANES);
         const int units = in_units<T>(s.width);
         const Head<T> keys = head_of(k, layouts[2], row, key_head, s.keys, s.width);

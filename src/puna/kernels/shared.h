@@ -10,6 +10,7 @@
 #include <cstring>
 #include <immintrin.h>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -70,6 +71,15 @@ static unsigned lanes(Ints mask) { return _mm256_movemask_ps((__m256)mask); }  /
 static Ints every(uint32_t x) { return Ints{} + (int32_t)x; }
 constexpr int LANES = sizeof(Floats) / sizeof(float), BLOCK = 4 * LANES;  // rows that lie together in int4
 constexpr int LINE = 64;  // bytes that a cache keeps together
+
+// Numbers from the beginning of such a line on: a vector or a tile's row that stands in two is read twice.
+template <class T> struct Lined {
+    using value_type = T;
+    T *allocate(size_t count) { return (T *)::operator new(count * sizeof(T), std::align_val_t(LINE)); }
+    void deallocate(T *p, size_t) { ::operator delete(p, std::align_val_t(LINE)); }
+    bool operator==(const Lined &) const = default;
+};
+template <class T> using Room = std::vector<T, Lined<T>>;
 
 static float one(float x) { return x; }
 static float one(int8_t x) { return x; }

@@ -73,13 +73,17 @@ template <int R> static void block(const float *x, const Matrix &m, int first, f
     memcpy(out, totals, sizeof totals);
 }
 
-// Calls give(row of x, row of w, dot) for rows begin..end of the matrix, R rows of x from `first` on.
+// Calls give(row of x, row of w, dots, how many with rows of w from there on) for rows begin..end of the matrix, R rows of
+// x from `first` on.
 template <int R, class W, class Give>
 static void few_plain(const float *x, const Matrix &m, int first, int begin, int end, const Give &give) {
     float out[R];
     for (int n = begin; n < end; n++) {
         dots<R>(x, (const W *)m.data + (int64_t)n * m.columns, m.columns, out);
-        for (int r = 0; r < R; r++) give(first + r, n, m.scales ? out[r] * ((const float *)m.scales)[n] : out[r]);
+        for (int r = 0; r < R; r++) {
+            if (m.scales) out[r] *= ((const float *)m.scales)[n];
+            give(first + r, n, &out[r], 1);
+        }
     }
 }
 template <int R, class Give>
@@ -87,8 +91,7 @@ static void few_int4(const float *x, const Matrix &m, int first, int begin, int 
     float out[R * BLOCK];
     for (; begin < end; begin += BLOCK) {
         block<R>(x, m, begin, out);
-        for (int r = 0; r < R; r++)
-            for (int n = 0; n < BLOCK; n++) give(first + r, begin + n, out[r * BLOCK + n]);
+        for (int r = 0; r < R; r++) give(first + r, begin, out + r * BLOCK, BLOCK);
     }
 }
 template <int R, class Give>
@@ -106,8 +109,8 @@ static bool takes_many(const Matrix &m) { return m.kind != 3 && (m.kind != 1 || 
 static bool takes_pairs(const Matrix &m) { return m.kind == 1 && NUMBERS<Bf16> == 2 && takes_many(m); }
 
 // As these matrices take them; x is what is multiplied next.
-static Rows rows_of(const std::vector<float> &x, int rows, std::initializer_list<Matrix> readers) {
-    static std::vector<uint32_t> pairs, columns;
+static Rows rows_of(const Room<float> &x, int rows, std::initializer_list<Matrix> readers) {
+    static Room<uint32_t> pairs, columns;
     const int wide = x.size() / rows, units = wide / NUMBERS<Bf16>, block = padded(units, LANES) * WIDE;
     if (rows <= FEW || std::none_of(readers.begin(), readers.end(), takes_pairs)) return {x.data(), rows};
     pairs.resize((int64_t)rows * units);
@@ -125,8 +128,8 @@ static Rows rows_of(const std::vector<float> &x, int rows, std::initializer_list
 // guess: another matrix may come first.) Matrix tiles read a block where it lies, and give its columns.
 template <class W, class Give>
 static void many(const Rows &x, const Matrix &m, int begin, int end, const Give &give) {
-    static thread_local std::vector<uint32_t> room(PANEL * WIDE);
-    static thread_local std::vector<float> held_sums, held_columns;
+    static thread_local Room<uint32_t> room(PANEL * WIDE);
+    static thread_local Room<float> held_sums, held_columns;
     const int units = m.columns / NUMBERS<W>, others = (end - begin) * (threads.at_work() - 1), high = padded(x.count, LANES);
     const uint32_t *from = NUMBERS<W> == 2 ? x.pairs : (const uint32_t *)x.x;
     for (auto part : {&held_sums, &held_columns}) part->resize((int64_t)high * WIDE);
@@ -148,18 +151,20 @@ static void many(const Rows &x, const Matrix &m, int begin, int end, const Give 
             }
         }
         if (is_tiled<W>()) lay_out(columns, high, wide, x.count, (uint32_t *)sums);
-        for (int r = 0; r < x.count; r++)
-            for (int n = 0; n < wide; n++) give(r, begin + n, sums[(int64_t)r * WIDE + n]);
+        for (int r = 0; r < x.count; r++) {
+            float *dots = sums + r * WIDE;
+            for (int n = 0; m.scales && n < wide; n++) dots[n] *= ((const float *)m.scales)[begin + n];
+            give(r, begin, dots, wide);
+        }
     }
 }
 
 template <class Give> static void multiply(const Rows &x, const Matrix &m, int begin, int end, const Give &give) {
     if (begin == end) return;
-    auto scaled = [&](int r, int n, float dot) { give(r, n, dot * ((const float *)m.scales)[n]); };
     if (x.count > FEW && takes_many(m)) {
         if (m.kind == 0) many<float>(x, m, begin, end, give);
         if (m.kind == 1) many<Bf16>(x, m, begin, end, give);
-        if (m.kind == 2) many<int8_t>(x, m, begin, end, scaled);
+        if (m.kind == 2) many<int8_t>(x, m, begin, end, give);
         return;
     }
     int r = 0;
@@ -175,7 +180,7 @@ template <class F> static void each_row(int rows, const F &f) {
     });
 }
 
-static void normalise(const std::vector<float> &x, const float *weight, int rows, int dim, float eps, std::vector<float> &out) {
+static void normalise(const Room<float> &x, const float *weight, int rows, int dim, float eps, Room<float> &out) {
     each_row(rows, [&](int r) {
         const float *from = &x[(int64_t)r * dim];
         Floats squares = all(0);
@@ -235,8 +240,8 @@ static void attend(const float *q, const Cache &cache, int layer, int key_head, 
                    int sharing, int apart, int width, float *out) {
     struct Piece { int query, count, places; int64_t begin, offset; };  // that `count` queries see from position `begin` on
     static thread_local std::vector<Piece> pieces;
-    static thread_local std::vector<float> queries, scores, sums;
-    static thread_local std::vector<uint32_t> room;
+    static thread_local Room<float> queries, scores, sums;
+    static thread_local Room<uint32_t> room;
     const int count = group.rows * sharing, wide_out = padded(width, LANES);
     const int64_t *last = positions + group.first;
     const int64_t wide = padded(*std::max_element(last, last + group.rows) + 1, LANES) + LANES;
@@ -278,8 +283,8 @@ static void attend(const float *q, const Cache &cache, int layer, int key_head, 
         along(width, [&](int e, auto part) { part.set(out + place(i) + e, load(&sums[i * wide_out + e]) / all(totals[i])); });
 }
 
-static auto into(std::vector<float> &x, const Matrix &m) {
-    return [to = x.data(), wide = m.rows](int r, int n, float dot) { to[(int64_t)r * wide + n] = dot; };
+static auto into(float *x, const Matrix &m) {
+    return [=, wide = m.rows](int r, int n, const float *dots, int count) { std::copy_n(dots, count, x + (int64_t)r * wide + n); };
 }
 
 template <class C>
@@ -296,7 +301,7 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
     auto divide = [&](int count, int columns, const auto &f) {
         rows > FEW ? threads.parts(count, f) : threads.rows(count, columns, f);
     };
-    static std::vector<float> x, h, q, out, k, v, gate, up;  // kept from step to step, of which one runs at a time
+    static Room<float> x, h, q, out, k, v, gate, up;  // kept from step to step, of which one runs at a time
     x.assign(states, states + (int64_t)rows * dim);
     h.resize(x.size());
     for (auto part : {&q, &out}) part->resize((int64_t)rows * wide);
@@ -304,13 +309,15 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
     for (auto part : {&gate, &up}) part->resize((int64_t)rows * hidden);
     for (int l = 0; l < model.n_layers; l++) {
         const Layer &layer = model.layers[l];
-        auto add = [to = x.data(), dim](int r, int n, float dot) { to[(int64_t)r * dim + n] += dot; };
+        auto add = [states = x.data(), dim](int r, int n, const float *dots, int count) {
+            for (float *to = states + (int64_t)r * dim + n, *end = to + count; to < end;) *to++ += *dots++;
+        };
         normalise(x, layer.attention_norm, rows, dim, model.eps, h);
         const Rows read = rows_of(h, rows, {layer.wq, layer.wk, layer.wv});
         divide(wide + 2 * narrow, dim, [&](int begin, int end) {
             int first = 0;
             for (auto [m, to] : {std::pair{&layer.wq, &q}, {&layer.wk, &k}, {&layer.wv, &v}}) {
-                multiply(read, *m, std::clamp(begin - first, 0, m->rows), std::clamp(end - first, 0, m->rows), into(*to, *m));
+                multiply(read, *m, std::clamp(begin - first, 0, m->rows), std::clamp(end - first, 0, m->rows), into(to->data(), *m));
                 first += m->rows;
             }
         });
@@ -336,7 +343,7 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
         const Rows normed = rows_of(h, rows, {layer.w1, layer.w3});
         divide(hidden, 2 * dim, [&](int begin, int end) {
             for (auto [m, to] : {std::pair{&layer.w1, &gate}, {&layer.w3, &up}})
-                multiply(normed, *m, begin, end, into(*to, *m));
+                multiply(normed, *m, begin, end, into(to->data(), *m));
             for (int r = 0; r < rows; r++)
                 activate(&gate[(int64_t)r * hidden + begin], &up[(int64_t)r * hidden + begin], end - begin);
         });
@@ -347,10 +354,7 @@ static void step(const Model &model, const Cache &cache, int rows, const int64_t
     memcpy(states, h.data(), h.size() * sizeof(float));
     if (!logits) return;
     const Rows last = rows_of(h, rows, {model.output});
-    divide(model.output.rows, dim, [&](int begin, int end) {
-        multiply(last, model.output, begin, end,
-                 [=, wide = model.output.rows](int r, int n, float dot) { logits[(int64_t)r * wide + n] = dot; });
-    });
+    divide(model.output.rows, dim, [&](int begin, int end) { multiply(last, model.output, begin, end, into(logits, model.output)); });
 }
 
 extern "C" int puna_block() { return BLOCK; }

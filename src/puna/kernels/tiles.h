@@ -135,27 +135,32 @@ template <int N, class F> INLINE void each(const F &f) {
     [&]<int... n>(std::integer_sequence<int, n...>) { (f(std::integral_constant<int, n>()), ...); }(std::make_integer_sequence<int, N>());
 }
 
-// Tiles 0 to 3 are sums, 4 and 5 units of rows and of columns, 6 and 7 the units of these that do not fill a tile.
+// Tiles 0 to 3 are sums, 4 units of rows, 5 of columns; 6 and 7 the same of the units that do not fill a tile, or, where
+// none are left, of columns too: a tile is loaded while what another held is multiplied.
 static void set_tiles(int rows, int left) {
     struct { uint8_t palette = 1, start = 0, unused[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } shape;
     auto set = [&](int tile, int rows, int columns) { shape.rows[tile] = rows, shape.bytes[tile] = 4 * columns; };
-    for (int sums = 0; sums < 4; sums++) set(sums, rows, TILE);
-    set(4, rows, TILE), set(5, TILE, TILE);
+    for (int tile = 0; tile < 5; tile++) set(tile, rows, TILE);
+    for (int tile = 5; tile < 8; tile++) set(tile, TILE, TILE);
     if (left) set(6, rows, left), set(7, left, TILE);
     asm volatile("ldtilecfg %0" ::"m"(shape));
 }
 
-// As `corner`, for as many rows as the tiles are set to.
-template <int N> static void tiled_corner(const Left &x, const uint32_t *w, int stride, int units, float *out, int wide, bool adds) {
+// As `corner`, for as many rows as the tiles are set to, and whether units are left.
+template <int N, bool LEFT>
+static void tiled_corner(const Left &x, const uint32_t *w, int stride, int units, float *out, int wide, bool adds) {
     each<N>([&](auto n) { adds ? load_tile<n>(out + n * TILE, 4 * wide) : clear_tile<n>(); });
     const char *ahead = x.ahead;
     int u = 0;
     for (; u + TILE <= units; u += TILE, w += TILE * stride) {
         for (int i = 0; ahead && i < TILE; i++, ahead += LINE) __builtin_prefetch(ahead, 0, 2);
         load_tile<4>(x.at + u, 4 * x.row);
-        each<N>([&](auto n) { load_tile<5>(w + n * TILE, 4 * stride), multiply_tiles<n, 4, 5>(); });
+        each<N>([&](auto n) {
+            constexpr int COLUMNS = LEFT ? 5 : 5 + n % 3;
+            load_tile<COLUMNS>(w + n * TILE, 4 * stride), multiply_tiles<n, 4, COLUMNS>();
+        });
     }
-    if (u < units) {
+    if constexpr (LEFT) {
         load_tile<6>(x.at + u, 4 * x.row);
         each<N>([&](auto n) { load_tile<7>(w + n * TILE, 4 * stride), multiply_tiles<n, 6, 7>(); });
     }
@@ -182,7 +187,10 @@ static void product(Left x, const Right &w, int units, float *out, int wide, int
         for (int r = 0; r < rows; r += TILE) {
             set_tiles(std::min(TILE, rows - r), units % TILE);
             over_columns([&](int column, auto n) {
-                tiled_corner<n>(part(r), at(column), w.stride, units, out + (int64_t)r * wide + column, wide, adds), asked();
+                float *to = out + (int64_t)r * wide + column;
+                units % TILE ? tiled_corner<n, true>(part(r), at(column), w.stride, units, to, wide, adds)
+                             : tiled_corner<n, false>(part(r), at(column), w.stride, units, to, wide, adds);
+                asked();
             });
         }
         asm volatile("tilerelease");
@@ -210,7 +218,7 @@ template <class T> struct Head {
     Head part(int begin, int count) const { return {at + begin * stride, stride, count, width}; }
 
     // The rows as columns: to multiply with other rows.
-    Right turned(std::vector<uint32_t> &room, int64_t next = 0) const {
+    Right turned(Room<uint32_t> &room, int64_t next = 0) const {
         const int units = width / NUMBERS<T>, block = padded(units, LANES) * WIDE;
         room.resize(padded(rows, WIDE) / WIDE * block);
         for (int r = 0; r < rows; r += WIDE)
@@ -218,7 +226,7 @@ template <class T> struct Head {
         return {room.data(), block, WIDE};
     }
     // The rows as they are, to be summed: neighbours in one unit.
-    Right paired(std::vector<uint32_t> &room, int64_t next = 0) const {
+    Right paired(Room<uint32_t> &room, int64_t next = 0) const {
         const int wide = padded(width, LANES);
         room.resize((rows + 1) * wide);
         for (int r = 0; r < rows; r += NUMBERS<T>)
@@ -233,7 +241,7 @@ template <class T> struct Head {
         return {room.data(), WIDE, wide};
     }
     // The same turned, a row for each place of the width.
-    Left across(std::vector<uint32_t> &paired_room, std::vector<uint32_t> &room) const {
+    Left across(Room<uint32_t> &paired_room, Room<uint32_t> &room) const {
         const Right rows_of = paired(paired_room);
         const int units = in_units<T>(rows), stride = padded(units, LANES);
         room.resize(rows_of.stride * stride);
@@ -250,7 +258,7 @@ template <class T> struct Head {
 };
 
 // Rows (count, wide) of floats as `paired` has them.
-template <class T> static Right paired(const float *rows, int count, int wide, std::vector<uint32_t> &room) {
+template <class T> static Right paired(const float *rows, int count, int wide, Room<uint32_t> &room) {
     if constexpr (NUMBERS<T> == 1) return {(const uint32_t *)rows, WIDE, wide};
     room.resize((count + 1) / 2 * wide);
     for (int r = 0; r < count; r += 2)
