@@ -77,19 +77,23 @@ static void rotate(const T *x, const float *table, T *out, int rows, int heads, 
                    const Layout &to, int64_t of_row, bool back, int threads) {
     const int each = std::max<int64_t>(1, PIECE / (heads * width));
     over(threads, (int64_t)rows * tokens, each, [=](int64_t begin, int64_t end) {
-        std::vector<float> held(width + LANES);
+        Room<float> cosines(padded(width, LANES)), sines(cosines.size());  // of a number, and of the other one of its pair
+        Ints other;
+        for (int i = 0; i < LANES; i++) other[i] = i ^ 1;
         for (int64_t n = begin; n < end; n++) {
             const int64_t row = n / tokens, token = n % tokens;
             const float *angles = table + row * of_row + token * width;
+            for (int i = 0; i < width; i++) {
+                const float sine = angles[i | 1];
+                cosines[i] = angles[i & ~1], sines[i] = (i & 1) == back ? -sine : sine;
+            }
             for (int h = 0; h < heads; h++) {
-                const T *pairs = x + row * from.row + token * from.token + h * from.head;
-                T *turned = out + row * to.row + token * to.token + h * to.head;
-                for (int i = 0; i < width; i += 2) {
-                    const float a = one(pairs[i]), b = one(pairs[i + 1]);
-                    const float cosine = angles[i], sine = back ? -angles[i + 1] : angles[i + 1];
-                    held[i] = a * cosine - b * sine, held[i + 1] = a * sine + b * cosine;
-                }
-                along(width, [&](int i, auto part) { part.set(turned + i, part.get(&held[i])); });
+                const T *from_head = x + row * from.row + token * from.token + h * from.head;
+                T *to_head = out + row * to.row + token * to.token + h * to.head;
+                along(width, [&](int i, auto part) {
+                    const Floats numbers = part.get(from_head + i), others = __builtin_shuffle(numbers, other);
+                    part.set(to_head + i, numbers * load(&cosines[i]) + others * load(&sines[i]));
+                });
             }
         }
     });

@@ -20,6 +20,8 @@ template <class F> static void over(int threads, int64_t count, int64_t each, co
     share && count > each && threads > 1 ? share(work, &all_of, threads, 0) : work(&all_of);
 }
 
+static int padded(int count, int to) { return (count + to - 1) / to * to; }
+
 // f(number of the type) for float32 or bfloat16.
 template <class F> static void of_type(bool is_bf16, const F &f) { is_bf16 ? f(Bf16()) : f(float()); }
 

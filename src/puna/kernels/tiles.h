@@ -87,7 +87,6 @@ static Floats pairs(Floats low, Floats high) {
 #endif
 }
 
-static int padded(int count, int to) { return (count + to - 1) / to * to; }
 template <class T> static int in_units(int count) { return (count + NUMBERS<T> - 1) / NUMBERS<T>; }
 
 // out (R, N LANES) = x (R, units) w (units, N LANES), or more of it.
