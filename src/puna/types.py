@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypedDict, Unpack
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,7 +70,7 @@ class Completion:
     """One sampled answer.
 
     `logprobs` holds the log-probability of each of `tokens` under the distribution it was drawn from (temperature
-    applied). `tokens` ends with EOS exactly when `finished`; `text` never holds it.
+    applied). `tokens` ends with EOS, or with what else was to end it, exactly when `finished`; `text` never holds that.
     """
 
     text: str
@@ -128,6 +128,19 @@ class Tokenizer(Protocol):
         ...
 
 
+class SamplingSettings(TypedDict, total=False):
+    """How answers are drawn, beside their temperature, and where they end: as `puna.generate.sampling.Sampling`."""
+
+    max_new_tokens: int
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    seed: int
+    stop: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+
+
 class Engine(Protocol):
     """Generates answers: in this process (puna.generate.engine) or on a vLLM server (puna.generate.vllm)."""
 
@@ -143,11 +156,8 @@ class Engine(Protocol):
         dialogs: Sequence[Dialog],
         *,
         n: int = 1,
-        max_new_tokens: int = 256,
         temperature: float | Sequence[float] = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
+        **settings: Unpack[SamplingSettings],
     ) -> list[list[Completion]]:
         """n completions for each dialog (whose last message is the user's), in order."""
         ...
@@ -157,15 +167,11 @@ class Engine(Protocol):
         prompts: Sequence[Sequence[int]],
         *,
         n: int = 1,
-        max_new_tokens: int = 256,
         temperature: float | Sequence[float] = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop_ids: Sequence[int] = (),
         first: int = 0,
+        **settings: Unpack[SamplingSettings],
     ) -> list[list[Completion]]:
-        """The same of prompts of token ids; one of `stop_ids` ends an answer as EOS does.
+        """The same of prompts of token ids.
 
         `first` is the place of the first prompt, where the list is part of a longer one: draws depend on the place.
         """

@@ -16,7 +16,7 @@ from puna.generate.sampling import Sampling
 
 FIELDS = (
     "model prompt n max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty "
-    "seed stop_token_ids ignore_eos logprobs return_token_ids"
+    "seed stop stop_token_ids ignore_eos logprobs return_token_ids"
 ).split()
 
 
@@ -58,8 +58,11 @@ class StandIn:
             body["temperature"],
             body["top_p"],
             max(body["top_k"], 0),
+            body["min_p"],
+            body["repetition_penalty"],
             seed=body["seed"],
             max_new_tokens=body["max_tokens"],
+            stop=tuple(body["stop"]),
             stop_ids=tuple(stops),
         )
         [answers] = self.engine.complete([body["prompt"]], [sampling], n=body["n"])

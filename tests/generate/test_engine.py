@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from puna.config import ConfigError, DataError
 from puna.generate import scheduler
 from puna.generate.engine import LocalEngine
 from puna.generate.kv_cache import BLOCK, BlockCache
-from puna.generate.sampling import Sampling
 from puna.model.sizes import cache_bytes
 from puna.model.transformer import Cache, Documents, Transformer
 from puna.types import Completion, Dialog
@@ -159,7 +159,7 @@ def test_an_answer_ends_with_eos_exactly_when_finished() -> None:
 def test_a_stop_id_ends_an_answer_and_is_no_text() -> None:
     prompt = [1, 5]
     made = LocalEngine(Parrot(prompt, [3 + b for b in b"one.two."]), ByteTokenizer())  # type: ignore[arg-type]
-    [[answer]] = made.generate_ids([prompt], stop_ids=[3 + ord(".")])
+    [[answer]] = made.generate_ids([prompt], stop_ids=(3 + ord("."),))
     assert (answer.text, answer.tokens[-1], answer.finished) == ("one", 3 + ord("."), True)
     [[answer]] = made.generate_ids([prompt])
     assert (answer.text, answer.tokens[-1], answer.finished) == ("one.two.", 2, True)
@@ -170,8 +170,22 @@ def test_a_stop_id_ends_an_answer_and_is_no_text() -> None:
 def test_a_stop_text_is_no_part_of_an_answer() -> None:
     prompt = [1, 5]
     made = LocalEngine(Parrot(prompt, [3 + b for b in b"one.two."]), ByteTokenizer())  # type: ignore[arg-type]
-    [[answer]] = made.complete([prompt], [Sampling(stop=("e.t",))])
+    [[answer]] = made.generate_ids([prompt], stop=("e.t",))
     assert (answer.text, len(answer.tokens), answer.finished) == ("on", 5, True)
+
+
+def test_a_min_p_of_1_is_greedy() -> None:
+    greedy = tokens(engine().generate_ids(PROMPTS, max_new_tokens=20, temperature=0))
+    assert tokens(engine().generate_ids(PROMPTS, max_new_tokens=20, min_p=1.0)) == greedy
+    assert tokens(engine().generate_ids(PROMPTS, max_new_tokens=20, min_p=0.1)) != greedy
+
+
+def test_a_repetition_penalty_changes_an_answer_where_it_would_repeat_a_token() -> None:
+    [[plain]] = engine().generate_ids([[1, 5]], max_new_tokens=30, temperature=0)
+    [[varied]] = engine().generate_ids([[1, 5]], max_new_tokens=30, temperature=0, repetition_penalty=100.0)
+    first = next(i for i, token in enumerate(plain.tokens) if token in (1, 5, *plain.tokens[:i]))
+    assert varied.tokens[:first] == plain.tokens[:first] and varied.tokens[first] != plain.tokens[first]
+    assert len(set(varied.tokens)) == len(varied.tokens) == 30
 
 
 def test_the_context_is_the_limit() -> None:
@@ -210,11 +224,14 @@ def test_generate_reads_dialogs() -> None:
         ({"temperature": [1.0, 1.0]}, "2 temperatures for 1 prompts"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_k": -1}, "top_k"),
+        ({"min_p": 1.1}, "min_p is 1.1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0"),
+        ({"stop": ("",)}, "stop holds an empty text"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings: dict[str, float], named: str) -> None:
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        engine().generate_ids(PROMPTS[:1], **settings)  # type: ignore[arg-type]
+        engine().generate_ids(PROMPTS[:1], **settings)
     with pytest.raises(ConfigError, match="prompt 1 has 0 tokens"):
         engine().generate_ids([[1], []])
 

@@ -54,7 +54,10 @@ def test_greedy_answers_are_the_local_engines(url: str, known: StandIn) -> None:
     assert engine.generate([]) == []
 
 
-@pytest.mark.parametrize("cut", [{}, {"top_p": 0.8}, {"top_k": 5}, {"stop_ids": (301, 320)}])
+@pytest.mark.parametrize("cut", [
+    {}, {"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.9}, {"repetition_penalty": 2.0}, {"stop_ids": (301, 320)},
+    {"stop": ("er", "g")}, {"stop": ("er", "g"), "stop_ids": (301, 320)},
+])  # fmt: skip
 def test_draws_are_the_local_engines_by_the_requests_seed(url: str, known: StandIn, cut: dict[str, Any]) -> None:
     heat = [0.7 + 0.1 * i for i in range(len(PROMPTS))]
     settings = {"n": 3, "max_new_tokens": 20, **cut}

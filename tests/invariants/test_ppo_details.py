@@ -7,7 +7,6 @@ in test_processes.py.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from puna import losses, optim
 from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
+from puna.generate.sampling import Sampling
 from puna.stages import ppo
 from puna.stages.ppo import Models, PPOConfig
 from puna.types import Completion, Rollout
@@ -261,18 +261,16 @@ def test_q_the_sampler_draws_from_what_is_scored(
 ) -> None:
     names = {field.name for field in dataclasses.fields(PPOConfig)}
     assert not names & {"top_p", "top_k"}, "a cut distribution is not the one that is scored"
-    asked, real = [], LocalEngine.generate_ids
+    asked, real = [], LocalEngine.complete
 
-    def spy(self: LocalEngine, *arguments: Any, **named: Any) -> Any:
-        bound = inspect.signature(real).bind(self, *arguments, **named)
-        bound.apply_defaults()
-        asked.append(bound.arguments)
-        return real(self, *arguments, **named)
+    def spy(self: LocalEngine, prompts: Any, samplings: list[Sampling], **named: Any) -> Any:
+        asked.extend(samplings)
+        return real(self, prompts, samplings, **named)
 
-    monkeypatch.setattr(LocalEngine, "generate_ids", spy)
+    monkeypatch.setattr(LocalEngine, "complete", spy)
     rolled_out(replace(cfg, temperature=0.7), models)
-    (call,) = asked
-    assert (call["top_p"], call["top_k"], call["temperature"], call["stop_ids"]) == (1.0, 0, 0.7, ())
+    whole = Sampling(temperature=0.7)
+    assert asked and all(replace(each, seed=0, max_new_tokens=256) == whole for each in asked)
 
 
 def test_r_rewards_sum_to_the_score_less_kl(cfg: PPOConfig, models: Models) -> None:

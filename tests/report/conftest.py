@@ -97,6 +97,7 @@ def reward_model(run: Path, name: str, level: float) -> None:
         "unsafe_recall": 0.85 if name.endswith("safety") else 0.5,
         "mean_score_chosen": 0.6,
         "mean_score_rejected": 0.4,
+        "scores": {"chosen": list(range(20)), "rejected": list(range(20, 0, -1))},
     }
     write(run / name / "evaluation.json", content)
 

@@ -62,7 +62,7 @@ def test_a_finished_run(reported: Path) -> None:
     page, text = Page(path), path.read_text(encoding="utf-8")
     assert [name for name in page.ids if name in SECTIONS] == SECTIONS
     assert "Not there yet" not in text and "Nothing of this" not in text
-    assert page.tags.count("svg") == 6 + 5 + 3 + 5 + 3 + 2 + 3 + 1
+    assert page.tags.count("svg") == 6 + 5 + (3 + 2) + 5 + 2 + 3 + 2 + 3 + 1
     assert page.tags.count("details") == 8
     assert json.loads((reported / "report/summary.json").read_text())["name"] == "laptop"
 
@@ -156,7 +156,7 @@ def test_a_run_on_files_has_no_judges_sections(on_files: Path) -> None:
     path = run(ReportConfig(on_files))
     page = Page(path)
     assert [name for name in page.ids if name in SECTIONS] == "recipe losses reward sampling ppo time ledger".split()
-    assert page.tags.count("svg") == 3 + 3 + 1 + 3 + 1
+    assert page.tags.count("svg") == 3 + (3 + 2) + 1 + 3 + 1
 
 
 def test_the_headline_is_careful(finished: Path) -> None:
@@ -183,6 +183,15 @@ def test_long_loss_curves_are_thinned_to_their_means() -> None:
     assert steps == means
     assert steps[:2] == [2.0, 7.0]  # means of 0 to 4 and 5 to 9
     assert figures._thinned([(0, 1.0), (1, 3.0)]) == ([0.0, 1.0], [1.0, 3.0])
+
+
+def test_what_the_gate_did_is_drawn_over_all_versions(finished: Path) -> None:
+    told = summary.build(finished)
+    first, *_ = told["context_distillation"]
+    first["gate"] = [first["gate"][0] | {"prompts": 0, "kept": 1.0}, *first["gate"][1:]]
+    titles = [panel.title for panel in figures.context_distillation(told)]
+    assert titles == ["Scores under the preprompt", "Kept by the gate"]
+    assert figures.context_distillation(told | {"context_distillation": []}) == []
 
 
 def test_no_run_no_report(tmp_path: Path) -> None:

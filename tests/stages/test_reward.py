@@ -219,6 +219,7 @@ def test_evaluation() -> None:
     }
     assert evaluation["unsafe_recall"] == 0.5  # unsafe are 0.6, 0.1, 0.7 and 0.2; two of them below 0.5
     assert evaluation["mean_score_chosen"] == pytest.approx(0.65)
+    assert [n for n in evaluation["scores"]["rejected"] if n] == [1, 1, 2]  # at 0.1, 0.2 and 0.7
 
 
 def test_safety_comparisons_that_prefer_harm_are_not_trained_on(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from puna.config import ConfigError
-from puna.stages import collect, context_distillation, ghost_attention, pretrain, rejection_sampling, reward
+from puna.stages import collect, context_distillation, ghost_attention, pretrain, rejection_sampling, reward, sample
 from puna.valley import write
 
 
@@ -27,6 +27,10 @@ from puna.valley import write
         (ghost_attention.GhostAttentionConfig, {"short_share": 7.0}, "short_share is 7.0"),
         (reward.RewardConfig, {"limit": -5}, "limit is -5"),
         (pretrain.PretrainConfig, {"steps": -3}, "steps is -3"),
+        (sample.SampleConfig, {"top_p": 0.0}, "top_p is 0.0"),
+        (sample.SampleConfig, {"min_p": 1.1}, "min_p is 1.1: it must be from 0 to 1"),
+        (sample.SampleConfig, {"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+        (sample.SampleConfig, {"stop": ("###", "")}, "stop holds an empty text"),
         (write.ValleyConfig, {"corpus_megabytes": -1.0}, "corpus_megabytes is -1.0"),
     ],
 )

@@ -145,7 +145,7 @@ def draw(
         "top_p": cfg.top_p,
         "seed": seed,
     }
-    newline = engine.tokenizer.encode("x\n")[-1:] if cfg.plain else []
+    newline = tuple(engine.tokenizer.encode("x\n")[-1:]) if cfg.plain else ()
     prompts = [prompt_ids(cfg, engine, dialog) for dialog in dialogs]
 
     def answer(first: int, part: Sequence[list[int]]) -> list[list[Completion]]:

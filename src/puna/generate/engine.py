@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from puna.model.transformer import Transformer
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
-from puna.types import Completion, Dialog, Engine
+from puna.types import Completion, Dialog, Engine, SamplingSettings
 
 BULK_BATCH_SIZE = 128
 """Measured on two cores with a 3-million-parameter model: 64 is a fifth slower, 256 no faster."""
@@ -87,20 +87,15 @@ class LocalEngine:
         dialogs: Sequence[Dialog],
         *,
         n: int = 1,
-        max_new_tokens: int = 256,
         temperature: float | Sequence[float] = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
+        **settings: Unpack[SamplingSettings],
     ) -> list[list[Completion]]:
         """n answers for each dialog, in order; `temperature` may be one value a dialog. Text has no outer spaces.
 
         Raises DataError for a dialog the chat format refuses, ConfigError as `generate_ids`.
         """
         prompts = [chat.encode_prompt(dialog, self.tokenizer) for dialog in dialogs]
-        answers = self.generate_ids(
-            prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-        )
+        answers = self.generate_ids(prompts, n=n, temperature=temperature, **settings)
         return [[Completion(a.text.strip(), a.tokens, a.logprobs, a.finished) for a in row] for row in answers]
 
     def generate_ids(
@@ -108,22 +103,16 @@ class LocalEngine:
         prompts: Sequence[Sequence[int]],
         *,
         n: int = 1,
-        max_new_tokens: int = 256,
         temperature: float | Sequence[float] = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop_ids: Sequence[int] = (),
         first: int = 0,
+        **settings: Unpack[SamplingSettings],
     ) -> list[list[Completion]]:
-        """n continuations of each prompt of token ids, in order, up to EOS, one of `stop_ids`, or the room there is.
+        """n continuations of each prompt of token ids, in order, up to EOS, a stop id or text, or the room there is.
 
         `first` is the place of the first prompt, where the list is part of a longer one.
         Raises ConfigError where a prompt leaves no room in the model's context, or a setting is out of range.
         """
-        settings = {"top_p": top_p, "top_k": top_k, "seed": seed, "max_new_tokens": max_new_tokens}
-        samplings = one_each(temperature, len(prompts), stop_ids=tuple(stop_ids), **settings)
-        return self.complete(prompts, samplings, n=n, first=first)
+        return self.complete(prompts, one_each(temperature, len(prompts), **settings), n=n, first=first)
 
     @torch.inference_mode()
     def complete(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from puna import kernels
 from puna.config import ConfigError
 from puna.generate import kernel
+from puna.types import SamplingSettings
 
 COLDEST, HOTTEST, STRONGEST = 1e-3, 1e3, 1e3
 """Within these no logit overflows; a bias of -1000 rules a token out."""
@@ -86,7 +87,7 @@ class Sampling:
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0 or self.min_p > 0)
 
 
-def one_each(temperature: float | Sequence[float], count: int, **settings: Any) -> list[Sampling]:
+def one_each(temperature: float | Sequence[float], count: int, **settings: Unpack[SamplingSettings]) -> list[Sampling]:
     """The settings of `count` prompts, alike but for a temperature of each where a list is given.
 
     Raises ConfigError where the list has another length, or as Sampling.

@@ -8,7 +8,8 @@
    to anybody: the server's address must be one that only the run's machines reach.
 
 Log-probabilities are those of the server's mode: "processed" ones have the temperature applied, as `Completion` wants
-them, and are renormalised where top-p or top-k cuts, as ours are not; vLLM's default has no temperature.
+them, and are renormalised where a cut is made, as ours are not; vLLM's default has no temperature. Of the cuts vLLM
+makes min-p's first.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -31,11 +32,11 @@ from puna import parallel
 from puna.config import ConfigError
 from puna.formats import huggingface
 from puna.generate.sampling import Sampling, one_each
-from puna.generate.sequence import room
+from puna.generate.sequence import TextStream, room
 from puna.model.transformer import Transformer
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
-from puna.types import Completion, Dialog
+from puna.types import Completion, Dialog, SamplingSettings
 
 AT_ONCE = 256
 """Prompts under way; vLLM's own batch is as large by default."""
@@ -74,17 +75,12 @@ class VLLMEngine:
         dialogs: Sequence[Dialog],
         *,
         n: int = 1,
-        max_new_tokens: int = 256,
         temperature: float | Sequence[float] = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
+        **settings: Unpack[SamplingSettings],
     ) -> list[list[Completion]]:
         """As `LocalEngine.generate`."""
         prompts = [chat.encode_prompt(dialog, self.tokenizer) for dialog in dialogs]
-        answers = self.generate_ids(
-            prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-        )
+        answers = self.generate_ids(prompts, n=n, temperature=temperature, **settings)
         return [[Completion(a.text.strip(), a.tokens, a.logprobs, a.finished) for a in row] for row in answers]
 
     def generate_ids(
@@ -92,17 +88,12 @@ class VLLMEngine:
         prompts: Sequence[Sequence[int]],
         *,
         n: int = 1,
-        max_new_tokens: int = 256,
         temperature: float | Sequence[float] = 1.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop_ids: Sequence[int] = (),
         first: int = 0,
+        **settings: Unpack[SamplingSettings],
     ) -> list[list[Completion]]:
         """As `LocalEngine.generate_ids`; ConfigError also where the server refuses, OSError where it fails."""
-        settings = {"top_p": top_p, "top_k": top_k, "seed": seed, "max_new_tokens": max_new_tokens}
-        samplings = one_each(temperature, len(prompts), stop_ids=tuple(stop_ids), **settings)
+        samplings = one_each(temperature, len(prompts), **settings)
         if n < 1:
             raise ConfigError(f"n is {n}: it must be at least 1")
         bodies = [
@@ -142,11 +133,12 @@ class VLLMEngine:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k or -1,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
             "seed": request_seed(sampling.seed, place),
+            "stop": list(sampling.stop),
             "stop_token_ids": [self.tokenizer.eos_id, *sampling.stop_ids],
             "ignore_eos": True,  # EOS is ours, whatever the server's model calls so
             "logprobs": 1,
@@ -156,15 +148,16 @@ class VLLMEngine:
     def _complete(self, body: dict[str, Any]) -> list[Completion]:
         """A request's answers, in order."""
         choices = sorted(self._ask("/v1/completions", body)["choices"], key=lambda choice: int(choice["index"]))
-        return [self._completion(choice) for choice in choices]
+        return [self._completion(choice, body) for choice in choices]
 
-    def _completion(self, choice: dict[str, Any]) -> Completion:
+    def _completion(self, choice: dict[str, Any], body: dict[str, Any]) -> Completion:
         if choice.get("token_ids") is None:
             raise ConfigError(f"{self.url} gives no token ids: a vLLM that knows return_token_ids is needed")
         if choice["finish_reason"] not in ("stop", "length"):
             raise OSError(f"{self.url} cut an answer off: {choice['finish_reason']}")
         tokens, finished = list(choice["token_ids"]), choice["finish_reason"] == "stop"
-        text = self.tokenizer.decode(tokens[:-1] if finished else tokens)
+        said = tokens[:-1] if finished and tokens[-1] in body["stop_token_ids"] else tokens
+        text = TextStream(self.tokenizer.decode, body["stop"]).push(said, last=True)
         return Completion(text, tokens, list(choice["logprobs"]["token_logprobs"]), finished)
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

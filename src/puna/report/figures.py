@@ -231,6 +231,22 @@ def reward_models(summary: Summary) -> list[Panel]:
     return panels
 
 
+def scores(summary: Summary) -> list[Panel]:
+    """Figure 27: where a domain's last model scores the chosen and the rejected answers of held-out pairs."""
+    panels: list[Panel] = []
+    for domain, model in summary["reward_models"].items():
+        counts = (model or {}).get("scores")
+        if not counts or not sum(counts["chosen"]):
+            continue
+        with _axes(panels, f"{domain.capitalize()} model: scores", "score, 0 to 1", "% of held-out answers") as axes:
+            for answers, color in (("chosen", BLUE), ("rejected", ORANGE)):
+                found, bins = counts[answers], len(counts[answers])
+                edges = [i / bins for i in range(bins + 1)]
+                axes.stairs([100 * n / sum(found) for n in found], edges, color=color, linewidth=1.6, label=answers)
+            _legend_above(axes, 2)
+    return panels
+
+
 def _percent(value: float | None) -> float:
     return float("nan") if value is None else 100 * value
 
@@ -254,6 +270,35 @@ def rejection_sampling(summary: Summary) -> list[Panel]:
             axes.set_xticks(ticks, [str(k) for k in ticks])
             axes.minorticks_off()
             _legend_above(axes, 3)
+    return panels
+
+
+def context_distillation(summary: Summary) -> list[Panel]:
+    """Figure 16, all versions together: what the preprompt does to a score, and what the gate keeps, by plain score."""
+    panels: list[Panel] = []
+    fifths: dict[float, list[dict[str, Any]]] = {}
+    for told in summary["context_distillation"]:
+        for fifth in told["gate"]:
+            fifths.setdefault(fifth["from"], []).append(fifth)
+    if not fifths:
+        return panels
+
+    def means(measure: str) -> list[float]:
+        return [
+            sum(part[measure] * part["prompts"] for part in fifths[begin]) / sum(p["prompts"] for p in fifths[begin])
+            for begin in sorted(fifths)
+        ]
+
+    before = means("score_before")
+    with _axes(panels, "Scores under the preprompt", "score of the plain answer", "mean score") as axes:
+        axes.plot(before, means("score_after"), "o-", color=BLUE, label="under the preprompt")
+        axes.plot(before, before, ":", color=MUTED, label="plain")
+        axes.set_xlim(-0.03, 1.03)
+        _legend_above(axes, 2)
+    with _axes(panels, "Kept by the gate", "score of the plain answer", "% of answers") as axes:
+        axes.plot(before, [100 * kept for kept in means("kept")], "o-", color=BLUE)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_ylim(-3, 103)
     return panels
 
 

@@ -293,14 +293,17 @@ def _losses(summary: Summary, curves: Losses) -> Section:
 def _reward_models(summary: Summary) -> Section:
     text = (
         "Share of held-out pairs in which the chosen answer scores higher, by how much better the annotator found it. "
-        "The paper's numbers are on its own data, with larger models: a shape to compare with, not a mark to reach."
+        "The paper's numbers are on its own data, with larger models: a shape to compare with, not a mark to reach. "
+        "Below, how the last models' scores of chosen and rejected answers lie (Figure 27)."
     )
     models = summary["reward_models"]
     have = [f"{m['version']}/reward_{domain}" for domain, model in models.items() if model for m in model["by_version"]]
     by_grade = [tables.reward_grades(summary, domain) for domain in models]
     found = [table for table in (*by_grade, tables.reward_safety(summary)) if table]
     missing = _missing(summary, have, "reward_helpfulness", "reward_safety")
-    return Section("reward", "Reward models", text, figures.reward_models(summary), found, missing)
+    return Section(
+        "reward", "Reward models", text, [*figures.reward_models(summary), *figures.scores(summary)], found, missing
+    )
 
 
 def _rejection_sampling(summary: Summary) -> Section:
@@ -323,7 +326,8 @@ def _context_distillation(summary: Summary) -> Section:
     table = tables.context_distillation(summary)
     have = [f"{told['version']}/context_distillation" for told in summary["context_distillation"]]
     missing = _missing(summary, have, "context_distillation")
-    return Section("distillation", "Context distillation", text, tables=[table] if table else [], missing=missing)
+    panels = figures.context_distillation(summary)
+    return Section("distillation", "Context distillation", text, panels, [table] if table else [], missing)
 
 
 def _ppo(summary: Summary) -> Section:

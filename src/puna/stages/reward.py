@@ -41,6 +41,9 @@ from puna.text import chat
 from puna.text.tokenizer import Tokenizer
 from puna.types import Preference
 
+SCORE_BINS = 20
+"""Equal parts of 0 to 1 in which held-out scores are counted."""
+
 
 @dataclass(frozen=True)
 class RewardConfig:
@@ -279,7 +282,7 @@ def reference_scores(cfg: RewardConfig, model: RewardModel, tokenizer: Tokenizer
 def evaluate(test: Sequence[Preference], chosen: Tensor, rejected: Tensor) -> dict[str, Any]:
     """4: accuracy on held-out comparisons, in all and by grade and safety bucket, and recall of unsafe answers.
 
-    chosen, rejected (N,): raw scores.
+    chosen, rejected (N,): raw scores. `scores` counts both in equal parts of 0 to 1 (Figure 27).
     """
     right = (chosen > rejected).tolist()
     groups: dict[str, dict[str, list[bool]]] = {"grade": defaultdict(list), "safety_label": defaultdict(list)}
@@ -298,6 +301,10 @@ def evaluate(test: Sequence[Preference], chosen: Tensor, rejected: Tensor) -> di
         "unsafe_recall": _mean(unsafe),
         "mean_score_chosen": float(chosen.sigmoid().mean()) if test else None,
         "mean_score_rejected": float(rejected.sigmoid().mean()) if test else None,
+        "scores": {
+            name: scores.float().cpu().sigmoid().histc(SCORE_BINS, 0, 1).int().tolist()
+            for name, scores in (("chosen", chosen), ("rejected", rejected))
+        },
     }
 
 

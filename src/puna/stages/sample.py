@@ -20,10 +20,11 @@ from puna.data.map_shards import Records, Workers, map_shards, n_cores
 from puna.data.prompts import Prompt, fitting, read_prompts
 from puna.formats import huggingface
 from puna.generate.engine import open_engine
+from puna.generate.sampling import Sampling
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
-from puna.types import Engine, Message
+from puna.types import Engine, Message, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class SampleConfig:
     """draw from the smallest set of tokens that holds this much probability; 1 draws from all."""
     top_k: int = 0
     """draw from so many of the likeliest tokens; 0 draws from all."""
+    min_p: float = 0.0
+    """leave out tokens less likely than this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """divides the positive logits of tokens that the prompt or the answer has, multiplies the negative ones."""
+    stop: tuple[str, ...] = ()
+    """texts that end an answer; they are no part of it."""
     max_new_tokens: int = 256
     shard_size: int = 256
     """prompts a resumable piece of work."""
@@ -64,8 +71,21 @@ class SampleConfig:
     def __post_init__(self) -> None:
         positive(self, "n", "max_new_tokens", "shard_size")
         within(self, 0, math.inf, "workers", "threads", "gpus")
+        Sampling(self.temperature, **self.settings())  # refuses what is out of range
         if self.vllm and (self.workers or self.cluster != "local"):
             raise ConfigError("a vLLM server shares the prompts out by itself: leave workers and cluster away")
+
+    def settings(self, shard: int = 0) -> SamplingSettings:
+        """How a shard's answers are drawn, each shard's with a seed of its own."""
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "stop": self.stop,
+            "seed": self.seed + shard,
+        }
 
 
 def run(cfg: SampleConfig) -> Path:
@@ -113,10 +133,7 @@ def answer_shard(cfg: SampleConfig, number: int, shard: Sequence[Prompt]) -> Rec
         [prompt["messages"] for prompt in shard],
         n=cfg.n,
         temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        top_k=cfg.top_k,
-        max_new_tokens=cfg.max_new_tokens,
-        seed=cfg.seed + number,
+        **cfg.settings(number),
     )
     return [
         {
