@@ -27,9 +27,9 @@ from tests import helpers
 pytestmark = pytest.mark.distributed
 CPU = torch.device("cpu")
 STAGES: dict[str, Any] = {"pretrain": pretrain, "sft": sft, "reward": reward, "ppo": ppo, "dpo": dpo, "grpo": grpo}
-LAYOUTS = {"two": 1, "tensor": 2, "two_by_two": 2}
-"""The ranks of a tensor group: of two processes, of two, and of four."""
-RUNS = {"one": 1, "four": 1, "four_as_two_by_two": 2} | LAYOUTS
+LAYOUTS = {"two": 1, "tensor": 2, "four": 1, "two_by_two": 2}
+"""The ranks of a tensor group: twice of two processes, twice of four."""
+RUNS = {"one": 1, "four_as_two_by_two": 2} | LAYOUTS
 
 
 def configs(folder: Path, out: str) -> dict[str, Any]:
@@ -147,9 +147,9 @@ def two(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
 
 
 def four(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
-    """Two by two; and pretraining over four, resumed as two by two."""
+    """Two by two, and four side by side, whose pretraining is resumed as two by two."""
     run(runs["two_by_two"])
-    pretrain.run(runs["four"]["pretrain"])
+    run(runs["four"])
     if parallel.is_main():
         killed(folder / "four", folder / "four_as_two_by_two")
     parallel.barrier()
