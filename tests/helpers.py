@@ -272,9 +272,16 @@ def grpo_config(folder: Path, **changes: Any) -> GRPOConfig:
     return GRPOConfig(**(models | {"out": folder / "grpo", "prompts": (data,)} | shape | intervals | changes))
 
 
+BUILDS = ["native", "-mno-amx-bf16", "-mno-avx512f"]
+"""The compiled calls as this processor has them, as one without matrix tiles would, and as one without AVX512."""
+
+
 @contextlib.contextmanager
-def compiled_in(cache: Path, *flags: str) -> Iterator[None]:
-    """The compiled calls made anew in a cache folder, with more flags; skips where this machine cannot."""
+def compiled_in(cache: Path, build: str = "native") -> Iterator[None]:
+    """The compiled calls made anew in a cache folder, as one of BUILDS; skips where this machine cannot."""
+    if "amx" in build and "amx_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this processor has no matrix tiles: native is without them")
+    flags = () if build == "native" else (build,)
     with contextlib.ExitStack() as stack:
         stack.callback(kernels.library.cache_clear)  # last, when all is as it was
         patch = stack.enter_context(pytest.MonkeyPatch.context())

@@ -44,10 +44,10 @@ class Paged:
         return Pages(self.keys.unbind(), self.values.unbind(), self.table)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The compiled step, made anew; skips where this machine cannot."""
-    with helpers.compiled_in(tmp_path_factory.mktemp("cache")):
+@pytest.fixture(scope="module", params=helpers.BUILDS[:2])
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The compiled step, made anew; skips where this machine cannot. Without AVX512 torch would pack int4 otherwise."""
+    with helpers.compiled_in(tmp_path_factory.mktemp("cache"), request.param):
         yield
 
 
@@ -349,9 +349,10 @@ def test_processes_may_compile_at_once(stub: Path) -> None:
     file.unlink()
     program = (
         "import pathlib, sys\nfrom puna import kernels\n"
-        "kernels.SOURCES = (pathlib.Path(sys.argv[1]),)\nassert kernels.library() is not None"
+        "kernels.SOURCES, kernels.FLAGS = (pathlib.Path(sys.argv[1]),), tuple(sys.argv[2:])\n"
+        "assert kernels.library() is not None"
     )
-    command = [sys.executable, "-c", program, str(kernels.SOURCES[0])]
+    command = [sys.executable, "-c", program, str(kernels.SOURCES[0]), *kernels.FLAGS]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
     for process in processes:
         assert process.communicate()[1] == b""

@@ -31,7 +31,7 @@ static void give_turned(const Room<float> &sums, int wide, T *x, const Layout &l
     for (int begin = 0; begin < count; begin += LANES)
         along(width, [&](int e, auto part) {
             Ints held[LANES];
-            turned(&sums[e * wide + begin], wide, LANES, LANES, 0, held);
+            turned_square(&sums[e * wide + begin], wide, LANES, LANES, 0, held);
             T *to = x + row * layout.row + head * layout.head + begin * layout.token + e;
             for (int i = 0; i < std::min(LANES, count - begin); i++, to += layout.token) part.set(to, (Floats)held[i]);
         });

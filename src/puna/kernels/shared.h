@@ -75,6 +75,8 @@ constexpr int LINE = 64;  // bytes that a cache keeps together
 // Numbers from the beginning of such a line on: a vector or a tile's row that stands in two is read twice.
 template <class T> struct Lined {
     using value_type = T;
+    Lined() = default;
+    template <class U> Lined(const Lined<U> &) {}
     T *allocate(size_t count) { return (T *)::operator new(count * sizeof(T), std::align_val_t(LINE)); }
     void deallocate(T *p, size_t) { ::operator delete(p, std::align_val_t(LINE)); }
     bool operator==(const Lined &) const = default;

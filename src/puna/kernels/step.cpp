@@ -128,11 +128,12 @@ static Rows rows_of(const Room<float> &x, int rows, std::initializer_list<Matrix
 // guess: another matrix may come first.) Matrix tiles read a block where it lies, and give its columns.
 template <class W, class Give>
 static void many(const Rows &x, const Matrix &m, int begin, int end, const Give &give) {
-    static thread_local Room<uint32_t> room(PANEL * WIDE);
+    static thread_local Room<uint32_t> room;
     static thread_local Room<float> held_sums, held_columns;
     const int units = m.columns / NUMBERS<W>, others = (end - begin) * (threads.at_work() - 1), high = padded(x.count, LANES);
     const uint32_t *from = NUMBERS<W> == 2 ? x.pairs : (const uint32_t *)x.x;
-    for (auto part : {&held_sums, &held_columns}) part->resize((int64_t)high * WIDE);
+    held_sums.resize((int64_t)high * WIDE);
+    is_tiled<W>() ? held_columns.resize((int64_t)high * WIDE) : room.resize(PANEL * WIDE);
     uint32_t *laid = room.data();
     float *sums = held_sums.data(), *columns = held_columns.data();
     auto row = [&](int n) { return (const W *)m.data + (int64_t)n * m.columns; };

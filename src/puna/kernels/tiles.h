@@ -48,7 +48,7 @@ template <int S> INLINE void swap_across(Ints (&v)[LANES]) {
 
 // `count` units of `rows` rows, LANES of either at most, turned; rows that lack are the last one again. What lies `next`
 // bytes further is asked for on the way; 0 asks for nothing.
-template <class W> INLINE void turned(const W *w, int64_t stride, int rows, int count, int64_t next, Ints (&held)[LANES]) {
+template <class W> INLINE void turned_square(const W *w, int64_t stride, int rows, int count, int64_t next, Ints (&held)[LANES]) {
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) {
         const W *at = w + std::min(i, rows - 1) * stride;
@@ -64,7 +64,7 @@ template <class W> static void lay_out(const W *w, int64_t stride, int rows, int
     for (int first = 0; first < rows; first += LANES)
         for (int u = 0; u < units; u += LANES) {
             Ints held[LANES];
-            turned(w + first * stride + u * NUMBERS<W>, stride, rows - first, units - u, next, held);
+            turned_square(w + first * stride + u * NUMBERS<W>, stride, rows - first, units - u, next, held);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) store((float *)out + (u + i) * WIDE + first, (Floats)held[i]);
         }
@@ -119,6 +119,7 @@ template <class T> static bool is_tiled() {
 
 #ifdef __AMX_BF16__
 constexpr int TILE = 16;  // rows, columns and units of a tile
+static_assert(NUMBERS<Bf16> == 1 || TILE == LANES);
 
 template <int T> INLINE void load_tile(const void *from, int64_t stride) {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride), "i"(T) : "memory");
@@ -241,14 +242,14 @@ template <class T> struct Head {
     }
     // The same turned, a row for each place of the width.
     Left across(Room<uint32_t> &paired_room, Room<uint32_t> &room) const {
-        const Right rows_of = paired(paired_room);
+        const Right by_pair = paired(paired_room);
         const int units = in_units<T>(rows), stride = padded(units, LANES);
-        room.resize(rows_of.stride * stride);
-        for (int e = 0; e < rows_of.stride; e += LANES)
+        room.resize(by_pair.stride * stride);
+        for (int e = 0; e < by_pair.stride; e += LANES)
             for (int u = 0; u < units; u += LANES) {
                 Ints held[LANES];
-                const float *from = (const float *)rows_of.at + u * rows_of.stride + e;
-                ::turned(from, rows_of.stride, units - u, LANES, 0, held);
+                const float *from = (const float *)by_pair.at + u * by_pair.stride + e;
+                turned_square(from, by_pair.stride, units - u, LANES, 0, held);
 #pragma GCC unroll 16
                 for (int i = 0; i < LANES; i++) store((float *)room.data() + (e + i) * stride + u, (Floats)held[i]);
             }

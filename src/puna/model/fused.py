@@ -138,6 +138,7 @@ class _Attention(torch.autograd.Function):
         _require(alike and not q.shape[1] % k.shape[1], "queries, keys and values do not fit")
         _require(mask is not None or q.shape[2] == k.shape[2], "without a mask, every query has its key")
         _require(mask is None or mask.dtype == torch.bool, "a mask is of booleans")
+        _require(q.dtype == torch.float32 or not q.shape[3] % 2, "bfloat16 goes in pairs")
         q, k, v = (_dense(x) for x in (q, k, v))
         if mask is not None:
             rows = len(q) if mask.ndim == 4 and len(mask) > 1 else 1
