@@ -16,11 +16,11 @@ from torch import Tensor
 
 from puna.evals import intervals
 from puna.evals.intervals import Interval
+from puna.generate import scoring
 from puna.types import Preference
 
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5)
 """Of the safety score; the paper chose 0.15 for a precision of 0.89 and a recall of 0.55 (3.2.3)."""
-SCORE_BINS = 20
 CONFIDENCE_BINS = 10
 
 Measures = dict[str, Any]
@@ -103,9 +103,8 @@ def ratings(test: Sequence[Preference], scores: Tensor) -> dict[str, Interval]:
 
 
 def distribution(scores: Tensor) -> Measures:
-    """Figure 27: how many chosen and rejected answers score sigmoid(r) in each of 20 equal parts of 0 to 1."""
-    places = (scores.sigmoid() * SCORE_BINS).long().clamp(max=SCORE_BINS - 1)
-    chosen, rejected = (places[:, answer].bincount(minlength=SCORE_BINS).tolist() for answer in (0, 1))
+    """Figure 27: `scoring.distribution` of the chosen and of the rejected answers."""
+    chosen, rejected = (scoring.distribution(answers) for answers in scores.T)
     return {"chosen": chosen, "rejected": rejected}
 
 

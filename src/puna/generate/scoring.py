@@ -20,6 +20,8 @@ from puna.text import chat
 from puna.text.tokenizer import Tokenizer
 from puna.types import Dialog, Engine
 
+SCORE_BINS = 20
+
 
 class Scale(NamedTuple):
     """Mean and deviation of a reward model's raw scores over n reference answers; stored with it as "scale"."""
@@ -33,6 +35,12 @@ def scale_of(raw: Tensor) -> Scale | None:
     """The scale of raw scores (N,), with the deviation of the whole set; None where they do not differ."""
     deviation = float(raw.std(correction=0)) if len(raw) else 0.0
     return Scale(float(raw.mean()), deviation, len(raw)) if deviation > 0 else None
+
+
+def distribution(raw: Tensor) -> list[int]:
+    """Figure 27: how many raw scores (N,) have a sigmoid in each of 20 equal parts of 0 to 1."""
+    places = (raw.sigmoid() * SCORE_BINS).long().clamp(max=SCORE_BINS - 1)
+    return places.bincount(minlength=SCORE_BINS).tolist()
 
 
 class Scorer:

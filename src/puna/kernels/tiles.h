@@ -59,14 +59,15 @@ template <class W> INLINE void turned_square(const W *w, int64_t stride, int row
     if constexpr (LANES == 16) swap_across<8>(held);
 }
 
-// Units of up to WIDE rows as columns: out (units, WIDE), of which whole LANES are written.
-template <class W> static void lay_out(const W *w, int64_t stride, int rows, int units, uint32_t *out, int64_t next = 0) {
+// Units of rows as columns: out (units, wide), of which whole LANES are written.
+template <class W>
+static void lay_out(const W *w, int64_t stride, int rows, int units, uint32_t *out, int wide = WIDE, int64_t next = 0) {
     for (int first = 0; first < rows; first += LANES)
         for (int u = 0; u < units; u += LANES) {
             Ints held[LANES];
             turned_square(w + first * stride + u * NUMBERS<W>, stride, rows - first, units - u, next, held);
 #pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) store((float *)out + (u + i) * WIDE + first, (Floats)held[i]);
+            for (int i = 0; i < LANES; i++) store((float *)out + (u + i) * wide + first, (Floats)held[i]);
         }
 }
 
@@ -222,7 +223,7 @@ template <class T> struct Head {
         const int units = width / NUMBERS<T>, block = padded(units, LANES) * WIDE;
         room.resize(padded(rows, WIDE) / WIDE * block);
         for (int r = 0; r < rows; r += WIDE)
-            lay_out(at + r * stride, stride, std::min(WIDE, rows - r), units, room.data() + r / WIDE * block, next);
+            lay_out(at + r * stride, stride, std::min(WIDE, rows - r), units, room.data() + r / WIDE * block, WIDE, next);
         return {room.data(), block, WIDE};
     }
     // The rows as they are, to be summed: neighbours in one unit.
@@ -245,14 +246,7 @@ template <class T> struct Head {
         const Right by_pair = paired(paired_room);
         const int units = in_units<T>(rows), stride = padded(units, LANES);
         room.resize(by_pair.stride * stride);
-        for (int e = 0; e < by_pair.stride; e += LANES)
-            for (int u = 0; u < units; u += LANES) {
-                Ints held[LANES];
-                const float *from = (const float *)by_pair.at + u * by_pair.stride + e;
-                turned_square(from, by_pair.stride, units - u, LANES, 0, held);
-#pragma GCC unroll 16
-                for (int i = 0; i < LANES; i++) store((float *)room.data() + (e + i) * stride + u, (Floats)held[i]);
-            }
+        lay_out((const float *)by_pair.at, by_pair.stride, units, by_pair.stride, room.data(), stride);
         return {room.data(), stride};
     }
 };

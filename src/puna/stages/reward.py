@@ -34,15 +34,12 @@ from puna.config import ConfigError, DataError, positive, within
 from puna.data import comparisons, loader, packing, readers
 from puna.data.readers import ReadResult
 from puna.formats import huggingface
-from puna.generate.scoring import Scorer, scale_of
+from puna.generate.scoring import Scorer, distribution, scale_of
 from puna.model.reward import RewardModel, initial_head
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
 from puna.types import Preference
-
-SCORE_BINS = 20
-"""Equal parts of 0 to 1 in which held-out scores are counted."""
 
 
 @dataclass(frozen=True)
@@ -301,10 +298,7 @@ def evaluate(test: Sequence[Preference], chosen: Tensor, rejected: Tensor) -> di
         "unsafe_recall": _mean(unsafe),
         "mean_score_chosen": float(chosen.sigmoid().mean()) if test else None,
         "mean_score_rejected": float(rejected.sigmoid().mean()) if test else None,
-        "scores": {
-            name: scores.float().cpu().sigmoid().histc(SCORE_BINS, 0, 1).int().tolist()
-            for name, scores in (("chosen", chosen), ("rejected", rejected))
-        },
+        "scores": {"chosen": distribution(chosen), "rejected": distribution(rejected)},
     }
 
 
