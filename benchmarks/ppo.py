@@ -250,8 +250,10 @@ def race(settings: argparse.Namespace, folder: Path) -> None:
             done = subprocess.run(command, env=environment | waiting, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{name} failed:\n{done.stderr}")
-            seen[name] += json.loads(done.stdout.splitlines()[-1])
-        print(f"round {turn + 1} of {settings.rounds}", flush=True)
+            new = json.loads(done.stdout.splitlines()[-1])
+            seen[name] += new
+            took = ", ".join(f"{seconds['iteration']:.1f}" for seconds in new)
+            print(f"round {turn + 1} of {settings.rounds}, {name}: iterations of {took} s", flush=True)
     medians = {
         name: {part: statistics.median(s[part] for s in every) for part in PARTS if part in every[0]}
         for name, every in seen.items()
