@@ -105,6 +105,8 @@ def start(threads: int = 0, cfg: ParallelConfig | None = None) -> torch.device:
         raise ConfigError(f"threads is {threads}: it must be a number of threads, or 0 for torch's choice")
     if threads:
         torch.set_num_threads(threads)
+    # A block that is computed again needs no copies of its weights until then, and casts them anew.
+    torch.set_autocast_cache_enabled(cfg.checkpointing == "off")
     if not dist.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
         if "RANK" in os.environ:

@@ -10,8 +10,8 @@
    imply 0.4235 kg a kWh, which is Llama 1's PUE 1.1 times 0.385 kg a kWh (arXiv 2302.13971, section 6).
 
 `stages.pretrain` shards over all ranks along data (FSDP2); replicas are planned for only. Tensor parallelism with
-sequence-parallel norms is taken to divide every part by its degree but the loss, which each rank computes whole;
-checkpointing keeps each block's input and one block's activations, with autocast's cache off.
+sequence-parallel norms is taken to divide every part by its degree but the loss, which each rank computes whole.
+Experts are taken to have equal shares of the tokens.
 
 Shapes: N parameters, L layers, D model width, T tokens a window.
 """
@@ -32,7 +32,7 @@ from puna.model.sizes import LLAMA_2, SIZES, cache_bytes
 from puna.model.transformer import ModelConfig
 from puna.stages.pretrain import PretrainConfig
 
-Checkpointing = Literal["off", "full"]
+Checkpointing = Literal["off", "selective", "full"]
 
 GB = 1e9
 NODE = 8
@@ -88,7 +88,7 @@ class PlanConfig:
     micro_batch_size: int = 0
     """windows a forward pass; 0 takes the recipe's."""
     checkpointing: Checkpointing = "off"
-    """full: keep the input of each block and compute the rest again."""
+    """what the backward pass computes again (docs/guides/cluster.md)."""
     margin: float = 0.1
     """share of the memory left to CUDA, NCCL and fragmentation (ours, not measured)."""
     mfu: float = MFU
@@ -212,8 +212,6 @@ def read(cfg: PlanConfig) -> Pretraining:
         )
     if training.precision != "bf16":
         raise ConfigError(f"precision is {training.precision!r}: only bf16 is planned, the rates of the GPUs are its")
-    if training.model.moe.experts:
-        raise ConfigError("a mixture of experts is not planned yet: take a model without experts")
     size = cfg.micro_batch_size or training.micro_batch_size
     return dataclasses.replace(training, micro_batch_size=size)
 
@@ -222,21 +220,47 @@ def read(cfg: PlanConfig) -> Pretraining:
 
 
 def block_matrices(model: ModelConfig) -> int:
-    """Numbers in the matrices of one block."""
+    """Numbers in the matrices of one block, all experts' included."""
     attention = 2 * model.dim**2 + 2 * model.dim * model.n_kv_heads * model.head_dim
-    return attention + 3 * model.dim * model.ffn_hidden
+    feed_forward = 3 * model.dim * model.ffn_hidden
+    experts = model.moe.experts
+    return attention + (experts * (feed_forward + model.dim) if experts else feed_forward)
 
 
-def activation_bytes(model: ModelConfig, precision: str = "bf16") -> tuple[int, int]:
-    """Bytes a token that the backward pass needs of one block in torch's operations, and of the last norm.
+class Activations(NamedTuple):
+    """Bytes a token that the backward pass needs, in torch's operations."""
 
-    A block keeps both norms' inputs in float32, the normalised states and what the matrices read of them, q, k, v and
-    the attention's output, four F wide states, and one float32 a head. k and v count as wide as q: `attend` repeats
-    grouped heads.
+    kept: int
+    """of each block from the forward pass on."""
+    recomputed: int
+    """of the block that is computed again, beside what is kept of it."""
+    last: int
+    """of the last norm."""
+
+
+def activations(model: ModelConfig, checkpointing: Checkpointing, precision: str = "bf16") -> Activations:
+    """What is counted of a block: both norms' inputs in float32, the normalised states and what the matrices read of
+    them, q, k, v and the attention's output, one float32 a head, and four F wide states.
+
+    A mixture's normalised states stay in float32 for the router, and each expert of a token has F wide states of its
+    own, what it reads and gives, and the latter once more in float32. Selective checkpointing keeps the input and
+    what the products and attention give.
     """
-    if precision == "fp32":
-        return 4 * (10 * model.dim + 4 * model.ffn_hidden + model.n_heads), 12 * model.dim
-    return 24 * model.dim + 8 * model.ffn_hidden + 4 * model.n_heads, 10 * model.dim
+    size = 2 if precision == "bf16" else 4
+    dim, heads, keys_values = model.dim, 4 * model.n_heads, 2 * size * model.n_kv_heads * model.head_dim
+    attention, experts = (8 + 6 * size) * dim + keys_values + heads, model.moe.experts
+    k, hidden = (model.moe.top_k if experts else 1), size * model.ffn_hidden
+    block = attention + 4 * k * hidden
+    products = 4 * dim + 3 * size * dim + keys_values + heads + k * (2 * hidden + size * dim)
+    if experts:
+        block += (8 - 2 * size) * dim + 8 * experts + k * ((4 + 2 * size) * dim + 42)
+        products += 12 * experts + 8 * k
+    last = (8 + size) * dim
+    if checkpointing == "full":
+        return Activations(4 * dim, block, last)
+    if checkpointing == "selective":
+        return Activations(products, block - size * dim - 2 * k * hidden - heads, last)
+    return Activations(block, 0, last)
 
 
 def chunked_loss_bytes(model: ModelConfig, tokens: int, layout: Layout, precision: str) -> int:
@@ -283,16 +307,17 @@ def memory(
             logits=logits,
         )
 
-    whole, last = activation_bytes(model, precision)
-    logits, gradients = 12 * tokens * model.vocab_size, 2 * size * model.ffn_hidden
+    kept, recomputed, last = activations(model, checkpointing, precision)
+    kept *= model.n_layers
+    copied = block if recomputed else model.n_layers * block
+    logits = 12 * tokens * model.vocab_size
+    gradients = 8 * model.moe.top_k * model.dim if model.moe.experts else 2 * size * model.ffn_hidden
     if tokens * model.vocab_size > LARGE:  # the copy of the head and the states that it reads are the loss's
         logits, last, head = chunked_loss_bytes(model, tokens, layout, precision), last - size * model.dim, 0
-    if checkpointing == "full":
-        inputs = 4 * model.dim * model.n_layers
-        moments = held(head, inputs + last, logits), held(block, inputs + whole + gradients, 0)
-    else:
-        copied, kept = model.n_layers * block + head, model.n_layers * whole
-        moments = held(copied, kept + last, logits), held(copied, kept + gradients, 0)
+    moments = (
+        held(head if recomputed else copied + head, kept + last, logits),
+        held(copied, kept + recomputed + gradients, 0),
+    )
     return max(moments, key=lambda moment: moment.total)
 
 
@@ -330,7 +355,7 @@ def _room(cfg: PlanConfig) -> float:
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> int:
     """Operations of a forward and a backward pass, a token."""
-    return 6 * model.n_params() + 12 * model.n_layers * model.dim * seq_len
+    return 6 * model.n_active_params() + 12 * model.n_layers * model.dim * seq_len
 
 
 def cost(cfg: PlanConfig, training: Pretraining) -> Cost:
@@ -370,11 +395,8 @@ def _own_verdict(cfg: PlanConfig, training: Pretraining, plans: dict[Checkpointi
     """What becomes of `puna pretrain` with the recipe's own table [parallel] on so many GPUs."""
     tensor, checkpointing = training.parallel.tensor, training.parallel.checkpointing
     layout = Layout(cfg.gpus // tensor, tensor, sharded=cfg.gpus > tensor)
-    rows = plans["off" if checkpointing == "off" else "full"]
-    fits = {row.layout: "fits" if row.fits else "does not fit" for row in rows}
+    fits = {row.layout: "fits" if row.fits else "does not fit" for row in plans[checkpointing]}
     said = fits.get(layout, "divides no batch or no model")
-    if checkpointing == "selective" and said == "fits":
-        said = "fits with full checkpointing; selective lies between"
     whose = "as the recipe has it" if cfg.recipe else "by default"
     return f"puna pretrain {whose}, {layout}, checkpointing {checkpointing}: {said}"
 

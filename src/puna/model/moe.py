@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from puna.config import ConfigError
+from puna.model.head import product_type
 
 
 @dataclass(frozen=True)
@@ -81,9 +82,11 @@ class MixtureOfExperts(nn.Module):
         probabilities = self.gate(rows)
         best, chosen = probabilities.topk(k)  # (N, k)
         weights = best / best.sum(-1, keepdim=True)
-        self.routing = Routing(probabilities, chosen) if trains else None
+        if not _recomputes():
+            self.routing = Routing(probabilities, chosen) if trains else None
         order, counts = by_expert(chosen, self.config.experts, self._capacity(len(rows)))
-        groups = torch.split(rows.index_select(0, order % len(rows)), counts)
+        read = rows.to(product_type(rows))  # once: autocast would cast for each product
+        groups = torch.split(read.index_select(0, order % len(rows)), counts)
         busy = [(expert, group) for expert, group in zip(self.experts, groups, strict=True) if trains or len(group)]
         out = torch.cat([expert(group) for expert, group in busy])  # (A, D)
         scaled = (out * weights.t().flatten()[order, None]).to(x.dtype)
@@ -95,6 +98,11 @@ class MixtureOfExperts(nn.Module):
         if not self.config.capacity_factor or not torch.is_grad_enabled():
             return None
         return math.ceil(self.config.capacity_factor * self.config.top_k * tokens / self.config.experts)
+
+
+def _recomputes() -> bool:
+    """Whether a backward pass computes a block again: what is kept of that pass would keep all of it."""
+    return torch._C._current_graph_task_id() >= 0
 
 
 def by_expert(chosen: Tensor, experts: int, capacity: int | None = None) -> tuple[Tensor, list[int]]:
