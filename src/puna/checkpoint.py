@@ -42,7 +42,7 @@ from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
@@ -212,6 +212,18 @@ def resume(folder: Path, model: nn.Module, optimizer: Optimizer | None = None) -
     """Load the newest checkpoint of a folder; the step to go on with and its `extra`, (0, {}) where there is none."""
     path = latest(folder)
     return (0, {}) if path is None else (_step(path), load(path, model, optimizer))
+
+
+def tensors(path: Path) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Name, type and size of each of the model's tensors, from the .metadata alone. Errors as `load`."""
+    files = read_manifest(path)["files"]
+    _verify(path, sorted({".metadata"} & files.keys()), files)
+    stored = _Reader(path, files).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix("model."): (tensor.properties.dtype, tensor.size)
+        for name, tensor in stored.items()
+        if name.startswith("model.") and isinstance(tensor, TensorStorageMetadata)
+    }
 
 
 class _Writer(FileSystemWriter):

@@ -64,7 +64,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file holds; OSError where there is no such file, DataError where it is no such object."""
     try:
         read = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}") from error
     if not isinstance(read, dict):
         raise DataError(f"{path}: not a JSON object")

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from puna import cli, config
@@ -24,6 +25,7 @@ from puna.corpus.prepare import PrepareConfig, Source
 from puna.data import loader, shards
 from puna.run_folder import read_metrics
 from puna.stages import pretrain
+from puna.text import tokenizer as tokenizers
 from tests import helpers
 
 
@@ -309,6 +311,28 @@ def test_planted_repeats_are_cut(tmp_path: Path) -> None:
     assert documents(folder, "train")["data"] == [texts[0], two, three]
     assert done(folder)["sources"]["data"]["repeated_tokens"] > 40
     assert len(read(folder)["data"][1]) == 3, "copies lie in other pieces"
+
+
+def test_ids_of_more_than_16_bits(tmp_path: Path) -> None:
+    """What a 16-bit id would be taken for is no repeat: word i and word i + 2^16 are two."""
+    package = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    pytest.importorskip("datasketch", reason="datasketch is not installed")
+    words = ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 66_000))]
+    backend = package.Tokenizer(package.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = package.pre_tokenizers.WhitespaceSplit()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    one, other, copied = range(65_480, 65_539), range(65_900, 65_930), range(65_700, 65_740)
+    low, high = range(3, 53), range(2**16 + 3, 2**16 + 53)
+    read = [[*one, *copied], [*low], [*high], [*one, *copied], [*other, *copied]]
+    texts = [" ".join(words[i] for i in ids) for ids in read]
+    cfg = replace(source(tmp_path, texts), tokenizer=tmp_path / "tokenizer.json", shard_characters=400)
+    folder = prepare.run(replace(cfg, near_duplicates=0.9, repeated_tokens=30))
+    ((_, each),) = shards.read_prepared(folder, "train", tokenizers.load(cfg.tokenizer)).values()
+    written = [ids.tolist() for shard in each for ids in shard.documents()]
+    assert written == [[1, *ids, 2] for ids in ([*one, *copied], low, high, other)]
+    assert {shard.tokens.dtype for shard in each} == {np.dtype("<u4")} and len(each) > 2
+    counts = done(folder)["sources"]["data"]
+    assert (counts["duplicates"], counts["repeated_tokens"]) == (1, len(copied))
 
 
 def test_held_out_documents_keep_their_places(tmp_path: Path) -> None:

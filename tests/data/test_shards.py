@@ -6,12 +6,14 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from puna.config import ConfigError, DataError
+from puna.data import loader
 from puna.data.shards import (
     Entry,
     is_held_out,
@@ -36,6 +38,28 @@ def test_round_trip(tmp_path: Path) -> None:
     assert isinstance(shard.tokens, np.memmap)
 
 
+@pytest.mark.parametrize(("n_ids", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32), (70_000, np.uint32)])
+def test_ids_of_more_than_16_bits(n_ids: int, dtype: Any, tmp_path: Path) -> None:
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        return [[int(word) for word in text.split()] for text in texts]
+
+    tokenizer: Any = SimpleNamespace(vocab_size=n_ids, bos_id=1, eos_id=2, sha256="", encode_batch=encode_batch)
+    last = n_ids - 1
+    shard = write_shard(tmp_path / "train", [f"7 {last}", f"{last}"], tokenizer)
+    assert shard.tokens.dtype == dtype
+    documents = [ids.tolist() for ids in read_sound(tmp_path / "train", tokenizer).documents()]
+    assert documents == [[1, 7, last, 2], [1, last, 2]]
+    inputs, targets = loader.windows(shard, seq_len=6, batch_size=1, step=0, seed=0)
+    assert inputs.tolist() == [[1, 7, last, 2, 1, last]] and targets.tolist() == [[7, last, 2, 1, last, 2]]
+
+    file = tmp_path / "train.tokens"
+    data = bytearray(file.read_bytes())
+    data[3 * shard.tokens.itemsize - 1] ^= 1  # the highest byte of an id
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"train\.tokens: damaged"):
+        read_sound(tmp_path / "train", tokenizer)
+
+
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "train", helpers.sentences(3), helpers.tokenizer())
     other = tokenizers.train(helpers.sentences(50, seed=9), 330, tmp_path / "other")
@@ -52,7 +76,7 @@ def test_a_truncated_shard_is_refused(lost: int, tmp_path: Path) -> None:
         read_shard(tmp_path / "train", helpers.tokenizer())
 
 
-@pytest.mark.parametrize("damage", [None, b"", b"[]", b'{"dtype": "<u2"}'])
+@pytest.mark.parametrize("damage", [None, b"", b"[]", b'{"dtype": "<u2"}', pytest.param(b"[" * 100_000, id="deep")])
 @pytest.mark.parametrize("suffix", [".json", ".tokens", ".offsets"])
 def test_a_missing_or_damaged_file_is_named(suffix: str, damage: bytes | None, tmp_path: Path) -> None:
     write_shard(tmp_path / "train", helpers.sentences(3), helpers.tokenizer())
@@ -164,7 +188,8 @@ def entry(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("index", "error", "why"),
     [
-        (None, DataError, "missing or damaged"),
+        ('{"sources": ', DataError, "missing or damaged"),
+        pytest.param("[" * 100_000, DataError, "missing or damaged", id="deep"),
         ({"source": {}}, DataError, "missing or damaged"),
         ({"sources": {"a": {"weight": 1.0}}}, DataError, "missing or damaged"),
         (entry(train="train/00000"), DataError, "the shards of 'a' are no lists of names"),
@@ -178,6 +203,6 @@ def entry(**changes: Any) -> dict[str, Any]:
 )
 def test_a_damaged_or_hostile_index_is_refused(index: Any, error: type[Exception], why: str, tmp_path: Path) -> None:
     folder = prepared(tmp_path)
-    (folder / "index.json").write_text(json.dumps(index) if index else '{"sources": ')
+    (folder / "index.json").write_text(index if isinstance(index, str) else json.dumps(index))
     with pytest.raises(error, match=re.escape("index.json: " + why)):
         read_prepared(folder, "train", helpers.tokenizer())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import re
 import signal
 import struct
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
@@ -18,11 +20,19 @@ from puna import checkpoint, cli, config
 from puna.api import Chat, RewardScorer
 from puna.config import ConfigError, DataError
 from puna.formats import convert, export, find, gguf, huggingface, inspect, meta
+from puna.formats.card import card
 from puna.formats.convert import ImportConfig
 from puna.formats.export import ExportConfig
 from puna.formats.inspect import InspectConfig
+from puna.formats.lineage import Step
 from puna.model.moe import MoEConfig
 from puna.run_folder import RunFolder
+from puna.stages.dpo import DPOConfig
+from puna.stages.grpo import GRPOConfig
+from puna.stages.ppo import PPOConfig
+from puna.stages.pretrain import PretrainConfig
+from puna.stages.reward import RewardConfig
+from puna.stages.sft import SFTConfig
 from puna.text import tokenizer as tokenizers
 from tests import helpers
 
@@ -85,18 +95,99 @@ def test_a_run_gives_its_newest_model_and_a_card_of_it(tmp_path: Path) -> None:
     helpers.write_lines(run / "done/v1.json", [{"seconds": 3600}])
     helpers.write_lines(run / "done/v1/ppo.json", [{"seconds": 1800}])
     export.run(ExportConfig(run, tmp_path / "llama-one", license="apache-2.0"))
-    card = (tmp_path / "llama-one/README.md").read_text()
-    assert card.startswith('---\nlicense: "apache-2.0"\nlibrary_name: "transformers"\n')
-    assert "\n# llama-one\n" in card
+    made = (tmp_path / "llama-one/README.md").read_text()
+    assert made.startswith('---\nlicense: "apache-2.0"\nlibrary_name: "transformers"\n')
+    assert "\n# llama-one\n" in made
     count = helpers.config().n_params()
-    assert f"of {count:,} parameters: 2 layers of width 32, 4 heads (2 of keys and values), vocabulary 384" in card
-    [v1, ppo] = [line for line in card.splitlines() if line[:2] in ("1.", "2.")]
-    assert v1.startswith("1. v1: ") and "epochs `2`, batch_size `16`, optim.lr `2e-05`" in v1
+    assert f"of {count:,} parameters: 2 layers of width 32, 4 heads (2 of keys and values), vocabulary 384" in made
+    [v1, ppo] = [line for line in made.splitlines() if line[:2] in ("1.", "2.")]
+    said = "\n   - settings: epochs `2`, batch_size `16`\n   - optim: lr `2e-05`, clip `1.0`\n"
+    assert v1.startswith("1. v1: ") and f"{v1}{said}{ppo}{said}" in made
     assert ppo.startswith(f"2. ppo: parent `{run}/v1/model`")
-    assert "| gold helpfulness | 0.502 (0.45 to 0.56) |\n| accuracy | 0.75 |\n\n" in card
-    assert "by kind" not in card
-    assert "These stages took 1.5 hours." in card and "0.064 kg of CO2eq" in card  # 1.5 h x 0.1 kW x 1.1 x 0.385
+    assert "| gold helpfulness | 0.502 (0.45 to 0.56) |\n| accuracy | 0.75 |\n\n" in made
+    assert "by kind" not in made
+    assert "These stages took 1.5 hours." in made and "0.064 kg of CO2eq" in made  # 1.5 h x 0.1 kW x 1.1 x 0.385
     assert puna.load(tmp_path / "llama-one").model.state_dict().keys()
+
+
+HIDDEN = {"out", "init", "threads", "checkpoint_every", "checkpoints_kept", "micro_batch_size", "micro_batch_tokens"}
+HIDDEN |= {f"parallel.{name}" for name in ("tensor", "checkpointing", "compile", "heartbeat")}
+HIDDEN |= {f"model.{name}" for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")}
+HIDDEN |= {"dump", "dump_iteration", "vllm", "model.moe.experts", "model.moe.top_k"}
+
+
+def filled(kind: Any) -> dict[str, Any]:
+    """A config's table with x for every value."""
+    hints = get_type_hints(kind).items()
+    return {name: filled(hint) if dataclasses.is_dataclass(hint) else "x" for name, hint in hints}
+
+
+def dotted(table: dict[str, Any], prefix: str = "") -> set[str]:
+    inner = [dotted(value, f"{prefix}{key}.") if value != "x" else {prefix + key} for key, value in table.items()]
+    return set().union(*inner)
+
+
+def test_a_card_shows_every_setting_that_it_does_not_hide() -> None:
+    every = set()
+    for kind in (PretrainConfig, SFTConfig, RewardConfig, PPOConfig, DPOConfig, GRPOConfig):
+        settings = filled(kind)
+        made = card(helpers.model(), "x", [Step(Path(), {"stage": "x"}, settings, {})], "")
+        rows = re.findall(r"^   - ([\w.]+): (.*)$", made, re.MULTILINE)
+        shown = {f"{table}.{name}" for table, row in rows for name in re.findall(r"(\w+) `x`", row)}
+        assert {name.removeprefix("settings.") for name in shown} == dotted(settings) - HIDDEN
+        every |= dotted(settings)
+    assert every >= HIDDEN
+
+
+def test_a_card_leaves_out_experts_that_there_are_none_of() -> None:
+    step = Step(Path(), {"stage": "x"}, {"model": {"ffn_hidden": 48, "moe": config.to_dict(MoEConfig())}}, {})
+    made = card(helpers.model(), "x", [step], "mit")
+    assert "   - model: ffn_hidden `48`" in made and "moe" not in made
+
+
+def test_the_stages_are_found_from_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    helpers.talker_folder(tmp_path / "base")
+    (tmp_path / "base/README.md").write_text("---\nlicense: llama2\n---\n")
+    monkeypatch.chdir(tmp_path)
+    convert.run(ImportConfig(Path("base"), Path("runs/imported")))
+    with RunFolder(Path("runs/sft")) as folder:
+        config.save(helpers.sft_config(Path("runs"), init=Path("runs/imported/model")), folder.path / "config.json")
+        provenance = {"stage": "sft", "parent": "runs/imported/model"}
+        huggingface.save_model(helpers.talker(), helpers.tokenizer(), folder.path / "model", provenance=provenance)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    export.run(ExportConfig(Path("../runs/sft"), Path("out")))
+    said = Path("out/README.md").read_text()
+    assert 'license: "llama2"' in said and "1. of unknown origin\n2. import" in said and "3. sft" in said
+
+
+@pytest.mark.parametrize(("form", "name"), [("hf", "model.safetensors"), ("meta", "consolidated.00.pth")])
+def test_a_type_is_loaded_that_loses_nothing(
+    form: Any, name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, asked = find.load, list[torch.dtype]()
+
+    def spy(path: Path, dtype: torch.dtype = torch.float32) -> find.Opened:
+        asked.append(dtype)
+        return load(path, dtype)
+
+    def whole(path: Path, dtype: torch.dtype = torch.float32) -> find.Opened:
+        return load(path)
+
+    for reader, out in ((spy, "one"), (whole, "two")):
+        monkeypatch.setattr(find, "load", reader)
+        export.run(ExportConfig(source, tmp_path / out / "model", form, "bf16"))
+    assert asked == [torch.bfloat16]
+    assert (tmp_path / "one/model" / name).read_bytes() == (tmp_path / "two/model" / name).read_bytes()
+
+
+def test_a_gguf_file_keeps_its_norms(source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    model = helpers.talker()
+    torch.nn.init.uniform_(model.norm.weight)
+    huggingface.save_model(model, helpers.tokenizer(), source)
+    export.run(ExportConfig(source, tmp_path / "out.gguf", "gguf", "bf16"))
+    assert torch.equal(find.load(tmp_path / "out.gguf").model.state_dict()["norm.weight"], model.norm.weight)
 
 
 def test_a_reward_model_and_its_card(tmp_path: Path) -> None:
@@ -106,9 +197,9 @@ def test_a_reward_model_and_its_card(tmp_path: Path) -> None:
     assert isinstance(before, RewardScorer) and isinstance(after, RewardScorer)
     dialog = [helpers.user("who?"), helpers.assistant("the llama")]
     assert torch.equal(before.score(dialog), after.score(dialog))
-    card = (folder / "README.md").read_text()
-    assert 'pipeline_tag: "text-classification"' in card and "1. sft" in card and "2. reward" in card
-    assert "license:" not in card and "name no licence" in card
+    made = (folder / "README.md").read_text()
+    assert 'pipeline_tag: "text-classification"' in made and "1. sft" in made and "2. reward" in made
+    assert "license:" not in made and "name no licence" in made
     with pytest.raises(ConfigError, match="a reward model, which gguf has no place for"):
         export.run(ExportConfig(run / "v1/reward", tmp_path / "reward.gguf", "gguf"))
     with pytest.raises(ConfigError, match="a reward model: every stage takes it as it is"):
@@ -197,9 +288,9 @@ def test_every_format_has_a_card(tmp_path: Path) -> None:
     run = a_run(tmp_path / "run")
     export.run(ExportConfig(run, tmp_path / "one.gguf", "gguf", license="mit"))
     export.run(ExportConfig(run, tmp_path / "one", "meta", license="mit"))
-    for card in ((tmp_path / "one.md").read_text(), (tmp_path / "one/README.md").read_text()):
-        assert card.startswith('---\nlicense: "mit"\npipeline_tag: "text-generation"\n')
-        assert "\n# one\n" in card and f"2. ppo: parent `{run}/v1/model`" in card
+    for made in ((tmp_path / "one.md").read_text(), (tmp_path / "one/README.md").read_text()):
+        assert made.startswith('---\nlicense: "mit"\npipeline_tag: "text-generation"\n')
+        assert "\n# one\n" in made and f"2. ppo: parent `{run}/v1/model`" in made
 
 
 def test_an_export_does_not_replace_itself(source: Path, tmp_path: Path) -> None:
@@ -227,6 +318,8 @@ def test_inspect_every_format(source: Path, tmp_path: Path) -> None:
         assert form == "gguf" or rows["tokenizer"] == f"384 ids, llama2, sha256 {sha256}"
         assert form == "gguf" or (rows["stage"], rows["parent"]) == ("export", str(source))
     assert " bytes  md5 " in looked_at(tmp_path / "meta")["consolidated.01.pth"]
+    stored = hashlib.sha256((tmp_path / "hf/model.safetensors").read_bytes()).hexdigest()
+    assert looked_at(tmp_path / "hf")["model.safetensors"].endswith(f" bytes  sha256 {stored}")
     for path, name in ((tmp_path / "hf", "model.safetensors"), (tmp_path / "model.gguf", "model.gguf")):
         file = path / name if path.is_dir() else path
         said = inspect.run(InspectConfig(path, sha256=True))
@@ -258,6 +351,7 @@ def test_inspect_and_export_a_checkpoint(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path / "pretrain/checkpoints", 7, made)
     rows = looked_at(path)
     assert rows["holds"] == "a checkpoint of step 7" and rows["parameters"] == f"{made.config.n_params():,}"
+    assert rows["dtype"] == "float32 (21 tensors)"
     assert " bytes  sha256 " in rows[".metadata"]
     export.run(ExportConfig(path, tmp_path / "out"))
     after = huggingface.load_model(tmp_path / "out").state_dict()
@@ -268,6 +362,29 @@ def test_inspect_and_export_a_checkpoint(tmp_path: Path) -> None:
     data.write_bytes(damaged)
     with pytest.raises(DataError, match=rf"{data.name} is damaged: its sha256"):
         export.run(ExportConfig(path, tmp_path / "out"))
+    (path / ".metadata").write_bytes(b"no pickle")
+    with pytest.raises(DataError, match=r"\.metadata is damaged: its sha256"):
+        inspect.run(InspectConfig(path))
+
+
+@pytest.mark.parametrize("tie", [False, True])
+def test_inspect_counts_a_checkpoints_policy(tie: bool, tmp_path: Path) -> None:
+    policy, reward = helpers.model(tie_embeddings=tie).bfloat16(), helpers.reward_model()
+    huggingface.save_model(policy, helpers.tokenizer(), tmp_path / "base")
+    count = f"{policy.config.n_params():,}"
+    scored = f"{sum(parameter.numel() for parameter in reward.parameters()):,}"
+    ppo = torch.nn.ModuleDict({"policy": policy, "value": reward})
+    for stage, made, said in (
+        ("sft", policy, (count, "bfloat16 (21 tensors)")),
+        ("ppo", ppo, (count, "bfloat16 (21 tensors)")),
+        ("reward", reward, (scored, "float32 (21 tensors)")),
+    ):
+        helpers.write_lines(tmp_path / stage / "config.json", [{"init": str(tmp_path / "base")}])
+        rows = looked_at(checkpoint.save(tmp_path / stage / "checkpoints", 1, made))
+        assert (rows["parent"], rows["parameters"], rows["dtype"]) == (str(tmp_path / "base"), *said)
+    (tmp_path / "base").rename(tmp_path / "away")
+    rows = looked_at(tmp_path / "sft/checkpoints/step_000001")
+    assert rows["parameters"].endswith(", a tied output counted twice: the parent is not in its place")
 
 
 def test_the_commands(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import struct
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -110,23 +111,32 @@ def test_quantisations(quantisation: str, error: float, tmp_path: Path) -> None:
         torch.testing.assert_close(again.get_parameter(name), value, rtol=0, atol=error * scale)
 
 
-def test_k_quants_are_dequantised_by_the_package(tmp_path: Path) -> None:
-    """The package cannot write them; a block of zeros with one scale is enough to see that they are read."""
-    model = Transformer(ModelConfig(256, 1, 4, 4, 300, 256, max_seq_len=16))
-    kind = gguf.GGMLQuantizationType.Q4_K
+@pytest.mark.parametrize(
+    ("quantisation", "scales"),
+    [("Q2_K", (80, 84)), ("Q3_K", (108, 110)), ("Q4_K", (0, 4)), ("Q5_K", (0, 4)), ("Q6_K", (208, 210))],
+)
+def test_k_quants_are_dequantised_by_the_package(
+    quantisation: str, scales: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package cannot write them: blocks of random bytes, but for the float16 at `scales`, stand in for weights."""
+    model = Transformer(ModelConfig(256, 1, 4, 4, 300, 512, max_seq_len=16))
+    kind, rng, expected = gguf.GGMLQuantizationType[quantisation], np.random.default_rng(0), []
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    raw = np.tile(
-        np.frombuffer(np.float16([1.0, 2.0]).tobytes() + bytes([1] * (size - 4)), np.uint8), (300, 256 // block)
-    )
-    expected = gguf.dequantize(raw, kind)
-    assert expected.std() > 0
-    original = gguf.quantize
-    gguf.quantize = lambda values, _: raw if values.shape[0] == 300 else np.tile(raw[:1], (values.shape[0], 1))
-    try:
-        again, _ = our_gguf.load(write(tmp_path / "model.gguf", model, quantisation="Q4_K"))
-    finally:
-        gguf.quantize = original
-    assert torch.equal(again.tok_embeddings.weight, torch.tensor(expected))
+
+    def blocks(values: Any, _: Any) -> Any:
+        raw = rng.integers(0, 256, (len(values), values.shape[1] // block, size), np.uint8)
+        n = (scales[1] - scales[0]) // 2
+        raw[..., slice(*scales)] = rng.uniform(0.001, 0.1, (*raw.shape[:2], n)).astype("<f2").view(np.uint8)
+        expected.append(gguf.dequantize(raw.reshape(len(values), -1), kind))
+        return raw.reshape(len(values), -1)
+
+    monkeypatch.setattr(gguf, "quantize", blocks)
+    again, _ = our_gguf.load(write(tmp_path / "model.gguf", model, quantisation=quantisation))
+    assert our_gguf.read_header(tmp_path / "model.gguf").types == {"F32": 3, quantisation: 9}
+    matrices = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+    for name, values in zip(matrices, expected, strict=True):
+        assert values.std() > 0.1
+        assert torch.equal(again.get_parameter(name), torch.tensor(values)), name
 
 
 @pytest.mark.shared_data
@@ -188,6 +198,11 @@ def test_a_wheel_is_unpacked_once(tmp_path: Path) -> None:
     again, _ = our_gguf.load(str(wheel))
     assert torch.equal(again.output.weight, model.output.weight)
 
+    with zipfile.ZipFile(tmp_path / "bomb.whl", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.gguf", bytes(10**6))
+    with pytest.raises(DataError, match=r"bomb\.whl: refused, its file has more than 100 times the wheel's size"):
+        our_gguf.find(tmp_path / "bomb.whl")
+    assert not (tmp_path / "bomb").exists()
     with pytest.raises(ConfigError, match="no such file"):
         our_gguf.find(tmp_path / "missing*.whl")
     with pytest.raises(ConfigError, match="matches 2 files"):
@@ -205,6 +220,8 @@ def test_a_wheel_is_unpacked_once(tmp_path: Path) -> None:
     ("kind", "key", "value"),
     [
         ("string", "llama.rope.scaling.type", "yarn"),
+        ("float32", "llama.rope.scaling.factor", 4.0),
+        ("float32", "llama.rope.scale_linear", 4.0),
         ("uint32", "llama.expert_count", 8),
         ("uint32", "llama.rope.dimension_count", 8),
     ],
@@ -227,11 +244,39 @@ def test_a_truncated_file_is_named(size: int, tmp_path: Path) -> None:
         our_gguf.load(path)
 
 
+def field(kind: int, rest: bytes = b"") -> bytes:
+    return struct.pack("<QsI", 1, b"x", kind) + rest
+
+
+HOSTILE = {
+    "a million numbers": (0, 1, field(9, struct.pack("<IQ", 4, 10**6)), "a value ends at byte 4000049, the file at 49"),
+    "2^60 numbers": (0, 1, field(9, struct.pack("<IQ", 4, 1 << 60)), "a value ends"),
+    "a million strings": (0, 1, field(9, struct.pack("<IQ", 8, 10**6) + bytes(999)), "a value ends at byte 8000049"),
+    "2^60 strings": (0, 1, field(9, struct.pack("<IQ", 8, 1 << 60)), "a value ends"),
+    "a long string": (0, 1, field(8, struct.pack("<Q", 1 << 60)), "a value ends"),
+    "deep": (0, 1, field(9, struct.pack("<IQ", 9, 1) * 5000), "an array of arrays"),
+    "deep and wide": (0, 1, field(9, struct.pack("<IQ", 9, 1) * 300 + struct.pack("<IQ", 0, 9999) + bytes(9999)), "an"),
+    "2^60 fields": (0, 1 << 60, b"", "a value ends at byte 32, the file at 24"),
+    "2^60 tensors": (1 << 60, 0, b"", "a value ends at byte 32, the file at 24"),
+    "2^31 dimensions": (1, 0, struct.pack("<QsI", 1, b"x", 1 << 31), "a value ends"),
+    "a large tensor": (1, 0, struct.pack("<QsIQIQ", 1, b"x", 1, 1 << 60, 0, 0), "a value ends"),
+}
+
+
+@pytest.mark.parametrize(("tensors", "fields", "rest", "why"), HOSTILE.values(), ids=HOSTILE)
+def test_a_length_beyond_the_file_is_refused(tensors: int, fields: int, rest: bytes, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, tensors, fields) + rest)
+    with pytest.raises(DataError, match=rf"model\.gguf: not a complete GGUF file: {why}"):
+        our_gguf.load(path)
+
+
 @pytest.mark.parametrize(
     ("kind", "key", "value", "why"),
     [
         ("uint32", "attention.head_count", 0, "n_heads is 0: a Llama has a number above 0"),
         ("string", "attention.head_count", "4", "n_heads is '4'"),
+        ("uint32", "context_length", 1 << 23, "max_seq_len is 8388608: a Llama has a number above 0 and up to 4194304"),
         ("array", "embedding_length", [64, 64], r"dim is \[64, 64\]"),
         ("string", "attention.layer_norm_rms_epsilon", "1e-5", "norm_eps is '1e-5'"),
     ],

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from puna.config import ConfigError, DataError
-from puna.formats import folders, huggingface, tokenizer_json
+from puna.formats import find, folders, huggingface, tokenizer_json
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text import tokenizer as tokenizers
@@ -191,6 +191,48 @@ def test_several_files(tokenizer: Tokenizer, tmp_path: Path) -> None:
         huggingface.load_model(tmp_path)
 
 
+def test_a_folder_lists_its_weights_digests(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface, "SHARD", 8000)
+    for seed in (0, 1):  # a second save is listed anew
+        torch.manual_seed(seed)
+        huggingface.save_model(Transformer(TINY), tokenizer, tmp_path / "model")
+        subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=tmp_path / "model", check=True)
+        huggingface.verify(tmp_path / "model")
+    listed = (tmp_path / "model/SHA256SUMS").read_text().splitlines()
+    assert len(listed) == len(huggingface.weight_files(tmp_path / "model")) > 2
+    (tmp_path / "model").rename(tmp_path / ".model.old-1")  # a save was killed between its renames
+    huggingface.verify(tmp_path / "model")
+    huggingface.save_reward_model(RewardModel(Transformer(TINY)), tokenizer, tmp_path / "model")
+    huggingface.verify(tmp_path / "model")
+
+
+def test_a_changed_weight_file_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)
+    data = bytearray((tmp_path / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    huggingface.load_model(tmp_path)  # a stage's own reading trusts its run
+    with pytest.raises(DataError, match=r"model\.safetensors is damaged or was changed.*remove SHA256SUMS"):
+        huggingface.verify(tmp_path)
+    with pytest.raises(DataError, match="get or write the folder again"):
+        find.load(tmp_path)
+    (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64} *./README.md\n")  # another program's list of other files
+    huggingface.verify(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()
+    huggingface.verify(tmp_path)
+
+
+@pytest.mark.parametrize("line", ["x  model.safetensors", "0" * 64, "0" * 64 + "  ../a", "0" * 64 + "  /etc/passwd"])
+def test_a_list_of_digests_that_is_none_is_refused(line: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)
+    with (tmp_path / "SHA256SUMS").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(DataError, match=r"SHA256SUMS, line 2: (not a sha256|refused)"):
+        huggingface.verify(tmp_path)
+
+
 def test_a_large_model_is_written_as_several_files(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +250,17 @@ def test_a_large_model_is_written_as_several_files(
     torch.testing.assert_close(theirs(TOKENS).logits, model(TOKENS), atol=1e-5, rtol=0)
 
 
+def test_a_tensor_in_two_files_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)
+    safetensors.torch.save_file({"model.norm.weight": torch.zeros(16)}, tmp_path / "more.safetensors")
+    index = {"weight_map": {"model.norm.weight": "more.safetensors", "lm_head.weight": "model.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        DataError, match=r"more\.safetensors: model\.norm\.weight is in another file of this folder too"
+    ):
+        huggingface.load_model(tmp_path)
+
+
 @pytest.mark.parametrize("size", [0, 4, 1000, -1])
 def test_a_truncated_file_is_named(size: int, tokenizer: Tokenizer, tmp_path: Path) -> None:
     huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)
@@ -221,7 +274,11 @@ def test_a_truncated_file_is_named(size: int, tokenizer: Tokenizer, tmp_path: Pa
     "changes",
     [
         {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        {"rope_scaling": {"type": "linear", "factor": 4}},
+        {"rope_scaling": {"factor": 4}},
+        {"rope_scaling": [4]},
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}},
+        {"rope_parameters": {"type": "linear", "factor": 4}},
         {"attention_bias": True},
         {"mlp_bias": True},
         {"hidden_act": "gelu"},
@@ -233,7 +290,47 @@ def test_what_llama_2_has_not_is_refused(changes: dict[str, Any], tokenizer: Tok
     huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)
     edit_config(tmp_path, **changes)
     (key,) = changes
-    with pytest.raises(ConfigError, match=rf"config\.json: (rope_scaling|{key}) .*not supported"):
+    with pytest.raises(ConfigError, match=rf"config\.json: {key} .*not supported"):
+        huggingface.load_model(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("kind", ["rope_type", "type"])
+def test_positions_that_are_not_scaled_are_read(key: str, kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = Transformer(TINY)
+    huggingface.save_model(model, tokenizer, tmp_path)
+    edit_config(tmp_path, **{key: {kind: "default"}})
+    assert huggingface.load_model(tmp_path).config == model.config
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"hidden_size": 18, "head_dim": 4}, "head_dim 4 is not supported"),
+        ({"hidden_size": 18, "head_dim": None}, "dim 18 is not an even multiple of n_heads 4"),
+        ({"head_dim": "4"}, "head_dim 4 is not supported"),
+        ({"num_attention_heads": "4", "head_dim": 4}, "n_heads is '4'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false': it must be true or false"),
+        ({"architectures": 5}, "architectures is 5, expected LlamaForCausalLM"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures is LlamaForCausalLM, expected"),
+    ],
+)
+def test_an_odd_value_is_named(changes: dict[str, Any], why: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)
+    edit_config(tmp_path, **changes)
+    for read in (huggingface.load_model, huggingface.load_tokenizer):
+        with pytest.raises(ConfigError, match=rf"config\.json: {why}"):
+            read(tmp_path)
+
+
+def test_deeply_nested_json_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    huggingface.save_model(Transformer(TINY), tokenizer, tmp_path)
+    deep = '{"a":' + "[" * 100_000
+    (tmp_path / "model.safetensors.index.json").write_text(deep)
+    with pytest.raises(DataError, match=r"index\.json: not an index"):
+        huggingface.load_model(tmp_path)
+    (tmp_path / "config.json").write_text(deep)
+    with pytest.raises(DataError, match=r"config\.json: not JSON"):
         huggingface.load_model(tmp_path)
 
 

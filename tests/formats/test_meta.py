@@ -277,10 +277,21 @@ def test_absurd_params_are_refused_before_anything_is_made(params: dict[str, Any
 
 def test_damaged_params_are_named(tmp_path: Path) -> None:
     folder = metas_folder(tmp_path / "llama", model(), 1)
-    for content, why in (("{", "not JSON"), ("[]", "must say"), ('{"dim": 32}', "must say")):
+    deep = "[" * 100_000
+    for content, why in (
+        ("{", "not JSON"),
+        (deep, "not JSON"),
+        ("[]", "not a JSON object"),
+        ('{"dim": 32}', "must say"),
+    ):
         (folder / "params.json").write_text(content)
         with pytest.raises((ConfigError, DataError), match=rf"params\.json: .*{why}"):
             meta.load(folder)
+    metas_folder(tmp_path / "other/llama", model(), 1)
+    for content, why in ((deep, "not JSON"), ("[]", "not a JSON object")):
+        (tmp_path / "other/llama/puna.json").write_text(content)
+        with pytest.raises(DataError, match=rf"puna\.json: {why}"):
+            meta.load(tmp_path / "other/llama")
 
 
 def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from puna.config import ConfigError, DataError
+from puna.formats import tokenizer_json
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
@@ -152,6 +153,53 @@ def test_a_hugging_face_tokenizer_is_its_file(chatml: Tokenizer, tmp_path: Path)
         assert isinstance(loaded, HuggingFaceTokenizer)
         assert vars(loaded).keys() == vars(chatml).keys()
         assert (loaded.sha256, loaded.bos_id, loaded.eos_id, loaded.pad_id) == (chatml.sha256, 1, 2, 0)
+
+
+def test_tokens_that_were_added_to_a_sentencepiece_model_are_read(trained: Tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    assert isinstance(trained, SentencePieceTokenizer)
+    trained.save(tmp_path)
+    for name, text in tokenizer_json.files(trained).items():
+        (tmp_path / name).write_text(text)
+    assert isinstance(tokenizers.load(tmp_path), SentencePieceTokenizer), "as many ids in both"
+    state = json.loads((tmp_path / "tokenizer.json").read_text())
+    state["added_tokens"] += [
+        state["added_tokens"][0] | {"id": i, "content": mark}
+        for i, mark in ((350, "<|im_start|>"), (351, "<|im_end|>"))
+    ]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    loaded = tokenizers.load(tmp_path)
+    assert (loaded.vocab_size, loaded.chat_format, loaded.bos_id, loaded.eos_id) == (352, "chatml", 350, 351)
+    assert loaded.encode(TEXTS[1]) == trained.encode(TEXTS[1])
+
+
+@pytest.mark.parametrize("ids", ["350", '"350"'])
+def test_tokens_that_no_file_can_encode_are_named(ids: str, trained: Tokenizer, tmp_path: Path) -> None:
+    trained.save(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<s>": 1, "<pad>": 350}')
+    assert tokenizers.load(tmp_path).vocab_size == 350
+    (tmp_path / "added_tokens.json").write_text(f'{{"<s>": 1, "<|im_end|>": {ids}}}')
+    with pytest.raises(ConfigError, match=r"added_tokens\.json: '<\|im_end\|>' is no token .*save the tokenizer with"):
+        tokenizers.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"model": {"vocab": {}}, "added_tokens": [{"id": "x"}]}'])
+def test_a_wrong_file_beside_a_model_is_named(content: str, trained: Tokenizer, tmp_path: Path) -> None:
+    trained.save(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises((ConfigError, DataError), match=r"tokenizer\.json: not "):
+        tokenizers.load(tmp_path)
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_kept(chatml: Tokenizer, tmp_path: Path) -> None:
+    chatml.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    loaded = tokenizers.load(tmp_path)
+    assert isinstance(loaded, HuggingFaceTokenizer) and loaded.config["chat_template"] == "{{ messages }}"
+    loaded.config["chat_template"] = "{{ own }}"
+    loaded.save(tmp_path)
+    again = tokenizers.load(tmp_path)
+    assert isinstance(again, HuggingFaceTokenizer) and again.config["chat_template"] == "{{ own }}"
 
 
 def test_lone_surrogates_are_refused(trained: Tokenizer, chatml: Tokenizer, tmp_path: Path) -> None:

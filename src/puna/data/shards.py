@@ -122,7 +122,7 @@ def _description(file: Path) -> dict[str, Any]:
     """What `name.json` says; DataError where it is missing, torn or of no shard of ours."""
     try:
         found = json.loads(file.read_bytes())
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, RecursionError) as error:
         raise DataError(f"{file}: missing or damaged ({error}): prepare the data again") from None
     if not isinstance(found, dict) or not {"dtype", "documents", "tokens", "sha256", "tokenizer"} <= found.keys():
         raise DataError(f"{file}: not a shard's description: prepare the data again")
@@ -210,7 +210,7 @@ def _read_index(file: Path) -> dict[str, Entry]:
     try:
         found = json.loads(file.read_bytes())["sources"]
         sources = {name: Entry(each["weight"], each["train"], each["validation"]) for name, each in found.items()}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{file}: missing or damaged ({error}): prepare the data again") from None
     for name, (weight, *parts) in sources.items():
         if type(weight) not in (int, float) or not 0 < weight < math.inf:

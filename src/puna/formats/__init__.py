@@ -16,7 +16,7 @@ from puna.types import Tokenizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """What commands call the types of weights."""
-LARGEST = {"n_layers": 1024, "max_seq_len": 1 << 24}
+LARGEST = {"n_layers": 1024, "max_seq_len": 1 << 22}
 """Beyond any Llama. Layers are modules and positions a table, made before a tensor could prove a shape wrong."""
 RATES = ("norm_eps", "rope_theta")
 

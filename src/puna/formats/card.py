@@ -12,29 +12,29 @@ from puna.model.transformer import Transformer
 
 PUE, KG_A_KWH = 1.1, 0.385  # puna.plan says why
 
-SHOWN = (
-    "data",
-    "prompts",
-    "format",
-    "reward_helpfulness",
-    "reward_safety",
-    "steps",
-    "epochs",
-    "iterations",
-    "seq_len",
-    "max_len",
-    "batch_size",
-    "optim.lr",
-    "optim.schedule",
-    "optim.weight_decay",
-    "margin",
-    "safety_auxiliary",
-    "beta",
-    "clip",
-    "precision",
-    "seed",
-)
-"""Settings of a stage that tell its result from another's; a stage has some of them."""
+HIDDEN = {
+    "out",
+    "path",
+    "init",
+    "threads",
+    "parallel",
+    "micro_batch_size",
+    "micro_batch_tokens",
+    "checkpoint_every",
+    "checkpoints_kept",
+    "dump",
+    "dump_iteration",
+    "vllm",
+    "model.dim",
+    "model.n_layers",
+    "model.n_heads",
+    "model.n_kv_heads",
+    "model.vocab_size",
+    "model.max_seq_len",
+    "model.moe.experts",
+    "model.moe.top_k",
+}
+"""Settings, or tables of them, that change nothing in a stage's result or that the card says elsewhere."""
 
 
 def card(
@@ -59,7 +59,8 @@ def card(
         lines += ["## Time and carbon", "", _carbon(seconds), ""]
     if steps and steps[-1].evaluation:
         lines += ["## Evaluation", "", "| Measure | Value |", "|---|---|", *_measures(steps[-1].evaluation), ""]
-    known = f"The base's licence is {license}." if license else "The files behind this model name no licence."
+    none = "The files that were found behind this model name no licence."
+    known = f"The base's licence is {license}." if license else none
     return "\n".join([*lines, "## Licence", "", known, ""])
 
 
@@ -81,16 +82,31 @@ def _what(model: Transformer | RewardModel) -> str:
 
 
 def _stages(steps: list[Step]) -> list[str]:
-    """A numbered line a stage, the first one first."""
+    """A numbered line a stage, the first one first, and below it a line for each table of its settings."""
     lines: list[str] = []
-    for step in steps:
+    for number, step in enumerate(steps, start=1):
         said = {key: value for key, value in step.provenance.items() if key not in ("stage", "license")}
-        values = _leaves(step.settings)
-        shown = said | {key: values[key] for key in SHOWN if values.get(key) not in (None, "", [])}
-        listed = ", ".join(f"{key} `{_plain(value)}`" for key, value in shown.items())
         stage = step.provenance.get("stage", "of unknown origin")
-        lines.append(f"{len(lines) + 1}. {stage}{': ' if listed else ''}{listed}")
+        lines.append(f"{number}. {stage}{': ' if said else ''}{_listed(said)}")
+        for table, settings in _shown(step.settings).items():
+            lines.append(f"   - {table}: {_listed(settings)}")
     return lines
+
+
+def _shown(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings that HIDDEN does not name, by table; what is empty, and experts that there are none of, left out."""
+    tables: dict[str, dict[str, Any]] = {}
+    leaves = _leaves(settings)
+    for key, value in leaves.items():
+        table, _, name = key.rpartition(".")
+        unused = table == "model.moe" and not leaves.get("model.moe.experts")
+        if not unused and value not in (None, "", []) and HIDDEN.isdisjoint((key, table)):
+            tables.setdefault(table or "settings", {})[name] = value
+    return tables
+
+
+def _listed(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key} `{_plain(value)}`" for key, value in settings.items())
 
 
 def _carbon(seconds: float) -> str:

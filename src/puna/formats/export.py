@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from puna.config import ConfigError
 from puna.formats import DTYPES, find, gguf, huggingface, meta, tokenizer_json
 from puna.formats.card import card
@@ -37,7 +39,8 @@ class ExportConfig:
 def run(cfg: ExportConfig) -> Path:
     """Write the model and return its folder or file."""
     _check(cfg)
-    opened = find.load(cfg.checkpoint)
+    # GGUF's norms stay float32, and q8_0 is made of float32: neither may be rounded first.
+    opened = find.load(cfg.checkpoint, torch.float32 if cfg.format == "gguf" else DTYPES[cfg.dtype])
     is_file = find.is_gguf(opened.source)
     base = gguf.read_header(opened.source).license if is_file else license_of(opened.source)
     license = cfg.license or base

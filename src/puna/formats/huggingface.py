@@ -3,6 +3,7 @@
     config.json             LlamaForCausalLM, or LlamaForSequenceClassification with one label for a reward model;
                             with experts, Mixtral's of the same ending
     model.safetensors       read from several files too, where model.safetensors.index.json names them
+    SHA256SUMS              of the safetensors files, as `sha256sum -c` takes it
     generation_config.json  a chat model's BOS, EOS and padding
     tokenizer.model | tokenizer.json + tokenizer_config.json
     puna.json               where the model comes from: whatever the caller says
@@ -32,10 +33,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from puna import parallel
 from puna.config import ConfigError, DataError, read_json_object
 from puna.formats import LARGEST, build, check_shapes, check_vocabulary, shape_of
-from puna.formats.folders import replacing, standing
+from puna.formats.folders import SUMS, read_digests, replacing, standing, write_digests
 from puna.model.moe import MoEConfig
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
+from puna.run_folder import sha256
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 
@@ -169,9 +171,21 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     folder = standing(folder)
     tokenizer = tokenizers.load(folder)
-    is_reward = any(is_classifier(str(name)) for name in _read_object(folder).get("architectures") or [])
+    is_reward = any(map(is_classifier, named_architectures(_read_object(folder))))
     check_vocabulary(tokenizer, read_config(folder, CLASSIFIER if is_reward else CAUSAL), folder)
     return tokenizer
+
+
+def verify(folder: Path) -> None:
+    """DataError where a weight file is not the one that SHA256SUMS, if there is one, was made of."""
+    folder = standing(folder)
+    digests = read_digests(folder)
+    for path in weight_files(folder) if digests else []:
+        if path.name in digests and sha256(path) != digests[path.name]:
+            raise DataError(
+                f"{path} is damaged or was changed: its sha256 is not that of {SUMS}; "
+                f"get or write the folder again, or remove {SUMS} if the change is meant"
+            )
 
 
 def check_alike(folder: Path, tokenizer: Tokenizer, context: int, architecture: str = CLASSIFIER) -> None:
@@ -187,15 +201,30 @@ def check_alike(folder: Path, tokenizer: Tokenizer, context: int, architecture: 
 def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
     """The model's shape from config.json. ConfigError where it asks for what Llama 2's architecture does not have."""
     path, config = folder / "config.json", _read_object(folder)
-    named = config.get("architectures") or []
-    has_experts = any(str(name).startswith("Mixtral") for name in named)
+    named = named_architectures(config)
+    has_experts = any(name.startswith("Mixtral") for name in named)
     if architecture not in named and of_mixtral(architecture) not in named:
         raise ConfigError(f"{path}: architectures is {config.get('architectures')}, expected {architecture}")
     if missing := [key for key in REQUIRED + (EXPERTS if has_experts else ()) if key not in config]:
         raise ConfigError(f"{path}: {', '.join(missing)} is missing")
-    rope = config.get("rope_parameters")
-    rope = rope if isinstance(rope, dict) else {}
-    shape = shape_of(
+    unsupported = {
+        "rope_scaling": _is_scaled(config.get("rope_scaling")),
+        "rope_parameters": _is_scaled(config.get("rope_parameters")),
+        "attention_bias": config.get("attention_bias"),
+        "mlp_bias": config.get("mlp_bias"),
+        "quantization_config": config.get("quantization_config"),
+        "hidden_act": config.get("hidden_act", "silu") != "silu",
+        "sliding_window": has_experts and config.get("sliding_window"),
+        "head_dim": _has_own_head_dim(config),
+    }
+    for key, present in unsupported.items():
+        if present:
+            raise ConfigError(f"{path}: {key} {config[key]} is not supported: Llama 2 has none like it")
+    tied = config.get("tie_word_embeddings") or False
+    if not isinstance(tied, bool):
+        raise ConfigError(f"{path}: tie_word_embeddings is {tied!r}: it must be true or false")
+    rope = config.get("rope_parameters") or {}
+    return shape_of(
         path,
         dim=config["hidden_size"],
         n_layers=config["num_hidden_layers"],
@@ -206,22 +235,31 @@ def read_config(folder: Path, architecture: str = CAUSAL) -> ModelConfig:
         max_seq_len=config["max_position_embeddings"],
         norm_eps=config["rms_norm_eps"],
         rope_theta=rope.get("rope_theta") or config.get("rope_theta") or 10000.0,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=tied,
         moe=_read_experts(path, config) if has_experts else None,
     )
-    unsupported = {
-        "rope_scaling": config.get("rope_scaling") or rope.get("rope_type", "default") != "default",
-        "attention_bias": config.get("attention_bias"),
-        "mlp_bias": config.get("mlp_bias"),
-        "quantization_config": config.get("quantization_config"),
-        "hidden_act": config.get("hidden_act", "silu") != "silu",
-        "sliding_window": has_experts and config.get("sliding_window"),
-        "head_dim": config.get("head_dim", 0) not in (None, 0, shape.head_dim),
-    }
-    for key, present in unsupported.items():
-        if present:
-            raise ConfigError(f"{path}: {key} {config.get(key, rope)} is not supported: Llama 2 has none like it")
-    return shape
+
+
+def _is_scaled(rope: Any) -> bool:
+    """Whether rotary positions are more than a rope_theta; older folders call a scaling's rope_type its type."""
+    if not isinstance(rope, dict):
+        return bool(rope)
+    unscaled = "default" if rope.keys() <= {"rope_theta"} else None
+    return bool(rope.get("rope_type", rope.get("type", unscaled)) != "default")
+
+
+def _has_own_head_dim(config: dict[str, Any]) -> bool:
+    """Whether a head's width is not the model's over its heads; `shape_of` refuses what is no number of these."""
+    dim, heads, width = (config.get(key) for key in ("hidden_size", "num_attention_heads", "head_dim"))
+    if width in (None, 0) or not isinstance(dim, int) or not isinstance(heads, int):
+        return False
+    return not isinstance(width, int) or width * heads != dim
+
+
+def named_architectures(config: dict[str, Any]) -> list[str]:
+    """What a config.json says its folder holds; [] where that is no list."""
+    named = config.get("architectures")
+    return [str(name) for name in named] if isinstance(named, list) else []
 
 
 def _read_object(folder: Path) -> dict[str, Any]:
@@ -307,6 +345,8 @@ def _stored(folder: Path, config: ModelConfig, more: dict[str, str] | None = Non
                     continue  # A table that early exports stored; it follows from rope_theta.
                 if theirs not in names:
                     raise DataError(f"{folder}: {theirs} is no tensor of a {config.n_layers}-layer Llama")
+                if theirs in stored:
+                    raise DataError(f"{path}: {theirs} is in another file of this folder too: get or export it again")
                 if names[theirs] != "output.weight" or not config.tie_embeddings:
                     stored[theirs] = names[theirs], tuple(file.get_slice(theirs).get_shape())
     return stored
@@ -347,9 +387,9 @@ def _opened(path: Path) -> Iterator[Any]:
 def _indexed(path: Path) -> list[str]:
     """The files that an index names, which must lie beside it."""
     try:
-        names = sorted(set(json.loads(path.read_bytes())["weight_map"].values()))
+        names = sorted(set(read_json_object(path)["weight_map"].values()))
         outside = [name for name in names if Path(name).name != name or not name.strip(".")]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (DataError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{path}: not an index of safetensors files: it needs a weight_map of names") from error
     if outside:
         raise ConfigError(f"{path}: refused, it names {outside[0]!r}, which does not lie in its folder")
@@ -421,6 +461,7 @@ def _write(
             (made / name).write_text(text, encoding="utf-8")
         tokenizer.save(made)
         _save_shards(tensors, made)
+        write_digests(made, "*.safetensors")
 
 
 def _save_shards(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 
 from puna import checkpoint, config
 from puna.config import ConfigError, DataError
 from puna.formats import find, gguf, huggingface, meta
+from puna.formats.folders import read_digests
 from puna.model.transformer import ModelConfig
 from puna.run_folder import sha256
 from puna.text import tokenizer as tokenizers
@@ -58,7 +60,8 @@ def _hugging_face(folder: Path, digest: bool) -> list[tuple[str, str]]:
     files = huggingface.weight_files(folder)
     rows = [("holds", f"a Hugging Face folder, {architecture}"), *_shape(shape, _count_parameters(shape, architecture))]
     rows += [("dtype", _types(_safetensors_types(files))), *_tokenizer(tokenizers.load(folder))]
-    return [*rows, *_provenance(folder), *_files(files, _digests(files) if digest else {})]
+    known = {name: f"sha256 {digest}" for name, digest in read_digests(folder).items()}
+    return [*rows, *_provenance(folder), *_files(files, _digests(files) if digest else known)]
 
 
 def _gguf(path: Path, digest: bool) -> list[tuple[str, str]]:
@@ -81,15 +84,22 @@ def _meta(folder: Path, digest: bool) -> list[tuple[str, str]]:
 
 
 def _checkpoint(path: Path) -> list[tuple[str, str]]:
-    """A stage's checkpoint: its manifest, and the stage's own provenance."""
-    manifest = checkpoint.read_manifest(path)
-    settings = find.read_object(path.absolute().parent.parent / "config.json")
+    """A stage's checkpoint: its manifest, the model's tensors (PPO's policy), and the stage's own provenance."""
+    manifest, tensors = checkpoint.read_manifest(path), checkpoint.tensors(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("policy.")} or tensors
+    stage = path.absolute().parent.parent
+    settings = find.read_object(stage / "config.json")
     rows = [("holds", f"a checkpoint of step {manifest['step']}")]
     if "model" in settings:
         shape = config.from_dict(ModelConfig, settings["model"])
-        rows += _shape(shape, shape.n_params())
-    elif "init" in settings:
-        rows.append(("parent", str(settings["init"])))
+        rows += _shape(shape, _count_stored(tensors, shape.tie_embeddings))
+    else:
+        init = settings.get("init")
+        parent = find.read_object(find.started_in(stage, settings) / init / "config.json") if init else {}
+        count = f"{_count_stored(tensors, parent.get('tie_word_embeddings') is True):,}"
+        missing = "" if parent else ", a tied output counted twice: the parent is not in its place"
+        rows += [*([("parent", str(init))] if init else []), ("parameters", count + missing)]
+    rows.append(("dtype", _types(Counter(str(dtype).removeprefix("torch.") for dtype, _ in tensors.values()))))
     rows.append(("written by", f"puna {manifest.get('puna')}, torch {manifest.get('torch')}"))
     digests = {name: f"sha256 {digest}" for name, digest in manifest["files"].items()}
     return [*rows, *_files([path / name for name in sorted(manifest["files"])], digests)]
@@ -115,6 +125,11 @@ def _count_parameters(shape: ModelConfig, architecture: str) -> int:
         return shape.n_params()
     output = 0 if shape.tie_embeddings else shape.vocab_size * shape.dim
     return shape.n_params() - output + shape.dim
+
+
+def _count_stored(tensors: dict[str, tuple[torch.dtype, torch.Size]], tied: bool) -> int:
+    """A checkpoint has a tied output twice."""
+    return sum(size.numel() for name, (_, size) in tensors.items() if not (tied and name.endswith("output.weight")))
 
 
 def _tokenizer(tokenizer: Tokenizer) -> list[tuple[str, str]]:

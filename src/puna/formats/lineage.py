@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from puna.formats.find import architectures, read_object
+from puna.formats.find import architectures, read_object, started_in
 
 
 class Step(NamedTuple):
@@ -30,9 +30,11 @@ def trace(folder: Path) -> list[Step]:
         measured = [read_object(stage / name) for name in ("evaluation/evaluation.json", "evaluation.json")]
         evaluation = next(filter(None, measured), {}) if has_stage else {}
         steps.append(Step(folder, provenance, settings, evaluation, _seconds(stage)))
-        if not provenance.get("parent") or not Path(provenance["parent"]).is_dir():
+        parent = str(provenance.get("parent") or "")
+        found = [place for place in (Path(parent), started_in(stage, settings) / parent) if parent and place.is_dir()]
+        if not found:
             break
-        folder = Path(provenance["parent"])
+        folder = found[0]
     return steps[::-1]
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from puna.config import ConfigError, DataError
+from puna.config import ConfigError, DataError, read_json_object
 from puna.formats import build, check_dense, check_vocabulary, shape_of
 from puna.formats.folders import replacing, standing
 from puna.model.sizes import ffn_hidden
@@ -145,11 +145,8 @@ def _shard_files(folder: Path) -> list[Path]:
 
 def _read_params(path: Path) -> dict[str, Any]:
     """params.json with its defaults, every number checked for its kind."""
-    try:
-        read = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON: {error}") from error
-    if not isinstance(read, dict) or not {"dim", "n_layers", "n_heads"} <= read.keys():
+    read = read_json_object(path)
+    if not {"dim", "n_layers", "n_heads"} <= read.keys():
         raise ConfigError(f"{path}: dim, n_layers and n_heads are what it must say")
     if unknown := sorted(read.keys() - KNOWN):
         raise ConfigError(f"{path}: {unknown[0]} is not supported: Llama 2 has none like it")
@@ -186,11 +183,7 @@ def _config(params: dict[str, Any], shard: dict[str, Tensor], folder: Path) -> M
 def _context(folder: Path) -> Any:
     """The context that our own export noted, or Llama 2's."""
     path = folder / PROVENANCE
-    try:
-        context = json.loads(path.read_bytes()).get("max_seq_len", CONTEXT) if path.is_file() else CONTEXT
-    except (ValueError, AttributeError) as error:
-        raise DataError(f"{path}: not a JSON object: {error}") from error
-    return context
+    return read_json_object(path).get("max_seq_len", CONTEXT) if path.is_file() else CONTEXT
 
 
 def _load_tokenizer(folder: Path) -> Tokenizer:

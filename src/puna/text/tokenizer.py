@@ -15,7 +15,7 @@ from typing import Any
 
 import sentencepiece
 
-from puna.config import ConfigError, DataError
+from puna.config import ConfigError, DataError, read_json_object
 from puna.run_folder import write_atomically
 from puna.types import ChatFormat
 from puna.types import Tokenizer as Tokenizer
@@ -24,6 +24,8 @@ IM_START, IM_END = "<|im_start|>", "<|im_end|>"
 # Where tokenizer_config.json does not name them, what published tokenizers call them.
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|endoftext|>")
 EOS_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>")
+PADS = ("<pad>", "[PAD]")
+"""Added to Llama 2's tokenizer by many, for batches: no text of ours needs them."""
 LONG_TEXT = 16_384
 """Characters from which on a text is encoded while other threads run: `tokenizers` lets them in a batch alone."""
 
@@ -109,13 +111,10 @@ class HuggingFaceTokenizer:
 
 
 def load(path: Path | str) -> Tokenizer:
-    """Read a tokenizer.model, a tokenizer.json, or a folder with one of them: the .model where there are both."""
+    """Read a tokenizer.model, a tokenizer.json, or a folder: of both the .model, unless the other has more ids."""
     path = Path(path)
     if path.is_dir():
-        found = [path / name for name in ("tokenizer.model", "tokenizer.json") if (path / name).is_file()]
-        if not found:
-            raise ConfigError(f"{path}: no tokenizer.model and no tokenizer.json in this folder")
-        return load(found[0])
+        return _load_folder(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such folder, tokenizer.model or tokenizer.json")
     try:
@@ -125,6 +124,37 @@ def load(path: Path | str) -> Tokenizer:
     except ValueError as error:
         kind = "tokenizer.json" if path.suffix == ".json" else "SentencePiece model"
         raise ConfigError(f"{path}: not a {kind} that Puna can use ({error})") from error
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    """ConfigError also where tokens were added to the .model without a tokenizer.json that has them."""
+    model, whole, added = (folder / name for name in ("tokenizer.model", "tokenizer.json", "added_tokens.json"))
+    if not model.is_file() and not whole.is_file():
+        raise ConfigError(f"{folder}: no tokenizer.model and no tokenizer.json in this folder")
+    if not model.is_file():
+        return load(whole)
+    tokenizer = load(model)
+    if whole.is_file() and _count_ids(whole) > tokenizer.vocab_size:
+        return load(whole)
+    tokens = read_json_object(added) if added.is_file() else {}
+    for token, i in tokens.items():
+        if token in PADS or (isinstance(i, int) and i < tokenizer.vocab_size):
+            continue
+        raise ConfigError(
+            f"{added}: {token!r} is no token of the tokenizer.model beside it: save the tokenizer with a "
+            "tokenizer.json, as transformers' AutoTokenizer does"
+        )
+    return tokenizer
+
+
+def _count_ids(path: Path) -> int:
+    """How many ids a tokenizer.json has, those of added tokens included, without the `tokenizers` package."""
+    state = read_json_object(path)
+    try:
+        added: list[int] = [token["id"] + 1 for token in state.get("added_tokens", [])]
+        return max(len(state["model"]["vocab"]), *added, 0)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a tokenizer.json: it has no model's vocab or a token without an id") from error
 
 
 def train(texts: Iterable[str], vocab_size: int, out: Path, *, threads: int = 1) -> Tokenizer:
@@ -226,8 +256,12 @@ def _control_names(vocabulary: dict[str, int], config: dict[str, Any]) -> dict[s
 
 
 def _tokenizer_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    return json.loads(path.read_bytes()) if path.is_file() else {}
+    """tokenizer_config.json; the chat template may stand in a file of its own, as newer folders have it."""
+    path, template = folder / "tokenizer_config.json", folder / "chat_template.jinja"
+    config = read_json_object(path) if path.is_file() else {}
+    if template.is_file() and not config.get("chat_template"):
+        config["chat_template"] = template.read_text(encoding="utf-8")
+    return config
 
 
 def _sentencepiece_reason(error: RuntimeError) -> str:
