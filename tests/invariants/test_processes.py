@@ -30,13 +30,14 @@ STAGES: dict[str, Any] = {"pretrain": pretrain, "sft": sft, "reward": reward, "p
 LAYOUTS = {"two": 1, "tensor": 2, "four": 1, "two_by_two": 2}
 """The ranks of a tensor group: twice of two processes, twice of four."""
 RUNS = {"one": 1, "four_as_two_by_two": 2} | LAYOUTS
+CHECKPOINTING = {"tensor": "selective", "two_by_two": "full"}
+"""What is recomputed in the backward pass, where it is not nothing: it changes no number either."""
 
 
 def configs(folder: Path, out: str) -> dict[str, Any]:
     """About ten steps of each stage, of rows that divide by no number of ranks."""
-    tensor = RUNS[out]
-    rates = OptimConfig(lr=3e-4, warmup_steps=1)
-    how: dict[str, Any] = {"optim": rates, "parallel": ParallelConfig(tensor=tensor), "checkpoint_every": 5}
+    layout = ParallelConfig(tensor=RUNS[out], checkpointing=CHECKPOINTING.get(out, "off"))
+    how: dict[str, Any] = {"optim": OptimConfig(lr=3e-4, warmup_steps=1), "parallel": layout, "checkpoint_every": 5}
 
     def at(name: str) -> dict[str, Any]:
         return how | {"out": folder / out / name}
