@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from puna import checkpoint, losses, parallel
 from puna.config import ConfigError
 from puna.data import shards
 from puna.formats import huggingface
+from puna.generate.held_out import kept_policy
 from puna.optim import OptimConfig
 from puna.parallel import ParallelConfig
 from puna.run_folder import read_metrics
@@ -148,20 +150,25 @@ def two(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
 
 
 def four(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
-    """Two by two, and four side by side, whose pretraining is resumed as two by two."""
+    """Two by two, and four side by side, whose stages are resumed as two by two."""
     run(runs["two_by_two"])
     run(runs["four"])
     if parallel.is_main():
         killed(folder / "four", folder / "four_as_two_by_two")
     parallel.barrier()
-    pretrain.run(runs["four_as_two_by_two"]["pretrain"])
+    run(runs["four_as_two_by_two"])
 
 
 def killed(run: Path, copy: Path) -> None:
-    """A copy of a pretraining run as if it had been killed after its last checkpoint."""
+    """A copy of a run whose stages are as if they had been killed after the first of their checkpoints."""
     shutil.copytree(run, copy)
-    shutil.rmtree(copy / "pretrain/model")
-    (copy / "pretrain/done/pretrain.json").unlink()
+    best = json.loads((copy / "ppo/done/ppo.json").read_text())["best_iteration"]
+    shutil.copytree(copy / "ppo/model", kept_policy(copy / "ppo", best))
+    for stage in list(STAGES)[:4]:
+        shutil.rmtree(copy / stage / "model")
+        (copy / stage / f"done/{stage}.json").unlink()
+        for later in sorted((copy / stage / "checkpoints").iterdir())[1:]:
+            shutil.rmtree(later)
 
 
 @pytest.fixture(scope="module")
@@ -213,11 +220,12 @@ def test_many_processes_go_the_way_of_one(layout: str, stage: str, folder: Path)
 
 
 def test_a_run_over_four_goes_on_as_two_by_two_and_on_one(folder: Path) -> None:
-    same_lines(folder, "one", "four_as_two_by_two", "pretrain")
     killed(folder / "four", folder / "four_on_one")
-    assert checkpoint.latest(folder / "four_on_one/pretrain/checkpoints") is not None
-    pretrain.run(replace(configs(folder, "one")["pretrain"], out=folder / "four_on_one/pretrain"))
-    same_lines(folder, "one", "four_on_one", "pretrain")
+    for stage in list(STAGES)[:4]:
+        same_lines(folder, "one", "four_as_two_by_two", stage)
+        assert checkpoint.latest(folder / "four_on_one" / stage / "checkpoints") is not None
+        STAGES[stage].run(replace(configs(folder, "one")[stage], out=folder / "four_on_one" / stage))
+        same_lines(folder, "one", "four_on_one", stage)
 
 
 @pytest.mark.parametrize(
