@@ -53,6 +53,7 @@ def test_a_tensor_group_needs_its_processes() -> None:
         ({"heartbeat": 0.5}, "heartbeat is 0.5: it must be 0, or at least 3 seconds"),
         ({"heartbeat": -1.0}, "heartbeat is -1.0: it must be 0, or at least 3 seconds"),
         ({"heartbeat": math.nan}, "heartbeat is nan"),
+        ({"tensor": 2, "compile": True}, "compile does not go with tensor > 1"),
     ],
 )
 def test_mistakes(fields: dict[str, Any], message: str) -> None:

@@ -81,7 +81,7 @@ class ParallelConfig:
     """what the backward pass computes again: nothing; all of a block but its matrix products and
     attention (a CPU's compiled attention too); or all of it."""
     compile: bool = False
-    """torch.compile every block."""
+    """torch.compile every block; not with `tensor`."""
     heartbeat: float = 20.0
     """seconds of silence after which a rank counts as dead and the others end; 0 waits for torch's time-outs."""
 
@@ -89,6 +89,9 @@ class ParallelConfig:
         positive(self, "tensor")
         if self.heartbeat and not self.heartbeat >= LEAST_HEARTBEAT:
             raise ConfigError(f"heartbeat is {self.heartbeat}: it must be 0, or at least {LEAST_HEARTBEAT:g} seconds")
+        if self.compile and self.tensor > 1:
+            # torch 2.13's compiler ends in a RecursionError where a DTensor's shape changes from step to step.
+            raise ConfigError("compile does not go with tensor > 1: leave parallel.compile false, or share data alone")
 
 
 _mesh: DeviceMesh | None = None  # data x tensor, or data alone; None on one process

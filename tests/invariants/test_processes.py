@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -89,9 +91,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items() if g is not None}
 
 
-def first_updates(cfgs: dict[str, Any], data: Path) -> dict[str, tuple[float, dict[str, Tensor]]]:
+def first_updates(
+    cfgs: dict[str, Any], data: Path, layout: ParallelConfig | None = None
+) -> dict[str, tuple[float, dict[str, Tensor]]]:
     """Loss and gradients of the first global batch, of embeddings that are the output too."""
-    how, tokenizer = cfgs["pretrain"].parallel, helpers.tokenizer()
+    how, tokenizer = layout or cfgs["pretrain"].parallel, helpers.tokenizer()
     results = {}
     for tied in (False, True):
         model = helpers.placed(helpers.model(tie_embeddings=tied), how)
@@ -134,6 +138,8 @@ def two(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
         results[name] = first_updates(cfgs, folder / "data")
         run(cfgs, sampling(folder, name) if name == "two" else None)
     parallel.start()
+    with mock.patch.object(torch, "compile", functools.partial(torch.compile, backend="aot_eager")):
+        results["compiled"] = first_updates(runs["two"], folder / "data", ParallelConfig(compile=True))
     results["whitened"] = parallel.spread(lambda first, part: list(whitened()), range(4))
     check_bfloat16()
     model = helpers.placed(helpers.model())
@@ -183,7 +189,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", ["two", "tensor"])
+@pytest.mark.parametrize("layout", ["two", "tensor", "compiled"])
 def test_o_two_processes_have_the_gradients_of_one(layout: str, folder: Path) -> None:
     one, many = first_updates(configs(folder, "one"), folder / "data"), torch.load(folder / "two.pt")[layout]
     for name, (loss, expected) in one.items():
