@@ -150,7 +150,8 @@ def two_models(lab: Lab) -> Iterator[Finding]:
     for name, table in files.items():
         test = readers.read(tuple(map(Path, table["test"])), "preferences").records
         own = lab.json(f"v5/reward_{name}/evaluation.json")["accuracy"]
-        accuracy = reward.evaluate(test, *reward.held_out_scores(model, tokenizer, test))["accuracy"]
+        cfg = lab.settings(RewardConfig, f"v5/reward_{name}", {})
+        accuracy = reward.evaluate(test, *reward.held_out_scores(cfg, model, tokenizer, test))["accuracy"]
         yield Finding(f"two models beat one mixed: {name}", "3.2.2", "two", "one", own, accuracy)
 
 

@@ -183,6 +183,11 @@ def latest(folder: Path) -> Path | None:
     return max(_finished(folder), key=_step, default=None)
 
 
+def steps(folder: Path) -> list[int]:
+    """The steps of the finished checkpoints in the folder, in order."""
+    return sorted(map(_step, _finished(folder)))
+
+
 def load(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
     """Fill the model (and optimizer) from a checkpoint and return its `extra`. All ranks call it.
 

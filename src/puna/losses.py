@@ -1,13 +1,12 @@
 """The equations, as pure functions of tensors: language model, ranking, safety, KL, GAE, PPO, groups, DPO, the reward.
 
 Shapes: N tokens, B sequences or pairs, T steps, V vocabulary. Every mask is True where an entry counts. Nothing here
-knows a config, a model or a device. What crosses processes is the caller's: pass `reduce` (a sum over ranks).
+knows a config, a model, a device or a process group: a caller whose batch is shared gives it the whole batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,19 +16,12 @@ from torch import Tensor
 
 from puna.types import Grade
 
-Reduce = Callable[[Tensor], Tensor]
-
 MARGINS: dict[str, dict[Grade, float]] = {
     "none": {"significantly_better": 0.0, "better": 0.0, "slightly_better": 0.0, "negligibly_better": 0.0},
     "small": {"significantly_better": 1.0, "better": 2 / 3, "slightly_better": 1 / 3, "negligibly_better": 0.0},
     "large": {"significantly_better": 3.0, "better": 2.0, "slightly_better": 1.0, "negligibly_better": 0.0},
 }
 """Paper A.3.3, Table 27: the margin each grade asks for."""
-
-
-def same(x: Tensor) -> Tensor:
-    """The reduction over one process."""
-    return x
 
 
 # Language model ------------------------------------------------------------------------------------------------------
@@ -45,9 +37,9 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
 
 
 def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`token_logprobs`, and the entropy in nats of the distributions they are of, which carries no gradient; (N,) each.
+    """`token_logprobs`, and each distribution's entropy in nats without a gradient, from one softmax.
 
-    logits (N, V), targets (N,). One softmax gives both.
+    logits (N, V), targets (N,) -> (N,), (N,).
     """
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     logp = F.log_softmax(logits, dim=-1)  # (N, V)
@@ -57,10 +49,10 @@ def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float = 1
 
 
 def load_balancing_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
-    """E sum over experts of f P, a scalar: k where all experts have as much to do, E where k of them do all.
+    """E times the sum over experts of f P, a scalar: k where the load is even, E where k experts take all tokens.
 
-    probabilities (N, E), chosen (N, k). f is an expert's share of the tokens, which choose k each, P its mean
-    probability: Switch's equation 4 (arXiv 2101.03961), as Mixtral counts it. P alone carries the gradient.
+    probabilities (N, E), chosen (N, k). f is the share of tokens that choose an expert (k choices a token), P its mean
+    probability: Switch's equation 4 (arXiv 2101.03961), as Mixtral counts it. The gradient goes through P alone.
     """
     n, experts = probabilities.shape
     f = chosen.flatten().bincount(minlength=experts) / n  # (E,)
@@ -100,47 +92,45 @@ def combine_rewards(safety: Tensor, helpfulness: Tensor, is_safety: Tensor, thre
     return torch.where(is_safety | (safety < threshold), safety, helpfulness)
 
 
-def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce = same) -> Tensor:
-    """Mean over the counted entries of all ranks, a scalar; 0 where nothing counts."""
-    return reduce((x * mask).sum()) / reduce(mask.sum()).clamp(min=1)
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the counted entries, a scalar; 0 where nothing counts."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(x: Tensor, mask: Tensor | None = None, reduce: Reduce = same, eps: float = 1e-8) -> Tensor:
-    """Shift and scale to mean 0 and deviation 1 over the counted entries of all ranks; the mean is *not* kept.
+def whiten(x: Tensor, mask: Tensor | None = None, eps: float = 1e-8) -> Tensor:
+    """Shift and scale to mean 0 and deviation 1 over the counted entries; the mean is *not* kept.
 
     Entries that do not count come back as 0.
     """
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    mean = masked_mean(x, mask, reduce)
-    variance = masked_mean((x - mean) ** 2, mask, reduce)
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
     return (x - mean) * torch.rsqrt(variance + eps) * mask
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and variance of all numbers seen so far: what a running whitening knows."""
+    """Count, mean and variance of all numbers seen so far, to whiten by."""
 
     count: float = 0.0
     mean: float = 0.0
     variance: float = 0.0
 
-    def with_batch(self, x: Tensor, reduce: Reduce = same) -> Moments:
-        """The moments with the numbers (B,) of all ranks added (Chan et al. 1979), in float64."""
+    def with_batch(self, x: Tensor) -> Moments:
+        """The moments with a batch (B,) added (Chan et al. 1979), in float64."""
         x = x.double()
-        n = float(reduce(torch.tensor(float(len(x)), dtype=x.dtype, device=x.device)))
-        mean = float(reduce(x.sum())) / n
-        variance = float(reduce(((x - mean) ** 2).sum())) / n
-        total, apart = self.count + n, mean - self.mean
-        spread = (self.count * self.variance + n * variance) / total + apart**2 * self.count * n / total**2
-        return Moments(total, self.mean + apart * n / total, spread)
+        n, mean = float(len(x)), float(x.mean())
+        total, delta = self.count + n, mean - self.mean
+        squares = self.count * self.variance + float(((x - mean) ** 2).sum()) + delta**2 * self.count * n / total
+        return Moments(total, self.mean + delta * n / total, squares / total)
 
     def whiten(self, x: Tensor, eps: float = 1e-8) -> Tensor:
         """Shift and scale by these moments; the mean is *not* kept."""
         return (x - self.mean) / math.sqrt(self.variance + eps)
 
 
-def bounded(x: Tensor, largest: float) -> Tensor:
-    """Clipped to plus or minus `largest`; as it is where that is 0."""
+def clip(x: Tensor, largest: float) -> Tensor:
+    """x clipped to plus or minus `largest`; x itself where that is 0."""
     return x.clamp(-largest, largest) if largest else x
 
 
@@ -153,10 +143,10 @@ def sequence_kl(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     return ((logprobs - reference) * mask).sum(dim=1)
 
 
-def adapted_beta(beta: float, kl: float, target: float, horizon: int, n: int) -> float:
-    """The KL weight after n answers of mean KL `kl` (Ziegler et al. 2019, 2.2).
+def adaptive_beta(beta: float, kl: float, target: float, horizon: int, n: int) -> float:
+    """The KL weight after n answers of mean KL `kl` (Ziegler et al. 2019, 2.2); beta itself where `target` is 0.
 
-    It grows where KL is above the target, shrinks below, at most by a fifth in `horizon` answers. 0 is no target.
+    It grows where KL is above the target and shrinks below, by at most a fifth in `horizon` answers.
     """
     if not target:
         return beta
@@ -210,14 +200,14 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Ten
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def clip_numbers(logprobs: Tensor, old: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
-    """Sums over counted tokens of what tells how far the policy has moved: ratios out of the clip, and ratio - 1 - log
-    ratio, the estimate k3 of KL(old || new); all (...) -> scalars.
+def ratio_stats(logprobs: Tensor, old: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
+    """How far the policy has moved, summed over counted tokens: ratios outside the clip range, and the k3 estimate of
+    KL(old || new), ratio - 1 - log ratio; all (...) -> scalars.
     """
-    ratio = (logprobs - old).exp()
+    log_ratio = logprobs - old
     return {
-        "clip_fraction": (((ratio - 1).abs() > clip) * mask).sum(),
-        "approximate_kl": ((ratio - 1 - ratio.log()) * mask).sum(),
+        "clip_fraction": ((log_ratio.expm1().abs() > clip) * mask).sum(),
+        "approximate_kl": ((log_ratio.expm1() - log_ratio) * mask).sum(),
     }
 
 
@@ -230,7 +220,7 @@ def leave_one_out(scores: Tensor) -> Tensor:
     return (scores - scores.mean(dim=1, keepdim=True)) * n / (n - 1)
 
 
-def group_normalised(scores: Tensor, eps: float = 1e-4) -> Tensor:
+def group_whitened(scores: Tensor, eps: float = 1e-4) -> Tensor:
     """GRPO's advantages (P, G): a score less its group's mean, over the group's deviation (of G - 1); G at least 2."""
     return (scores - scores.mean(dim=1, keepdim=True)) / (scores.std(dim=1, keepdim=True) + eps)
 

@@ -22,7 +22,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -300,6 +300,18 @@ def place(
         model.get_buffer(name).copy_(buffer)
     _fill(model, weights)
     return model
+
+
+class Placement(NamedTuple):
+    """How all models of a run are placed."""
+
+    device: torch.device
+    cfg: ParallelConfig | None = None
+    precision: str = "fp32"
+
+    def place(self, model: M, weights: Iterable[tuple[str, Tensor]]) -> M:
+        """`place` of a model and its weights."""
+        return place(model, weights, *self)
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ def test_r_kl_in_one_sum_is_on_the_score(cfg: PPOConfig) -> None:
     cfg = replace(cfg, kl="sequence", beta=0.3)
     models, told = moved(cfg), {}
     rollout, _, _ = ppo.collect(cfg, models, helpers.prompts(8), 0)
-    ppo.learnable(cfg, rollout, lambda **tensors: told.update(tensors))
+    ppo.advantages_and_returns(cfg, rollout, lambda **tensors: told.update(tensors))
     kl = losses.sequence_kl(rollout.logprobs, rollout.reference_logprobs, rollout.action_mask)
     assert kl.abs().max() > 1e-3
     for row, rewards in enumerate(told["rewards"]):
@@ -124,7 +124,7 @@ def test_r_kl_in_one_sum_is_on_the_score(cfg: PPOConfig) -> None:
         assert float(rewards[last]) == pytest.approx(float(rollout.scores[row] - 0.3 * kl[row]), abs=1e-6)
 
 
-def test_s_an_adapted_beta_follows_kl(cfg: PPOConfig, tmp_path: Path) -> None:
+def test_s_an_adaptive_beta_follows_kl(cfg: PPOConfig, tmp_path: Path) -> None:
     cfg = replace(cfg, out=tmp_path, kl_target=0.5, kl_horizon=80)
     ppo.run(cfg)
     lines = read_metrics(tmp_path / "metrics.jsonl")
@@ -169,8 +169,8 @@ def test_u_clips_stop_at_their_size(cfg: PPOConfig) -> None:
     assert 0 < int(rollout.finished.sum()) < 24
     close(rollout.scores[rollout.finished].abs().max(), torch.tensor(0.5))
     close(rollout.scores[~rollout.finished].min(), torch.tensor(-3.5))  # the penalty comes after the clip
-    advantages, _ = ppo.learnable(cfg, rollout)
-    free, _ = ppo.learnable(replace(cfg, advantage_clip=0.0), rollout)
+    advantages, _ = ppo.advantages_and_returns(cfg, rollout)
+    free, _ = ppo.advantages_and_returns(replace(cfg, advantage_clip=0.0), rollout)
     assert float(free.abs().max()) > 0.7
     close(advantages, free.clamp(-0.7, 0.7))
 

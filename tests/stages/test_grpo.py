@@ -87,7 +87,7 @@ def test_rollouts_are_what_was_sampled(tmp_path: Path) -> None:
     assert torch.equal(scores["reward"], combined)
     finished = torch.tensor([completion.finished for completion in completions])
     whitened = losses.whiten(torch.log(combined / (1 - combined))) - 1.0 * ~finished
-    torch.testing.assert_close(rollout.advantages, losses.group_normalised(whitened.view(3, 4)).flatten())
+    torch.testing.assert_close(rollout.advantages, losses.group_whitened(whitened.view(3, 4)).flatten())
     assert numbers["length"] == pytest.approx(sum(len(c.tokens) for c in completions) / 12)
     assert numbers["entropy"] == pytest.approx(-float(rollout.logprobs[rollout.action_mask].mean()))
 

@@ -23,7 +23,7 @@ from puna.generate.scoring import Judges, Scorer
 from puna.generate.weights import pack, whole
 from puna.model.reward import RewardModel, ValueHead
 from puna.model.transformer import Transformer
-from puna.parallel import ParallelConfig
+from puna.parallel import ParallelConfig, Placement
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
 from puna.types import Completion, Engine
@@ -69,14 +69,14 @@ def load(
     several processes are to share a critic that shares the policy's body.
     """
     tokenizer = huggingface.load_tokenizer(init)
-    how: Any = (device, cfg, precision)
+    how = Placement(device, cfg, precision)
     helpfulness, safety, gold = (scorer(path, init, tokenizer, how) if path else None for path in rewards)
     assert helpfulness and safety
-    policy = parallel.place(*huggingface.open_model(init), *how)
+    policy = how.place(*huggingface.open_model(init))
     return Models(
         policy=policy,
         value=critic(kind, init, rewards[0], how),
-        reference=parallel.place(*huggingface.open_model(init), *how).eval().requires_grad_(False),
+        reference=how.place(*huggingface.open_model(init)).eval().requires_grad_(False),
         helpfulness=helpfulness,
         safety=safety,
         engine=LocalEngine(policy, tokenizer),
@@ -87,26 +87,26 @@ def load(
     )
 
 
-def scorer(path: Path, init: Path, tokenizer: Tokenizer, how: Any) -> Scorer:
-    """A frozen reward model, placed as `how` says (device, layout, precision), that judges the policy at `init`.
+def scorer(path: Path, init: Path, tokenizer: Tokenizer, how: Placement) -> Scorer:
+    """A frozen reward model that judges the policy at `init`.
 
     ConfigError where it cannot read what the policy writes.
     """
     huggingface.check_alike(path, tokenizer, huggingface.read_config(init).max_seq_len)
-    model = parallel.place(*huggingface.open_reward_model(path), *how).requires_grad_(False)
-    return Scorer(model, tokenizer, precision=how[2])
+    model = how.place(*huggingface.open_reward_model(path)).requires_grad_(False)
+    return Scorer(model, tokenizer, precision=how.precision)
 
 
-def critic(kind: Critic, init: Path, reward: Path, how: Any) -> RewardModel | ValueHead:
-    """The value function that a policy at `init` begins with; `how` it is placed (device, layout, precision)."""
+def critic(kind: Critic, init: Path, reward: Path, how: Placement) -> RewardModel | ValueHead:
+    """The value function that a policy at `init` begins with."""
     if kind == "reward":
-        return parallel.place(*huggingface.open_reward_model(reward), *how)
+        return how.place(*huggingface.open_reward_model(reward))
     dim = huggingface.read_config(init).dim
     if kind == "zero_head":
-        return parallel.place(*huggingface.open_body(init, torch.zeros(1, dim)), *how)
+        return how.place(*huggingface.open_body(init, torch.zeros(1, dim)))
     if parallel.world_size() > 1:
         raise ConfigError("critic 'shared' runs on one process: use another, or start without torchrun")
-    return ValueHead(dim).to(how[0])
+    return ValueHead(dim).to(how.device)
 
 
 # Answers and their scores ---------------------------------------------------------------------------------------------
@@ -149,15 +149,15 @@ def draw(
 ) -> list[list[Completion]]:
     """n answers to each prompt of ids by an engine that has the policy's weights; every rank draws its share.
 
-    What was gathered for it is let go (paper 3.2.3).
+    The weights that were gathered or copied for it are let go before training goes on (paper 3.2.3).
     """
 
     def answer(first: int, part: Sequence[list[int]]) -> list[list[Completion]]:
         return engine.generate_ids(part, n=n, first=first, **settings)
 
     answers = parallel.spread(answer, prompts, everyone=True)
-    if isinstance(engine, LocalEngine) and parallel.is_sharded(policy):
-        engine.model = policy  # which samples nothing before it is gathered anew
+    if isinstance(engine, LocalEngine):
+        engine.model = policy  # with which nothing is sampled before the next `update_weights`
     return answers
 
 
@@ -187,7 +187,7 @@ def action_logits(model: Transformer, tokens: Tensor, mask: Tensor, precision: s
         return model(tokens, only=F.pad(mask, (0, 1)))  # type: ignore[no-any-return]
 
 
-def spread(x: Tensor, mask: Tensor) -> Tensor:
+def at_places(x: Tensor, mask: Tensor) -> Tensor:
     """N numbers at their places among (B, T - 1), 0 elsewhere."""
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x)
 
@@ -195,7 +195,7 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
 def action_logprobs(model: Transformer, tokens: Tensor, mask: Tensor, temperature: float, precision: str) -> Tensor:
     """log pi of every action at its place, (B, T - 1), with its gradient; tokens (B, T), mask (B, T - 1)."""
     logits = action_logits(model, tokens, mask, precision)
-    return spread(losses.token_logprobs(logits, tokens[:, 1:][mask], temperature), mask)
+    return at_places(losses.token_logprobs(logits, tokens[:, 1:][mask], temperature), mask)
 
 
 def read_rollout(
@@ -209,7 +209,8 @@ def read_rollout(
 
     def read(first: int, rows: Sequence[int]) -> Sequence[Tensor]:
         part = list(rows)
-        return _read(models, tokens[part], mask[part], temperature, max_tokens, record).unbind(1)
+        found = _read(models, tokens[part], mask[part], temperature, max_tokens, record)
+        return [row.clone() for row in found.unbind(1)]  # a view would be sent with all that it is a view of
 
     logprobs, reference, values = torch.stack(parallel.spread(read, range(len(tokens))), dim=1)
     return logprobs, reference, values
@@ -227,9 +228,10 @@ def _read(models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_
         of_reference = action_logits(models.reference, part, acted, models.precision)
         for told, x in ((logprobs, logits), (reference, of_reference)):
             of_actions = losses.token_logprobs(x, part[:, 1:][acted], temperature)
-            told[members, : end - 1] = spread(of_actions, acted).cpu()
+            told[members, : end - 1] = at_places(of_actions, acted).cpu()
         values[members, : end - 1] = value.cpu()
-        record(logits=logits[: rollouts.SHOWN], logits_at=rollouts.places(members, acted)[: rollouts.SHOWN])
+        if record is not rollouts.ignore:
+            record(logits=logits[: rollouts.SHOWN], logits_at=rollouts.places(members, acted)[: rollouts.SHOWN])
     return torch.stack((logprobs, reference, values))
 
 

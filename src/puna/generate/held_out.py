@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from puna import parallel
+from puna import checkpoint, parallel
 from puna.config import DataError
-from puna.formats import huggingface
+from puna.formats import folders, huggingface
 from puna.model.transformer import Transformer
 from puna.run_folder import RunFolder, write_atomically
 from puna.text.tokenizer import Tokenizer
@@ -49,9 +49,17 @@ def keep_answers(
 def keep_policy(
     policy: Transformer, tokenizer: Tokenizer, folder: Path, iteration: int, provenance: dict[str, Any]
 ) -> None:
-    """Save the policy of a measurement that is the best so far; all ranks call this."""
+    """Save the policy of a measurement that is the best so far; all ranks call this.
+
+    Earlier ones stay as far as a run that is killed may go back to them: to its oldest checkpoint.
+    """
     path = kept_policy(folder, iteration)
     huggingface.save_model(policy, tokenizer, path, provenance=provenance | {"iteration": iteration})
+    if parallel.is_main():
+        oldest = min(checkpoint.steps(folder / "checkpoints"), default=0)
+        known = sorted(best for best in path.parent.iterdir() if int(best.name) < oldest)
+        for surpassed in known[:-1]:
+            shutil.rmtree(surpassed)
 
 
 def mean_score(scores: Tensor, completions: Sequence[Completion], penalty: float) -> float:
@@ -68,7 +76,8 @@ def publish(folder: RunFolder, stage: str, best: Best, *, left_out: int) -> None
     if best.reward == -math.inf:
         raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
     if parallel.is_main():
-        shutil.copytree(kept_policy(folder.path, best.iteration), folder.path / "model", dirs_exist_ok=True)
+        with folders.replacing(folder.path / "model") as model:
+            shutil.copytree(kept_policy(folder.path, best.iteration), model, dirs_exist_ok=True)
         folder.mark_done(stage, best_iteration=best.iteration, held_out_reward=best.reward, left_out=left_out)
         shutil.rmtree(folder.path / "best")
     parallel.barrier()

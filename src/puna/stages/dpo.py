@@ -101,9 +101,9 @@ def run(cfg: DPOConfig) -> Path:
             context = huggingface.read_config(cfg.init).max_seq_len
             huggingface.check_alike(cfg.reference, tokenizer, context, huggingface.CAUSAL)
         train, test, counts = prepare(cfg, tokenizer)
-        how: Any = (device, cfg.parallel, cfg.precision)
-        policy = parallel.place(*huggingface.open_model(cfg.init), *how)
-        reference = parallel.place(*huggingface.open_model(cfg.reference or cfg.init), *how).requires_grad_(False)
+        how = parallel.Placement(device, cfg.parallel, cfg.precision)
+        policy = how.place(*huggingface.open_model(cfg.init))
+        reference = how.place(*huggingface.open_model(cfg.reference or cfg.init)).requires_grad_(False)
         optimizer = optim.adamw(cfg.optim, optim.groups(policy, cfg.optim))
         steps = loader.steps_of_epochs(len(train), cfg.batch_size, cfg.epochs, cfg.seed, parallel.data_size())
         start, _ = checkpoint.resume(folder.path / "checkpoints", policy, optimizer)
@@ -124,7 +124,8 @@ def run(cfg: DPOConfig) -> Path:
                 saver.after(step + 1)
         evaluation = evaluate(cfg, policy, reference, test, device)
         progress.close(accuracy=evaluation["accuracy"] or 0.0)
-        write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))
+        if parallel.is_main():
+            write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))
         huggingface.save_model(policy, tokenizer, model_path, provenance={"stage": "dpo", "parent": str(cfg.init)})
         folder.mark_done("dpo", pairs=len(train), **counts, accuracy=evaluation["accuracy"])
         return model_path

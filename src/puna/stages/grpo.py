@@ -191,12 +191,12 @@ def run(cfg: GRPOConfig) -> Path:
 def load(cfg: GRPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, both reward models frozen."""
     tokenizer = huggingface.load_tokenizer(cfg.init)
-    how: Any = (device, cfg.parallel, cfg.precision)
+    how = parallel.Placement(device, cfg.parallel, cfg.precision)
     rewards = cfg.reward_helpfulness, cfg.reward_safety
     helpfulness, safety = (scorer(path, cfg.init, tokenizer, how) for path in rewards)
     judges = Judges(helpfulness, safety, cfg.threshold)
-    policy = parallel.place(*huggingface.open_model(cfg.init), *how)
-    reference = parallel.place(*huggingface.open_model(cfg.init), *how).eval().requires_grad_(False)
+    policy = how.place(*huggingface.open_model(cfg.init))
+    reference = how.place(*huggingface.open_model(cfg.init)).eval().requires_grad_(False)
     return Models(policy, reference, judges, LocalEngine(policy, tokenizer), tokenizer, device)
 
 
@@ -222,7 +222,7 @@ def collect(
     prompt_ids, completions, scores = sample(cfg, models, prompts, cfg.group_size, cfg.seed + 1 + iteration)
     answers = [completion.tokens for completion in completions]
     tokens, _, action_mask = packing.pad_answers(prompt_ids, answers, models.tokenizer.pad_id)
-    read = parallel.spread(lambda first, rows: reread(cfg, models, tokens, action_mask, rows), range(len(tokens)))
+    read = parallel.spread(lambda first, rows: read_rows(cfg, models, tokens, action_mask, rows), range(len(tokens)))
     logprobs, reference = torch.stack(read, dim=1)
     finished = torch.tensor([completion.finished for completion in completions])
     whitened = losses.whiten(losses.logit(scores["reward"])) - cfg.missing_eos_penalty * ~finished
@@ -239,7 +239,7 @@ def collect(
 
 
 @torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
-def reread(
+def read_rows(
     cfg: GRPOConfig, models: Models, tokens: Tensor, action_mask: Tensor, rows: Sequence[int]
 ) -> Sequence[Tensor]:
     """log pi and log pi_0 of every action of some rows, (2, T - 1) each, 0 elsewhere, on the CPU."""
@@ -250,13 +250,13 @@ def reread(
         ids, mask = tokens[part, :end].to(models.device), action_mask[part, : end - 1].to(models.device)
         for kept, model in zip(found, (models.policy, models.reference), strict=True):
             kept[members, : end - 1] = action_logprobs(model, ids, mask, cfg.temperature, cfg.precision).cpu()
-    return found.unbind(1)
+    return [row.clone() for row in found.unbind(1)]  # a view would be sent with all that it is a view of
 
 
 def advantages(cfg: GRPOConfig, scores: Tensor, kl: Tensor) -> Tensor:
     """3: each answer's advantage in its group, (B,), of whitened scores (B,) and the answers' KL (B,)."""
     if cfg.advantage == "grpo":
-        return losses.group_normalised(scores.view(-1, cfg.group_size)).flatten()
+        return losses.group_whitened(scores.view(-1, cfg.group_size)).flatten()
     return losses.leave_one_out((scores - cfg.beta * kl).view(-1, cfg.group_size)).flatten()
 
 
@@ -297,7 +297,7 @@ def accumulate(cfg: GRPOConfig, models: Models, rollout: Rollout, members: list[
         kl_loss = (losses.kl_k3(logprobs, reference) * weight).sum()
         parallel.backward(policy_loss + cfg.beta * kl_loss if cfg.advantage == "grpo" else policy_loss)
         with torch.no_grad():
-            moved = losses.clip_numbers(logprobs, old, weight, cfg.clip)
+            moved = losses.ratio_stats(logprobs, old, weight, cfg.clip)
         seen.append(moved | {"policy_loss": policy_loss.detach(), "kl_loss": kl_loss.detach()})
     return parallel.totals(seen)
 

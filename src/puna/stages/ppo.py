@@ -211,9 +211,8 @@ def run(cfg: PPOConfig) -> Path:
         parallel.barrier()  # all ranks know the same lines, or they might not stop together
         history = read_metrics(metrics.path) if start else []
         progress = Progress("ppo", len(batches), unit="iteration", start=start)
-        with Saver(
-            folder.path / "checkpoints", models.trained, optimizer, cfg.checkpoint_every, cfg.checkpoints_kept
-        ) as saver:
+        saves = cfg.checkpoint_every, cfg.checkpoints_kept
+        with Saver(folder.path / "checkpoints", models.trained, optimizer, *saves) as saver:
             for iteration in range(start, len(batches)):
                 if cfg.stop_on_hacking and monitors.signs(history):
                     break
@@ -229,7 +228,7 @@ def run(cfg: PPOConfig) -> Path:
                 numbers |= update(now, models, optimizer, rollout, iteration, len(batches), record, text)
                 rate = numbers["tokens_per_second"] = int(rollout.action_mask.sum()) / (time.perf_counter() - began)
                 target = cfg.kl_target if iteration >= cfg.critic_warmup else 0.0
-                beta = losses.adapted_beta(state.beta, numbers["kl"], target, cfg.kl_horizon, size)
+                beta = losses.adaptive_beta(state.beta, numbers["kl"], target, cfg.kl_horizon, size)
                 state = replace(state, beta=beta, moments=moments)
                 if cfg.dump and isinstance(record, rollouts.Recorder):
                     record.write(cfg.dump, now, models.tokenizer, iteration=iteration, beta_after=beta)
@@ -307,11 +306,11 @@ def collect(
     answers = [completion.tokens for completion in completions]
     tokens, _, action_mask = packing.pad_answers(prompt_ids, answers, models.tokenizer.pad_id)
     finished = torch.tensor([completion.finished for completion in completions])
-    bounded, moments = normalised(cfg, scores["reward"], moments)
+    whitened, moments = whitened_scores(cfg, scores["reward"], moments)
     read = actor_critic.read_rollout(models, tokens, action_mask, cfg.temperature, cfg.micro_batch_tokens, record)
     actor_critic.read_alone(models, tokens, action_mask, cfg.temperature, record)
-    rollout = Rollout(tokens, action_mask, *read, bounded - cfg.missing_eos_penalty * ~finished, finished)
-    record(**rollout._asdict(), combined=scores["reward"], helpfulness=scores["helpfulness"], bounded=bounded)
+    rollout = Rollout(tokens, action_mask, *read, whitened - cfg.missing_eos_penalty * ~finished, finished)
+    record(**rollout._asdict(), combined=scores["reward"], helpfulness=scores["helpfulness"], bounded=whitened)
     for completion in completions:
         record(sampled=torch.tensor(completion.tokens), sampled_logprobs=torch.tensor(completion.logprobs))
     kl = losses.sequence_kl(rollout.logprobs, rollout.reference_logprobs, action_mask)
@@ -328,18 +327,18 @@ def collect(
     return rollout, numbers, moments
 
 
-def normalised(cfg: PPOConfig, rewards: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
-    """2: the combined rewards (B,) as PPO sees them, before any penalty, and the moments with theirs."""
-    scores = unsquashed(cfg, rewards)
+def whitened_scores(cfg: PPOConfig, rewards: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+    """2: the combined rewards (B,), whitened and clipped, before any penalty; and the moments with this batch's."""
+    scores = logits_of(cfg, rewards)
     moments = moments.with_batch(scores)
     if cfg.whiten != "none":
         scores = losses.whiten(scores) if cfg.whiten == "batch" else moments.whiten(scores)
-    return losses.bounded(scores, cfg.score_clip), moments
+    return losses.clip(scores, cfg.score_clip), moments
 
 
-def unsquashed(cfg: PPOConfig, scores: Tensor) -> Tensor:
-    """Scores (B,) in the space in which they are whitened."""
-    return losses.logit(scores) if cfg.logit_scores else scores
+def logits_of(cfg: PPOConfig, rewards: Tensor) -> Tensor:
+    """The rewards' logits (B,), which are what is whitened; with `logit_scores` off the rewards themselves."""
+    return losses.logit(rewards) if cfg.logit_scores else rewards
 
 
 def update(
@@ -354,7 +353,7 @@ def update(
 ) -> dict[str, float]:
     """3 and 4: advantages, then one gradient step a mini-batch; the iteration's numbers, averaged over tokens."""
     began = time.perf_counter()
-    advantages, returns = learnable(cfg, rollout, record)
+    advantages, returns = advantages_and_returns(cfg, rollout, record)
     record(policy_weights=models.policy.norm.weight[None], critic_weights=models.value.score.weight)
     sums: dict[str, float] = {}
     shuffled = cfg.inner_epochs, (cfg.seed, iteration), parallel.data_size()
@@ -377,14 +376,14 @@ def update(
     return averages | {"explained_variance": 1 - float(residual), "seconds_update": time.perf_counter() - began}
 
 
-def learnable(cfg: PPOConfig, rollout: Rollout, record: rollouts.Record = rollouts.ignore) -> tuple[Tensor, Tensor]:
-    """3: whitened advantages and returns, (B, T - 1) each."""
+def advantages_and_returns(cfg: PPOConfig, rollout: Rollout, record: Record = rollouts.ignore) -> tuple[Tensor, Tensor]:
+    """3: whitened advantages, and returns, (B, T - 1) each."""
     scores, told, beta = rollout.scores, (rollout.logprobs, rollout.reference_logprobs, rollout.action_mask), cfg.beta
     if cfg.kl == "sequence":
         scores, beta = scores - beta * losses.sequence_kl(*told), 0.0
     rewards = losses.token_rewards(scores, *told, beta)
     raw, returns = losses.generalized_advantages(rewards, rollout.values, rollout.action_mask, cfg.gamma, cfg.lam)
-    advantages = losses.bounded(losses.whiten(raw, rollout.action_mask), cfg.advantage_clip)
+    advantages = losses.clip(losses.whiten(raw, rollout.action_mask), cfg.advantage_clip)
     record(rewards=rewards, raw_advantages=raw, returns=returns, advantages=advantages)
     return advantages, returns
 
@@ -412,16 +411,17 @@ def accumulate(
         )
         logits, values = actor_critic.forward(models, tokens, mask)
         of_actions, entropies = losses.logprobs_and_entropy(logits, tokens[:, 1:][mask], cfg.temperature)
-        logprobs = actor_critic.spread(of_actions, mask)
+        logprobs = actor_critic.at_places(of_actions, mask)
         policy_loss = (losses.policy_loss(logprobs, old, advantage, cfg.clip) * mask).sum() / count
         value_loss = (losses.value_loss(values, old_values, target, cfg.value_clip) * mask).sum() / count
         parallel.backward(policy_loss + cfg.value_coefficient * value_loss)
         with torch.no_grad():
-            moved = losses.clip_numbers(logprobs, old, mask, cfg.clip) | {"entropy": entropies.sum()}
+            moved = losses.ratio_stats(logprobs, old, mask, cfg.clip) | {"entropy": entropies.sum()}
         losses_ = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
         seen.append(losses_ | {name: x / count for name, x in moved.items()})
-        record(pass_at=rollouts.places(rows, mask), pass_size=mask.sum()[None], pass_values=values[mask])
-        record(pass_logprobs=of_actions, pass_entropies=entropies)
+        if record is not rollouts.ignore:
+            record(pass_at=rollouts.places(rows, mask), pass_size=mask.sum()[None], pass_values=values[mask])
+            record(pass_logprobs=of_actions, pass_entropies=entropies)
     record(update_size=torch.tensor([count]))
     return parallel.totals(seen)
 
@@ -432,7 +432,7 @@ def measure(
     """Score the policy on held-out prompts, keep their answers for later judges, and save the policy if it is best."""
     _, completions, scores, _ = sample(cfg, models, held_out, cfg.seed)
     keep_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
-    reward = mean_score(unsquashed(cfg, scores["reward"]), completions, cfg.missing_eos_penalty)
+    reward = mean_score(logits_of(cfg, scores["reward"]), completions, cfg.missing_eos_penalty)
     if not reward > state.best_reward:  # so that what is not a number is never the best
         return state
     keep_policy(models.policy, models.tokenizer, folder, iteration, {"stage": "ppo", "parent": str(cfg.init)})
