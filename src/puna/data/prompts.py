@@ -26,8 +26,8 @@ def read_prompts(paths: Sequence[Path], format: str, safety: Sequence[Path] = ()
     """Prompt records of files in the format "prompts", or made of the comparisons (or dialogs) of any other format.
 
     A comparison's prompt counts as a safety prompt where its domain is safety; those of the files in `safety` all do:
-    the paper's "prompts tagged in advance". A prompt that stands there twice is given once, as a safety prompt where it is
-    one anywhere; DataError where two prompts have one id.
+    the paper's "prompts tagged in advance". Doubles are left out; a prompt that is a safety prompt in one place is one.
+    DataError where two prompts have one id.
     """
     prompts: dict[str, Prompt] = {}
     for files, tagged in ((paths, False), (safety, True)):
