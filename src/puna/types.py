@@ -96,6 +96,9 @@ class Rollout(NamedTuple):
 
 ChatFormat = Literal["llama2", "chatml"]
 
+LossOn = Literal["every_answer", "last_answer"]
+"""Which answers of a dialog a loss counts."""
+
 
 class Tokenizer(Protocol):
     """What the rest of Puna asks of a tokenizer."""

@@ -41,6 +41,23 @@ def test_resume(tmp_path: Path) -> None:
     assert worked == [0, 1, -1, 2, 3]
 
 
+def test_other_items_in_a_begun_folder_are_refused(tmp_path: Path) -> None:
+    def work(number: int, shard: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        return list(shard)
+
+    items = [{"id": f"p{i}", "messages": [helpers.user("Where?")]} for i in range(5)]
+    parts = tmp_path / "out/parts"
+    map_shards(work, items, 2, parts)
+    for other in (items[:4], items[::-1], [*items[:4], items[4] | {"id": "p5"}]):
+        with pytest.raises(ConfigError, match=r"out was begun with other inputs than these: use another --out, or rem"):
+            map_shards(work, other, 2, parts)
+    (parts / "items.sha256").unlink()  # as before there was one
+    assert map_shards(work, items, 2, parts) == items
+    for shard in parts.glob("*.jsonl"):
+        shard.unlink()
+    assert map_shards(work, items[:4], 2, parts) == items[:4], "nothing was done of the others"
+
+
 def test_any_text_survives(tmp_path: Path) -> None:
     text = "a\u2028b\u0085c\n\x0b\x00d"
     for _ in range(2):

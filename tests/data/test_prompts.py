@@ -52,6 +52,13 @@ def test_prompts_of_safety_files_are_tagged(tmp_path: Path) -> None:
     ]
 
 
+def test_a_prompt_is_a_safety_prompt_where_any_file_says_so(tmp_path: Path) -> None:
+    plain, tagged = ([helpers.prompts(1)[0] | {"is_safety": is_safety}] for is_safety in (False, True))
+    for rows in (plain + tagged, tagged + plain):
+        path = helpers.write_lines(tmp_path / "prompts.jsonl", rows)
+        assert read_prompts((path,), "prompts") == tagged
+
+
 def test_fitting(tmp_path: Path) -> None:
     tokenizer, prompts = helpers.tokenizer(), helpers.prompts(9)
     lengths = [len(chat.encode_prompt(prompt["messages"], tokenizer)) for prompt in prompts]

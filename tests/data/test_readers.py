@@ -49,6 +49,12 @@ def test_dialogs_keep_their_provenance(tmp_path: Path) -> None:
     assert readers.read(jsonl(tmp_path, row, name="x.jsonl.gz"), "dialogs").records == [row]
 
 
+@pytest.mark.parametrize("loss_on", ["last-answer", "", True, ["last_answer"]])
+def test_a_loss_on_other_answers_is_refused(loss_on: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x\.jsonl: .* line 1: 'loss_on' is .*, not one of every_answer"):
+        readers.read(jsonl(tmp_path, {**GOOD, "loss_on": loss_on}), "dialogs")
+
+
 def test_prompts_have_an_id_and_end_with_the_user(tmp_path: Path) -> None:
     row = {"id": "a", "messages": [user("Hello?")], "is_safety": False}
     result = readers.read(jsonl(tmp_path, row, row, {**row, "messages": GOOD["messages"]}), "prompts")

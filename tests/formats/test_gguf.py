@@ -216,6 +216,19 @@ def test_a_wheel_is_unpacked_once(tmp_path: Path) -> None:
         our_gguf.find(wheel)
 
 
+@pytest.mark.parametrize("place", [40, -80])  # the first packed byte, the table of contents
+def test_a_damaged_wheel_is_named_and_leaves_nothing(place: int, tmp_path: Path) -> None:
+    wheel = tmp_path / "damaged-1.0.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.gguf", bytes(range(256)) * 8)
+    data = bytearray(wheel.read_bytes())
+    data[place : place + 8] = b"\xff" * 8
+    wheel.write_bytes(data)
+    with pytest.raises(DataError, match=r"damaged-1\.0\.whl: not a complete wheel: .*; download it again"):
+        our_gguf.find(wheel)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path != wheel]
+
+
 @pytest.mark.parametrize(
     ("kind", "key", "value"),
     [

@@ -151,6 +151,15 @@ def test_earlier_rounds_are_pooled_and_judged_anew(tmp_path: Path) -> None:
     assert rounds == {"v1", "v2"}
 
 
+def test_two_prompts_of_one_id_are_both_pooled(tmp_path: Path) -> None:
+    old, new = ({"messages": [helpers.user(text), helpers.assistant("Here.")]} for text in ("Where?", "Who?"))
+    both = {"prompt_id": "p0", "is_safety": False, "reward": 0.5}
+    earlier = helpers.write_lines(tmp_path / "best.jsonl", [old | both])
+    cfg = config(tmp_path, earlier=(earlier,))
+    pool = rejection_sampling.pooled(cfg, rejection_sampling.load(cfg, CPU), [new | both])
+    assert [record["messages"] for record in pool] == [new["messages"], old["messages"]]
+
+
 def test_a_dialog_stands_in_the_pool_once() -> None:
     said = [[helpers.user("Where?"), helpers.assistant(answer)] for answer in ("Here.", "There.", "Here.")]
     records = [{"prompt_id": f"p{i}", "messages": dialog} for i, dialog in enumerate(said)]

@@ -81,12 +81,12 @@ def test_loss_counts_answers_and_their_eos_alone(tmp_path: Path) -> None:
 
 def test_loss_on_the_last_answer(tmp_path: Path) -> None:
     tokenizer, dialog = helpers.tokenizer(), max(helpers.dialogs(20), key=len)
-    for loss_on in ("every_answer", "last_answer"):
+    for loss_on in ("every_answer", "last_answer", None):
         data = helpers.write_lines(tmp_path / f"{loss_on}.jsonl", [{"messages": dialog, "loss_on": loss_on}])
         rows, _ = sft.prepare(helpers.sft_config(tmp_path, data=(data,)), tokenizer)
-        mask = chat.encode(dialog, tokenizer, loss_on=loss_on).mask
+        mask = chat.encode(dialog, tokenizer, loss_on=loss_on or "every_answer").mask
         assert rows.mask[0, : len(mask)].tolist() == mask
-        answers = sum(turn["role"] == "assistant" for turn in dialog) if loss_on == "every_answer" else 1
+        answers = sum(turn["role"] == "assistant" for turn in dialog) if loss_on != "last_answer" else 1
         assert int((rows.tokens[rows.mask] == tokenizer.eos_id).sum()) == answers
 
 

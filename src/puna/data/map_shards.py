@@ -8,6 +8,7 @@ changes nothing in what is written. Under torchrun its processes take the shards
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -52,10 +53,27 @@ def map_shards(
 ) -> Records:
     """`work(number, shard)` of every shard of `items`, joined in order; a shard already in `folder` is not redone.
 
-    `said` is told the number of items after each shard.
+    `said` is told the number of items after each shard. Raises ConfigError where the shards in `folder` are of other
+    items than these (which are JSON-ready).
     """
+    _check_items(items, folder)
     shards = (items[begin : begin + shard_size] for begin in range(0, len(items), shard_size))
     return map_each(work, shards, folder, lambda shard: said(len(shard)), workers)
+
+
+def _check_items(items: Iterable[Any], folder: Path) -> None:
+    """Note the items' digest in the folder; ConfigError where its shards were begun with other items."""
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps(item).encode() + b"\n")
+    noted = folder / "items.sha256"
+    if noted.exists() and noted.read_text() != digest.hexdigest() and any(folder.glob("*.jsonl")):
+        raise ConfigError(
+            f"{folder.parent} was begun with other inputs than these: use another --out, or remove {folder} to do its "
+            "work again"
+        )
+    if os.environ.get("RANK", "0") == "0":  # of several processes one writes
+        write_atomically(noted, digest.hexdigest())
 
 
 def map_each(
@@ -65,7 +83,10 @@ def map_each(
     said: Callable[[T], None] = lambda shard: None,
     workers: Workers = Workers(),  # noqa: B008
 ) -> Records:
-    """The same of shards that come one by one: no more of them are held than there are workers, and two."""
+    """The same of shards that come one by one: no more of them are held than there are workers, and two.
+
+    They are not compared with those that a killed run had: the caller knows where they come from.
+    """
     rank, n_processes = (int(os.environ.get(name, n)) for name, n in (("RANK", "0"), ("WORLD_SIZE", "1")))
     paths: list[Path] = []
 
@@ -178,7 +199,7 @@ def _ray() -> Any:
         import ray
         import ray.util
     except ModuleNotFoundError:
-        raise ConfigError("the cluster \"ray\" needs Ray: pip install 'puna[cluster]'") from None
+        raise ConfigError("the cluster \"ray\" needs Ray: pip install -e '.[cluster]' in Puna's folder") from None
     return ray
 
 

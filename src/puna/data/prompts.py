@@ -26,7 +26,8 @@ def read_prompts(paths: Sequence[Path], format: str, safety: Sequence[Path] = ()
     """Prompt records of files in the format "prompts", or made of the comparisons (or dialogs) of any other format.
 
     A comparison's prompt counts as a safety prompt where its domain is safety; those of the files in `safety` all do:
-    the paper's "prompts tagged in advance". Doubles are left out; DataError where two prompts have one id.
+    the paper's "prompts tagged in advance". Doubles are left out; a prompt that is a safety prompt in one place is one.
+    DataError where two prompts have one id.
     """
     prompts: dict[str, Prompt] = {}
     for files, tagged in ((paths, False), (safety, True)):
@@ -35,7 +36,7 @@ def read_prompts(paths: Sequence[Path], format: str, safety: Sequence[Path] = ()
             first = prompts.setdefault(prompt["id"], prompt)
             if first["messages"] != prompt["messages"]:
                 raise DataError(f"{_named(files)}: two prompts have the id {prompt['id']!r}: give each its own")
-            if tagged:
+            if tagged or prompt["is_safety"]:
                 prompts[prompt["id"]] = first | {"is_safety": True}
     if not prompts:
         raise DataError(f"{_named((*paths, *safety))}: there is no prompt")

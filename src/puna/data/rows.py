@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from puna.types import GRADES, Dialog, Domain, Message, Preference, Role
+from puna.types import GRADES, Dialog, Domain, LossOn, Message, Preference, Role
 
 Row = dict[str, Any]
 
@@ -129,7 +129,8 @@ def _compared(preference: Preference) -> Preference | Skipped:
 
 
 def dialog(row: Row) -> Iterator[Row]:
-    """The canonical dialog: "messages"."""
+    """The canonical dialog: "messages", and perhaps "loss_on", which answers a loss counts."""
+    _choice(row, "loss_on", get_args(LossOn), None)
     yield {**row, "messages": _messages(row, "messages")}
 
 

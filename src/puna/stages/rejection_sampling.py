@@ -230,7 +230,7 @@ def select(
 def pooled(cfg: RejectionSamplingConfig, models: Models, best: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """4: this round's best answers with those of earlier rounds, one a prompt, judged by today's reward models."""
     earlier = [record for path in cfg.earlier for record in readers.read((path,), "dialogs").records]
-    pool = {record["prompt_id"]: record for record in best}
+    pool = {_asked(record): record for record in best}
     if earlier:
 
         def judged(first: int, part: Sequence[dict[str, Any]]) -> list[float]:
@@ -238,10 +238,15 @@ def pooled(cfg: RejectionSamplingConfig, models: Models, best: list[dict[str, An
             return rewards
 
         for record, reward in zip(earlier, parallel.spread(judged, earlier, everyone=True), strict=True):
-            mine = pool.get(record["prompt_id"])
+            mine = pool.get(_asked(record))
             if mine is None or reward > mine["reward"]:
-                pool[record["prompt_id"]] = record | {"reward": reward}
+                pool[_asked(record)] = record | {"reward": reward}
     return list(pool.values())
+
+
+def _asked(record: dict[str, Any]) -> tuple[str, str]:
+    """A record's prompt: its id, which files of two rounds may give to two prompts, and its messages."""
+    return record["prompt_id"], json.dumps(record["messages"][:-1])
 
 
 def distinct(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -113,7 +113,7 @@ def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, dict[str, int
         quarantine=cfg.out / "bad_lines.jsonl",
     )
     encoded = [
-        chat.encode(record["messages"], tokenizer, loss_on=record.get("loss_on", "every_answer"))
+        chat.encode(record["messages"], tokenizer, loss_on=record.get("loss_on") or "every_answer")
         for record in result.records
     ]
     longest = min(cfg.seq_len, huggingface.read_config(cfg.init).max_seq_len)

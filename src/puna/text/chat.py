@@ -13,11 +13,11 @@ The mask is True on the assistant's tokens and on the EOS that ends them: what i
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from puna.config import DataError
 from puna.text.tokenizer import Tokenizer
-from puna.types import ChatFormat, Completion, Dialog, Message
+from puna.types import ChatFormat, Completion, Dialog, LossOn, Message
 
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
@@ -44,8 +44,6 @@ TEMPLATES: dict[ChatFormat, str] = {
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}""",
 }
 """The same formats for other programs, as Jinja templates of `messages`, with the tokenizer's bos_token, eos_token."""
-
-LossOn = Literal["every_answer", "last_answer"]
 
 
 class Encoded(NamedTuple):
