@@ -209,7 +209,8 @@ def read_rollout(
 
     def read(first: int, rows: Sequence[int]) -> Sequence[Tensor]:
         part = list(rows)
-        return _read(models, tokens[part], mask[part], temperature, max_tokens, record).unbind(1)
+        read = _read(models, tokens[part], mask[part], temperature, max_tokens, record)
+        return [row.clone() for row in read.unbind(1)]  # a view is gathered with all that it is a view of
 
     logprobs, reference, values = torch.stack(parallel.spread(read, range(len(tokens))), dim=1)
     return logprobs, reference, values

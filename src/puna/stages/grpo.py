@@ -250,7 +250,7 @@ def reread(
         ids, mask = tokens[part, :end].to(models.device), action_mask[part, : end - 1].to(models.device)
         for kept, model in zip(found, (models.policy, models.reference), strict=True):
             kept[members, : end - 1] = action_logprobs(model, ids, mask, cfg.temperature, cfg.precision).cpu()
-    return found.unbind(1)
+    return [row.clone() for row in found.unbind(1)]  # a view is gathered with all that it is a view of
 
 
 def advantages(cfg: GRPOConfig, scores: Tensor, kl: Tensor) -> Tensor:
