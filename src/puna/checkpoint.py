@@ -183,6 +183,18 @@ def latest(folder: Path) -> Path | None:
     return max(_finished(folder), key=_step, default=None)
 
 
+def oldest(folder: Path) -> dict[str, Any]:
+    """The `extra` of the oldest finished checkpoint in the folder, {} where there is none: no run goes on from before.
+
+    One that cannot be read is passed over: it is being removed, or no run can go on from it.
+    """
+    for path in sorted(_finished(folder), key=_step):
+        with contextlib.suppress(ConfigError, DataError):
+            extra: dict[str, Any] = read_manifest(path)["extra"]
+            return extra
+    return {}
+
+
 def load(path: Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
     """Fill the model (and optimizer) from a checkpoint and return its `extra`. All ranks call it.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from puna import parallel
 from puna.config import DataError
-from puna.formats import huggingface
+from puna.formats import folders, huggingface
 from puna.model.transformer import Transformer
 from puna.run_folder import RunFolder, write_atomically
 from puna.text.tokenizer import Tokenizer
@@ -47,11 +47,18 @@ def keep_answers(
 
 
 def keep_policy(
-    policy: Transformer, tokenizer: Tokenizer, folder: Path, iteration: int, provenance: dict[str, Any]
+    policy: Transformer, tokenizer: Tokenizer, folder: Path, iteration: int, needed: int, provenance: dict[str, Any]
 ) -> None:
-    """Save the policy of a measurement that is the best so far; all ranks call this."""
+    """Save the policy of a measurement that is the best so far, and remove those before `needed`; all ranks call this.
+
+    `needed` is the best iteration that the oldest checkpoint knows: a killed run may go on from there.
+    """
     path = kept_policy(folder, iteration)
     huggingface.save_model(policy, tokenizer, path, provenance=provenance | {"iteration": iteration})
+    if parallel.is_main():
+        for older in path.parent.glob("[0-9]*"):
+            if int(older.name) < needed:
+                shutil.rmtree(older)
 
 
 def mean_score(scores: Tensor, completions: Sequence[Completion], penalty: float) -> float:
@@ -68,7 +75,8 @@ def publish(folder: RunFolder, stage: str, best: Best, *, left_out: int) -> None
     if best.reward == -math.inf:
         raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
     if parallel.is_main():
-        shutil.copytree(kept_policy(folder.path, best.iteration), folder.path / "model", dirs_exist_ok=True)
+        with folders.replacing(folder.path / "model") as model:
+            shutil.copytree(kept_policy(folder.path, best.iteration), model, dirs_exist_ok=True)
         folder.mark_done(stage, best_iteration=best.iteration, held_out_reward=best.reward, left_out=left_out)
         shutil.rmtree(folder.path / "best")
     parallel.barrier()
