@@ -170,3 +170,24 @@ def test_progress_as_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
     assert "ppo (updates)" in shown and "3/3" in shown and "reward 0.875" in shown
     assert "ppo: warning: answers [bold]grow[/bold]" in shown
+
+
+def test_what_is_taken_over_is_on_the_disk_before_its_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = RunFolder(tmp_path / "other")
+    write_atomically(other.path / "v1/model/model.safetensors", "weights")
+    write_atomically(other.path / "v1/checkpoints/step", "only to resume")
+    other.mark_done("v1/sft")
+    synced: set[int] = set()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with RunFolder(tmp_path / "new") as folder:
+        folder.take_over(other.path, ["v1/sft"])
+        assert folder.done("v1/sft")
+    copied = [folder.path / "v1", *(folder.path / "v1").rglob("*")]
+    assert [path.name for path in copied] == ["v1", "model", "model.safetensors"]
+    assert {path.stat().st_ino for path in copied} <= synced

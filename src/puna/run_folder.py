@@ -78,6 +78,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _copy_synced(source: str, target: str) -> None:
+    """shutil.copy2, on the disk when it returns."""
+    shutil.copy2(source, target)
+    with open(target, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def _remove_leftovers(folder: Path) -> None:
     """Removes what killed writes left; folders in it that another run holds are left alone."""
     for root, folders, names in os.walk(folder):
@@ -160,7 +167,11 @@ class RunFolder:
                 raise ConfigError(f"{other} has not finished {step}: run its recipe first, or leave `start` out")
         for folder in dict.fromkeys(step.split("/")[0] for step in left):
             needless = shutil.ignore_patterns("checkpoints", "parts", "run.lock")
-            shutil.copytree(other / folder, self.path / folder, ignore=needless, dirs_exist_ok=True)
+            shutil.copytree(
+                other / folder, self.path / folder, ignore=needless, copy_function=_copy_synced, dirs_exist_ok=True
+            )
+            for root, _, _ in os.walk(self.path / folder):
+                sync_folder(Path(root))
         for step in left:
             write_atomically(self._marker(step), (other / f"done/{step}.json").read_bytes())
 

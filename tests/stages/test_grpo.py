@@ -92,6 +92,14 @@ def test_rollouts_are_what_was_sampled(tmp_path: Path) -> None:
     assert numbers["entropy"] == pytest.approx(-float(rollout.logprobs[rollout.action_mask].mean()))
 
 
+def test_ranks_send_each_other_their_own_rows_alone(tmp_path: Path) -> None:
+    cfg = helpers.grpo_config(tmp_path)
+    models = grpo.load(cfg, CPU)
+    rollout, _ = grpo.collect(cfg, models, helpers.prompts(2), 0)
+    for row in grpo.reread(cfg, models, rollout.tokens, rollout.action_mask, range(8)):
+        assert row.untyped_storage().nbytes() == row.numel() * row.element_size(), "pickled with its storage"
+
+
 def test_kl_counts_in_rloos_reward_and_in_grpos_loss(tmp_path: Path) -> None:
     cfg = helpers.grpo_config(tmp_path, group_size=2, beta=0.5)
     scores, kl = torch.tensor([1.0, 0.0, 2.0, 2.0]), torch.tensor([2.0, 0.0, 0.0, 4.0])

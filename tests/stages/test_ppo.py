@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from puna import losses
+from puna import losses, parallel
 from puna.config import ConfigError, DataError
 from puna.data import loader
 from puna.formats import huggingface
-from puna.generate import actor_critic
+from puna.generate import actor_critic, held_out
 from puna.generate.scoring import Scorer
 from puna.model.reward import RewardModel
 from puna.run_folder import read_metrics
@@ -141,6 +142,54 @@ def test_a_killed_run_publishes_the_best_it_remembers(tmp_path: Path, monkeypatc
     assert torch.equal(huggingface.load_model(model_path).output.weight, weights[1])
     assert not torch.equal(weights[1], weights[2])
     assert not (tmp_path / "ppo/best").exists(), "the others are removed"
+
+
+def test_policies_that_no_checkpoint_needs_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = helpers.ppo_config(tmp_path, iterations=6, evaluate_every=1, checkpoint_every=1, patience=0)
+    with monkeypatch.context() as patch:
+        scripted(patch, cfg.seed, [0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+        patch.setattr(ppo, "update", interrupted_at(5))
+        with pytest.raises(KeyboardInterrupt):
+            ppo.run(cfg)
+    *_, newest = sorted((cfg.out / "checkpoints").glob("step_*"))
+    kept = sorted(int(path.name) for path in (cfg.out / "best").iterdir())
+    assert kept in ([2, 3, 4, 5], [3, 4, 5]), "as the fifth checkpoint is written before the sixth measurement, or not"
+    shutil.rmtree(newest)  # as a damaged one is; the run goes on from the one before it, whose best is the third
+    weights = scripted(monkeypatch, cfg.seed, [0.1, 0.1, 0.1])
+    model_path = ppo.run(cfg)
+    assert json.loads((tmp_path / "ppo/done/ppo.json").read_text())["best_iteration"] == 3
+    assert json.loads((model_path / "puna.json").read_text())["iteration"] == 3 and len(weights) == 3
+
+
+def test_a_model_is_published_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(source: Path, target: Path, **_: Any) -> None:
+        (target / "config.json").write_text("{")
+        raise KeyboardInterrupt
+
+    cfg = helpers.ppo_config(tmp_path, iterations=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(held_out.shutil, "copytree", torn)
+        with pytest.raises(KeyboardInterrupt):
+            ppo.run(cfg)
+    assert not (cfg.out / "model").exists()
+    assert huggingface.load_model(ppo.run(cfg))
+
+
+def test_ranks_send_each_other_their_own_rows_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Tensor] = []
+    real = parallel.spread
+
+    def spread(work: Any, items: Any, **settings: Any) -> Any:
+        results = real(work, items, **settings)
+        sent.extend(result for result in results if isinstance(result, Tensor))
+        return results
+
+    monkeypatch.setattr(parallel, "spread", spread)
+    cfg = helpers.ppo_config(tmp_path)
+    ppo.collect(cfg, ppo.load(cfg, torch.device("cpu")), helpers.prompts(8), 0)
+    assert len(sent) == 8
+    for row in sent:  # a tensor is pickled with its storage
+        assert row.untyped_storage().nbytes() == row.numel() * row.element_size()
 
 
 def interrupted_at(last: int) -> Any:

@@ -47,7 +47,7 @@ def keep_answers(
 
 
 def keep_policy(
-    policy: Transformer, tokenizer: Tokenizer, folder: Path, iteration: int, provenance: dict[str, Any]
+    policy: Transformer, tokenizer: Tokenizer, folder: Path, iteration: int, needed: int, provenance: dict[str, Any]
 ) -> None:
     """Save the policy of a measurement that is the best so far; all ranks call this.
 
