@@ -47,7 +47,7 @@ def keep_answers(
 
 
 def keep_policy(
-    policy: Transformer, tokenizer: Tokenizer, folder: Path, iteration: int, needed: int, provenance: dict[str, Any]
+    policy: Transformer, tokenizer: Tokenizer, folder: Path, iteration: int, provenance: dict[str, Any]
 ) -> None:
     """Save the policy of a measurement that is the best so far; all ranks call this.
 
@@ -57,7 +57,7 @@ def keep_policy(
     huggingface.save_model(policy, tokenizer, path, provenance=provenance | {"iteration": iteration})
     if parallel.is_main():
         oldest = min(checkpoint.steps(folder / "checkpoints"), default=0)
-        known = sorted(best for best in path.parent.iterdir() if int(best.name) < oldest)
+        known = sorted(best for best in path.parent.glob("[0-9]*") if int(best.name) < oldest)
         for surpassed in known[:-1]:
             shutil.rmtree(surpassed)
 

@@ -311,7 +311,5 @@ def measure(
     reward = mean_score(losses.logit(scores["reward"]), completions, cfg.missing_eos_penalty)
     if not reward > best.reward:  # so that what is not a number is never the best
         return best
-    needed = checkpoint.oldest(folder / "checkpoints").get("iteration", 0)
-    provenance = {"stage": cfg.advantage, "parent": str(cfg.init)}
-    keep_policy(models.policy, models.tokenizer, folder, iteration, needed, provenance)
+    keep_policy(models.policy, models.tokenizer, folder, iteration, {"stage": cfg.advantage, "parent": str(cfg.init)})
     return Best(iteration, reward)

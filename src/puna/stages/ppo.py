@@ -435,7 +435,5 @@ def measure(
     reward = mean_score(logits_of(cfg, scores["reward"]), completions, cfg.missing_eos_penalty)
     if not reward > state.best_reward:  # so that what is not a number is never the best
         return state
-    needed = checkpoint.oldest(folder / "checkpoints").get("best_iteration", 0)
-    provenance = {"stage": "ppo", "parent": str(cfg.init)}
-    keep_policy(models.policy, models.tokenizer, folder, iteration, needed, provenance)
+    keep_policy(models.policy, models.tokenizer, folder, iteration, {"stage": "ppo", "parent": str(cfg.init)})
     return replace(state, best_iteration=iteration, best_reward=reward)
