@@ -165,7 +165,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, capsys: py
     assert cli.main(["run", str(tiny_run.RECIPE), "--out", str(tmp_path / "run"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert [line.split()[0] for line in printed.splitlines()[: len(STEPS)]] == STEPS
-    assert str(recipe.NOT_SET) not in printed
+    assert str(recipe.SET_BY_RECIPE) not in printed
     assert not list(tmp_path.iterdir())
 
 
@@ -174,7 +174,7 @@ def test_every_recipe_has_a_plan(root: Path, name: str, capsys: pytest.CaptureFi
     assert cli.main(["run", str(root / "recipes" / name), "--dry-run"]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("valley" if name == "laptop.toml" else "base")
-    assert not any(str(recipe.NOT_SET) in line for line in printed)
+    assert not any(str(recipe.SET_BY_RECIPE) in line for line in printed)
 
 
 def test_another_recipe_is_refused(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

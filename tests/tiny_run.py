@@ -65,7 +65,7 @@ def baseline(method: Any, out: Path, begun: Path | None) -> RecipeConfig:
     """The tiny recipe by another method."""
     cfg = config.load(RecipeConfig, [str(RECIPE), "--out", str(out)])
     groups = {"iterations": 3, "batch_size": 8, "group_size": 4, "mini_batch_size": 4, "max_new_tokens": 24}
-    text: dict[str, Any] = {"pretrain_data": recipe.NOT_SET, "pretrain_coefficient": 0.5, "pretrain_windows": 2}
+    text: dict[str, Any] = {"pretrain_data": recipe.SET_BY_RECIPE, "pretrain_coefficient": 0.5, "pretrain_windows": 2}
     return replace(
         cfg,
         method=method,

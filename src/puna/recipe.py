@@ -21,9 +21,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
 from puna import config
 from puna.config import ConfigError
@@ -52,9 +53,19 @@ from puna.valley.write import ValleyConfig
 
 S = TypeVar("S", RejectionSamplingConfig, PPOConfig, GRPOConfig, EvaluateConfig)
 
-NOT_SET = Path("set-by-the-recipe")
+T = TypeVar("T")
+
+SET_BY_RECIPE = Path("set-by-the-recipe")
+"""A stage's path in a recipe's config: the plan knows it."""
 STARTED = "started.json"
 """The step in progress, when it began, and the seconds of its earlier starts."""
+
+
+def template(stage: type[T], **settings: Any) -> T:
+    """A stage's config with these settings; what it requires, its paths and files, the plan sets."""
+    hints = get_type_hints(stage)
+    required = [name for name, told in signature(stage).parameters.items() if told.default is told.empty]
+    return stage(**{name: SET_BY_RECIPE if hints[name] is Path else () for name in required}, **settings)
 
 
 @dataclass(frozen=True)
@@ -93,26 +104,22 @@ class RecipeConfig:
     """a chat model to import (see puna.formats.convert) in place of the embedded world, pretraining and SFT."""
     preferences: PreferenceFiles = PreferenceFiles()
     """existing comparisons; with a base they stand in for collecting, and their prompts are sampled."""
-    valley: ValleyConfig = field(default_factory=lambda: ValleyConfig(out=NOT_SET))
-    pretrain: PretrainConfig = field(default_factory=lambda: PretrainConfig(NOT_SET, ()))
-    sft: SFTConfig = field(default_factory=lambda: SFTConfig(NOT_SET, NOT_SET, ()))
-    version: SFTConfig = field(default_factory=lambda: SFTConfig(NOT_SET, NOT_SET, ()))
+    valley: ValleyConfig = template(ValleyConfig)
+    pretrain: PretrainConfig = template(PretrainConfig)
+    sft: SFTConfig = template(SFTConfig)
+    version: SFTConfig = template(SFTConfig)
     """each version's fine-tuning of the base, on the excellent demonstrations and the pool."""
-    collect: CollectConfig = field(default_factory=lambda: CollectConfig(NOT_SET, (), ()))
-    reward_helpfulness: RewardConfig = field(default_factory=lambda: RewardConfig(NOT_SET, NOT_SET, ()))
-    reward_safety: RewardConfig = field(default_factory=lambda: RewardConfig(NOT_SET, NOT_SET, (), other_share=0.1))
-    rejection_sampling: RejectionSamplingConfig = field(
-        default_factory=lambda: RejectionSamplingConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ())
-    )
-    ghost_attention: GhostAttentionConfig = field(default_factory=lambda: GhostAttentionConfig(NOT_SET, NOT_SET, ()))
-    context_distillation: ContextDistillationConfig = field(
-        default_factory=lambda: ContextDistillationConfig(NOT_SET, NOT_SET, NOT_SET, ())
-    )
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ()))
-    dpo: DPOConfig = field(default_factory=lambda: DPOConfig(NOT_SET, NOT_SET, ()))
-    grpo: GRPOConfig = field(default_factory=lambda: GRPOConfig(NOT_SET, NOT_SET, NOT_SET, NOT_SET, ()))
-    critique: CritiqueConfig = field(default_factory=lambda: CritiqueConfig(NOT_SET, NOT_SET, ()))
-    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(NOT_SET, NOT_SET))
+    collect: CollectConfig = template(CollectConfig)
+    reward_helpfulness: RewardConfig = template(RewardConfig)
+    reward_safety: RewardConfig = template(RewardConfig, other_share=0.1)
+    rejection_sampling: RejectionSamplingConfig = template(RejectionSamplingConfig)
+    ghost_attention: GhostAttentionConfig = template(GhostAttentionConfig)
+    context_distillation: ContextDistillationConfig = template(ContextDistillationConfig)
+    ppo: PPOConfig = template(PPOConfig)
+    dpo: DPOConfig = template(DPOConfig)
+    grpo: GRPOConfig = template(GRPOConfig)
+    critique: CritiqueConfig = template(CritiqueConfig)
+    evaluate: EvaluateConfig = template(EvaluateConfig)
     threads: int = 0
     """torch threads of every stage; 0 leaves each its own setting, or torch's choice."""
     seed: int = 0
@@ -139,7 +146,7 @@ def plan(cfg: RecipeConfig) -> list[Step]:
     Another `method` has its own plan (puna.baselines) after the same beginning; `only` leaves one version of it.
     """
     config.within(cfg, 0, math.inf, "versions")
-    if cfg.ppo.pretrain_data == NOT_SET and cfg.method != "instructgpt":
+    if cfg.ppo.pretrain_data == SET_BY_RECIPE and cfg.method != "instructgpt":
         raise ConfigError(f"ppo.pretrain_data: the method {cfg.method!r} sets none: name a token shard")
     if cfg.base and cfg.method != "llama2":
         raise ConfigError(f"a base has the Llama 2 method alone, not {cfg.method!r}: start that stage by its command")
