@@ -11,6 +11,7 @@ import time
 import types
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -96,6 +97,36 @@ def test_a_recipe_with_flags(stage: types.SimpleNamespace, tmp_path: Path, monke
     stage.run = seen.append
     assert cli.main(["fake", str(tmp_path / "x.toml"), "--steps", "3"]) == 0
     assert seen == [FakeConfig(Path("a"), 3)]
+
+
+def test_a_command_takes_another_table_of_the_recipe(
+    stage: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "x.toml"
+    recipe.write_text('[fake]\nsteps = 2\n\n[fake_safety]\nout = "a"\nsteps = 3\n')
+    seen: list[FakeConfig] = []
+    stage.run = seen.append
+    assert cli.main(["fake", str(recipe), "--table", "fake_safety"]) == 0
+    assert cli.main(["fake", str(recipe), "--steps", "4", "--table=fake_safety"]) == 0
+    assert seen == [FakeConfig(Path("a"), 3), FakeConfig(Path("a"), 4)]
+    for wrong in (["--table", "fake_safety"], [str(recipe), "--table"], [str(recipe), "--table", "--steps", "3"]):
+        assert cli.main(["fake", *wrong]) == 2
+        assert capsys.readouterr().err == (
+            "puna: error: --table names a table of a recipe: puna fake RECIPE.toml --table NAME\n"
+        )
+    assert cli.main(["fake", str(recipe), "--table", "fkae"]) == 2
+    assert "no table [fkae]; tables there: [fake], [fake_safety]; --table NAME takes" in capsys.readouterr().err
+
+
+def test_a_shipped_recipes_reward_models_have_tables(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signal, "signal", lambda signum, handler: None)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    seen: list[Any] = []
+    monkeypatch.setattr(importlib.import_module("puna.stages.reward"), "run", seen.append)
+    files = ["--init", "sft", "--data", "a.jsonl", "--other", "b.jsonl", "--out", "out"]
+    recipe = str(root / "recipes/llama2-7b.toml")
+    assert cli.main(["reward", recipe, "--table", "reward_safety", *files]) == 0
+    assert (seen[0].safety_auxiliary, seen[0].max_len, seen[0].out) == (1.0, 4096, Path("out"))
 
 
 UNKNOWN = "puna: error: unknown command {!r}; did you mean {!r}? (puna --help lists them)\n"

@@ -202,6 +202,16 @@ def test_what_cannot_be_planned_is_refused(changes: dict[str, Any], said: str) -
         recipe.plan(replace(load(), **changes))
 
 
+def test_what_a_recipe_would_not_use_is_refused(tmp_path: Path) -> None:
+    files = PreferenceFiles(helpfulness=(Path("h"),), safety=(Path("s"),))
+    with pytest.raises(ConfigError, match=r"^preferences: .* set base, or take \[preferences\] out$"):
+        recipe.plan(RecipeConfig(preferences=files))
+    cfg = RecipeConfig(base=Path("m"), preferences=files, ppo_versions=0, valley=load().valley)
+    with pytest.raises(ConfigError, match=r"^ppo_versions, valley: .*: take it out, or take base out$"):
+        recipe.plan(cfg)
+    assert recipe.plan(RecipeConfig(base=Path("m"), preferences=files, versions=1)), "which it has"
+
+
 def test_torchrun_is_for_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="without torchrun"):

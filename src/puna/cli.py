@@ -158,18 +158,31 @@ def _run(arguments: list[str]) -> int:
         (nearest,) = difflib.get_close_matches(misspelt, COMMANDS, n=1, cutoff=0.0)
         raise ConfigError(f"unknown command {misspelt!r}; did you mean {nearest!r}? (puna --help lists them)")
     command = COMMANDS[name]
-    field, takes = command.positional, "recipe.toml"
+    field, takes = command.positional, "recipe.toml [--table NAME]" if command.section else "recipe.toml"
+    section = (_take_table(name, rest) if command.section else None) or command.section
     if field and field != "recipe":
-        takes = f"recipe.toml | {field}"
-    is_recipe = bool(rest) and takes != "recipe.toml" and rest[0].endswith((".toml", "config.json"))
+        takes = f"{takes} | {field}"
+    is_recipe = bool(rest) and field != "recipe" and rest[0].endswith((".toml", "config.json"))
     if field and rest and not rest[0].startswith("-") and not is_recipe:
         rest.insert(0, f"--{field}")
     module = importlib.import_module(command.module)
-    cfg: Any = config.load(getattr(module, command.config), rest, command.section, prog=f"puna {name} [{takes}]")
+    cfg: Any = config.load(getattr(module, command.config), rest, section, prog=f"puna {name} [{takes}]")
     result = module.run(cfg)
     if result is not None:
         print(result)
     return 0
+
+
+def _take_table(name: str, rest: list[str]) -> str | None:
+    """Takes `--table NAME` out of a command's arguments and returns NAME; None where it is not there."""
+    place = next((i for i, word in enumerate(rest) if word.partition("=")[0] == "--table"), None)
+    if place is None:
+        return None
+    flag, _, table = rest.pop(place).partition("=")
+    table = table or (rest.pop(place) if place < len(rest) else "")
+    if not table or table.startswith("-") or not rest or rest[0].startswith("-"):
+        raise ConfigError(f"{flag} names a table of a recipe: puna {name} RECIPE.toml {flag} NAME")
+    return table
 
 
 def split(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -197,8 +210,9 @@ usage: puna COMMAND [RECIPE.toml] [--flags]
 {rows}
 
 puna COMMAND --help lists a command's flags; a flag outdoes the recipe.
-  --debug    show the traceback of an error
-  --version  print the version"""
+  --table NAME  take that table of the recipe, not the command's own: puna reward RECIPE.toml --table reward_safety
+  --debug       show the traceback of an error
+  --version     print the version"""
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -57,6 +57,11 @@ T = TypeVar("T")
 
 SET_BY_RECIPE = Path("set-by-the-recipe")
 """A stage's path in a recipe's config: the plan knows it."""
+NOT_WITH_A_BASE = (
+    *("versions", "ghost_attention_from", "pool_all_from", "ppo_versions", "valley", "pretrain", "sft", "collect"),
+    *("ghost_attention", "context_distillation", "dpo", "grpo", "critique", "evaluate"),
+)
+"""What the one round of an imported model has no use for."""
 STARTED = "started.json"
 """The step in progress, when it began, and the seconds of its earlier starts."""
 
@@ -148,8 +153,7 @@ def plan(cfg: RecipeConfig) -> list[Step]:
     config.within(cfg, 0, math.inf, "versions")
     if cfg.ppo.pretrain_data == SET_BY_RECIPE and cfg.method != "instructgpt":
         raise ConfigError(f"ppo.pretrain_data: the method {cfg.method!r} sets none: name a token shard")
-    if cfg.base and cfg.method != "llama2":
-        raise ConfigError(f"a base has the Llama 2 method alone, not {cfg.method!r}: start that stage by its command")
+    _check_base(cfg)
     if cfg.base:
         steps = _plan_on_files(cfg)
     elif cfg.method == "llama2":
@@ -160,6 +164,24 @@ def plan(cfg: RecipeConfig) -> list[Step]:
 
         steps = [*beginning(cfg), *baselines.plan(cfg), Step("report", report, ReportConfig(run=cfg.out))]
     return _only(cfg.only, steps) if cfg.only else steps
+
+
+def _check_base(cfg: RecipeConfig) -> None:
+    """ConfigError where the recipe sets what a base has no use for, or without a base what is for one."""
+    plain = RecipeConfig(versions=1) if cfg.versions == 1 else RecipeConfig()
+    if not cfg.base:
+        if cfg.preferences != plain.preferences:
+            raise ConfigError("preferences: existing comparisons are for a base: set base, or take [preferences] out")
+        return
+    if cfg.method != "llama2":
+        raise ConfigError(f"a base has the Llama 2 method alone, not {cfg.method!r}: start that stage by its command")
+    if not (cfg.preferences.helpfulness and cfg.preferences.safety):
+        raise ConfigError("a base needs comparisons: set preferences.helpfulness and preferences.safety")
+    if unused := [name for name in NOT_WITH_A_BASE if getattr(cfg, name) != getattr(plain, name)]:
+        raise ConfigError(
+            f"{', '.join(unused)}: a base has one round of reward models, rejection sampling, fine-tuning and PPO, and "
+            "no use for this: take it out, or take base out"
+        )
 
 
 def _only(version: str, steps: list[Step]) -> list[Step]:
@@ -323,8 +345,6 @@ def _plan_on_files(cfg: RecipeConfig) -> list[Step]:
     """Both reward models on existing comparisons, one round of rejection sampling on their prompts, then PPO."""
     assert cfg.base is not None
     given, base, out = cfg.preferences, cfg.out / "base/model", cfg.out / "v1"
-    if not (given.helpfulness and given.safety):
-        raise ConfigError("a base needs comparisons: set preferences.helpfulness and preferences.safety")
     asked: dict[str, Any] = {
         "prompts": given.helpfulness,
         "safety_prompts": given.safety,
