@@ -214,10 +214,10 @@ def clip_numbers(logprobs: Tensor, old: Tensor, mask: Tensor, clip: float) -> di
     """Sums over counted tokens of what tells how far the policy has moved: ratios out of the clip, and ratio - 1 - log
     ratio, the estimate k3 of KL(old || new); all (...) -> scalars.
     """
-    ratio = (logprobs - old).exp()
+    log_ratio = logprobs - old
     return {
-        "clip_fraction": (((ratio - 1).abs() > clip) * mask).sum(),
-        "approximate_kl": ((ratio - 1 - ratio.log()) * mask).sum(),
+        "clip_fraction": (((log_ratio.exp() - 1).abs() > clip) * mask).sum(),
+        "approximate_kl": ((torch.expm1(log_ratio) - log_ratio) * mask).sum(),
     }
 
 
