@@ -157,9 +157,10 @@ def four(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
 
 
 def killed(run: Path, copy: Path) -> None:
-    """A copy of a pretraining run as if it had been killed after its last checkpoint."""
+    """A copy of a pretraining run as if it had been killed after its checkpoint of step 5."""
     shutil.copytree(run, copy)
     shutil.rmtree(copy / "pretrain/model")
+    shutil.rmtree(copy / "pretrain/checkpoints/step_000010")
     (copy / "pretrain/done/pretrain.json").unlink()
 
 

@@ -211,9 +211,8 @@ def run(cfg: PPOConfig) -> Path:
         parallel.barrier()  # all ranks know the same lines, or they might not stop together
         history = read_metrics(metrics.path) if start else []
         progress = Progress("ppo", len(batches), unit="iteration", start=start)
-        with Saver(
-            folder.path / "checkpoints", models.trained, optimizer, cfg.checkpoint_every, cfg.checkpoints_kept
-        ) as saver:
+        often = cfg.checkpoint_every, cfg.checkpoints_kept, len(batches)
+        with Saver(folder.path / "checkpoints", models.trained, optimizer, *often) as saver:
             for iteration in range(start, len(batches)):
                 if cfg.stop_on_hacking and monitors.signs(history):
                     break
