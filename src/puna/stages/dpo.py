@@ -124,7 +124,8 @@ def run(cfg: DPOConfig) -> Path:
                 saver.after(step + 1)
         evaluation = evaluate(cfg, policy, reference, test, device)
         progress.close(accuracy=evaluation["accuracy"] or 0.0)
-        write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))
+        if parallel.is_main():
+            write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))
         huggingface.save_model(policy, tokenizer, model_path, provenance={"stage": "dpo", "parent": str(cfg.init)})
         folder.mark_done("dpo", pairs=len(train), **counts, accuracy=evaluation["accuracy"])
         return model_path

@@ -135,10 +135,11 @@ def run(cfg: RewardConfig) -> Path:
                 metrics.log(step=step, loss=loss, accuracy=accuracy, lr=lr, grad_norm=norm, tokens_per_second=rate)
                 progress.update(loss=loss, tokens_per_second=rate)
                 saver.after(step + 1)
-        chosen, rejected = held_out_scores(model, tokenizer, test)
+        chosen, rejected = held_out_scores(cfg, model, tokenizer, test)
         evaluation = evaluate(test, chosen, rejected)
         progress.close(accuracy=evaluation["accuracy"] or 0.0)
-        write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))
+        if parallel.is_main():
+            write_atomically(folder.path / "evaluation.json", json.dumps(evaluation, indent=2))
         provenance: dict[str, Any] = {"stage": "reward", "parent": str(cfg.init)}
         if scale := scale_of(
             reference_scores(cfg, model, tokenizer) if cfg.reference else torch.cat((chosen, rejected))
@@ -260,10 +261,12 @@ def auxiliary(chosen: Tensor, rejected: Tensor, batch: Sequence[Pair]) -> Tensor
     return losses.safety_auxiliary_loss(torch.cat((chosen, rejected))[known], is_safe).sum()
 
 
-def held_out_scores(model: RewardModel, tokenizer: Tokenizer, test: Sequence[Preference]) -> tuple[Tensor, Tensor]:
+def held_out_scores(
+    cfg: RewardConfig, model: RewardModel, tokenizer: Tokenizer, test: Sequence[Preference]
+) -> tuple[Tensor, Tensor]:
     """Raw scores of the chosen and of the rejected answers, (N,) each."""
     rows = [comparisons.tokens(preference, tokenizer) for preference in test]
-    scorer = Scorer(model, tokenizer)
+    scorer = Scorer(model, tokenizer, precision=cfg.precision, max_tokens=cfg.micro_batch_tokens)
     chosen, rejected = (scorer.raw([row[answer] for row in rows]) for answer in (0, 1))
     model.train()
     return chosen, rejected
@@ -273,7 +276,8 @@ def reference_scores(cfg: RewardConfig, model: RewardModel, tokenizer: Tokenizer
     """Raw scores (N,) of the reference dialogs that fit the model's context."""
     dialogs = readers.read(cfg.reference, "dialogs", kind="dialogs").records
     rows = [chat.encode(dialog["messages"], tokenizer).tokens for dialog in dialogs]
-    return Scorer(model, tokenizer).raw([row for row in rows if len(row) <= model.config.max_seq_len])
+    scorer = Scorer(model, tokenizer, precision=cfg.precision, max_tokens=cfg.micro_batch_tokens)
+    return scorer.raw([row for row in rows if len(row) <= model.config.max_seq_len])
 
 
 def evaluate(test: Sequence[Preference], chosen: Tensor, rejected: Tensor) -> dict[str, Any]:
