@@ -149,15 +149,15 @@ def draw(
 ) -> list[list[Completion]]:
     """n answers to each prompt of ids by an engine that has the policy's weights; every rank draws its share.
 
-    What was gathered for it is let go (paper 3.2.3).
+    The copy of the policy that a LocalEngine sampled with is freed before the update (paper 3.2.3).
     """
 
     def answer(first: int, part: Sequence[list[int]]) -> list[list[Completion]]:
         return engine.generate_ids(part, n=n, first=first, **settings)
 
     answers = parallel.spread(answer, prompts, everyone=True)
-    if isinstance(engine, LocalEngine) and parallel.is_sharded(policy):
-        engine.model = policy  # which samples nothing before it is gathered anew
+    if isinstance(engine, LocalEngine):
+        engine.model = policy  # a sharded one samples nothing before it is gathered anew
     return answers
 
 
@@ -230,7 +230,8 @@ def _read(models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_
             of_actions = losses.token_logprobs(x, part[:, 1:][acted], temperature)
             told[members, : end - 1] = spread(of_actions, acted).cpu()
         values[members, : end - 1] = value.cpu()
-        record(logits=logits[: rollouts.SHOWN], logits_at=rollouts.places(members, acted)[: rollouts.SHOWN])
+        if record is not rollouts.ignore:
+            record(logits=logits[: rollouts.SHOWN], logits_at=rollouts.places(members, acted)[: rollouts.SHOWN])
     return torch.stack((logprobs, reference, values))
 
 

@@ -311,7 +311,7 @@ def collect(
     actor_critic.read_alone(models, tokens, action_mask, cfg.temperature, record)
     rollout = Rollout(tokens, action_mask, *read, bounded - cfg.missing_eos_penalty * ~finished, finished)
     record(**rollout._asdict(), combined=scores["reward"], helpfulness=scores["helpfulness"], bounded=bounded)
-    for completion in completions:
+    for completion in completions if record is not rollouts.ignore else ():
         record(sampled=torch.tensor(completion.tokens), sampled_logprobs=torch.tensor(completion.logprobs))
     kl = losses.sequence_kl(rollout.logprobs, rollout.reference_logprobs, action_mask)
     numbers = {name: float(score.mean()) for name, score in scores.items()}
@@ -419,8 +419,9 @@ def accumulate(
             moved = losses.clip_numbers(logprobs, old, mask, cfg.clip) | {"entropy": entropies.sum()}
         losses_ = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
         seen.append(losses_ | {name: x / count for name, x in moved.items()})
-        record(pass_at=rollouts.places(rows, mask), pass_size=mask.sum()[None], pass_values=values[mask])
-        record(pass_logprobs=of_actions, pass_entropies=entropies)
+        if record is not rollouts.ignore:
+            record(pass_at=rollouts.places(rows, mask), pass_size=mask.sum()[None], pass_values=values[mask])
+            record(pass_logprobs=of_actions, pass_entropies=entropies)
     record(update_size=torch.tensor([count]))
     return parallel.totals(seen)
 
