@@ -274,6 +274,15 @@ def test_a_comparison_that_the_chat_format_refuses_is_set_aside(tmp_path: Path) 
         reward.prepare(cfg, helpers.tokenizer())
 
 
+def test_comparisons_that_say_nothing_are_counted(tmp_path: Path) -> None:
+    rows = helpers.preferences(12)
+    data = helpers.write_lines(tmp_path / "some.jsonl", [*rows, {**rows[0], "rejected": rows[0]["chosen"]}])
+    cfg = helpers.reward_config(tmp_path, data=(data,), other=(data,), test=(data,))
+    assert reward.prepare(cfg, helpers.tokenizer())[2]["skipped: identical answers"] == 3
+    reward.run(replace(cfg, test=()))
+    assert json.loads((cfg.out / "done/reward.json").read_text())["skipped: identical answers"] == 2
+
+
 def test_dialogs_are_no_comparisons(tmp_path: Path) -> None:
     data = helpers.write_lines(tmp_path / "dialogs.jsonl", [{"messages": helpers.dialogs(1)[0]}])
     with pytest.raises(ConfigError, match="'dialogs' does not give comparisons, which are needed here; pref"):
