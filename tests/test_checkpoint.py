@@ -353,19 +353,12 @@ def test_on_sigterm_the_step_is_saved_and_the_signal_does_what_it_did(tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["step_000007"]
 
 
-def test_a_finished_training_is_saved_where_it_was_stopped_alone(tmp_path: Path) -> None:
-    with Saver(tmp_path / "through", *model_and_optimizer(), every=1, last=2) as saver:
-        saver.after(1)
-        saver.after(2)
-    before = signal.signal(signal.SIGTERM, lambda signum, frame: None)
-    try:
-        with Saver(tmp_path / "stopped", *model_and_optimizer(), every=1, last=2) as saver:
-            os.kill(os.getpid(), signal.SIGTERM)
-            saver.after(2)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    newest = [checkpoint.latest(tmp_path / name) for name in ("through", "stopped")]
-    assert [path and path.name for path in newest] == ["step_000001", "step_000002"]
+@pytest.mark.parametrize(("every", "saved"), [(2, ["step_000002", "step_000003"]), (0, [])])
+def test_the_last_step_is_saved_as_well(every: int, saved: list[str], tmp_path: Path) -> None:
+    with Saver(tmp_path, *model_and_optimizer(), every, last=3) as saver:
+        for step in (1, 2, 3):
+            saver.after(step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == saved, "none where SIGTERM alone saves"
 
 
 def test_a_sigterm_in_the_last_step_is_raised_at_the_end(tmp_path: Path) -> None:

@@ -97,9 +97,10 @@ def save(
 class Saver:
     """Saves a training's checkpoints while it goes on; use it in a `with` around the loop, on all ranks.
 
-    One save runs at a time. An error of one (as `save`) is raised at the next, or when the `with` ends. None is due
-    after step `last`, whose model is saved as such. On SIGTERM the step is finished, saved, and the signal raised
-    again, to do what it did before; heard after the last step, it is raised when the `with` ends.
+    One save runs at a time. An error of one (as `save`) is raised at the next, or when the `with` ends. One is due
+    every `every` steps and after step `last`, for what follows training may be killed as well; with `every` 0 none is.
+    On SIGTERM the step is finished, saved, and the signal raised again, to do what it did before; heard after the last
+    step, it is raised when the `with` ends.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class Saver:
     def after(self, step: int, extra: dict[str, Any] | None = None) -> None:
         """`step` steps are done: save where one is due. All ranks call it after each step."""
         stopped = bool(parallel.largest(self._stopped))  # whoever heard it first, all stop after the same step
-        if stopped or (self.every and step % self.every == 0 and step != self.last):
+        if stopped or (self.every and (step % self.every == 0 or step == self.last)):
             self._wait()
             state = BlockingAsyncStager().stage(_state(self.model, self.optimizer))
             self._running = self._thread.submit(_write, self.folder, _manifest(step, extra), state, self.keep)

@@ -26,7 +26,7 @@ SECONDS = 60
 
 
 def small(folder: Path, out: str) -> PretrainConfig:
-    """42 steps; checkpoints after 20 and 40."""
+    """42 steps; checkpoints after 20, 40 and 42."""
     return helpers.pretrain_config(
         folder,
         out=folder / out,

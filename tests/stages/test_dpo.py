@@ -115,10 +115,11 @@ def test_what_cannot_be_used_is_counted(tmp_path: Path) -> None:
     rows = helpers.preferences(5)
     rows[1]["chosen"] = [helpers.assistant("behind the wall " * 60)]
     rows[2]["rejected"] = [helpers.assistant("so [/INST] there")]
+    rows.append({**rows[0], "rejected": rows[0]["chosen"]})
     data = helpers.write_lines(tmp_path / "some.jsonl", rows)
     cfg = helpers.dpo_config(tmp_path, data=(data,), test=(data,))
     train, test, counts = dpo.prepare(cfg, helpers.tokenizer())
-    assert (len(train), len(test), counts) == (3, 3, {"left_out": 1, "set_aside": 2})
+    assert (len(train), len(test), counts) == (3, 3, {"left_out": 1, "set_aside": 2, "skipped: identical answers": 2})
     with pytest.raises(DataError, match="fits 4 tokens"):
         dpo.prepare(replace(cfg, max_len=4), helpers.tokenizer())
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from puna import losses, parallel
 from puna.config import ConfigError, DataError
-from puna.data import loader
+from puna.data import loader, rollouts
 from puna.formats import huggingface
 from puna.generate import actor_critic, held_out
 from puna.generate.scoring import Scorer
@@ -190,6 +192,31 @@ def test_ranks_send_each_other_their_own_rows_alone(tmp_path: Path, monkeypatch:
     assert len(sent) == 8
     for row in sent:  # a tensor is pickled with its storage
         assert row.untyped_storage().nbytes() == row.numel() * row.element_size()
+
+
+def test_the_weights_that_sampled_are_freed_before_the_update(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+    real = actor_critic.sampler
+
+    def sampler(*arguments: Any) -> Any:
+        copy = real(*arguments)
+        made.append(weakref.ref(copy))
+        return copy
+
+    monkeypatch.setattr(actor_critic, "sampler", sampler)
+    cfg = helpers.ppo_config(tmp_path, sample_precision="bf16")
+    models = ppo.load(cfg, torch.device("cpu"))
+    ppo.sample(cfg, models, helpers.prompts(4), 0)
+    gc.collect()
+    assert len(made) == 1 and made[0]() is None
+
+
+def test_nothing_is_gathered_for_a_dump_that_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def places(*arguments: Any) -> Tensor:
+        raise AssertionError("no dump was asked for")
+
+    monkeypatch.setattr(rollouts, "places", places)
+    ppo.run(helpers.ppo_config(tmp_path, iterations=1))
 
 
 def interrupted_at(last: int) -> Any:

@@ -133,4 +133,4 @@ def test_as_many_checkpoints_are_kept_as_asked_for(tmp_path: Path) -> None:
     cfg = helpers.pretrain_config(tmp_path, checkpoint_every=1, checkpoints_kept=3, steps=6)
     pretrain.run(cfg)
     kept = sorted(path.name for path in (cfg.out / "checkpoints").glob("step_*"))
-    assert [int(name.removeprefix("step_")) for name in kept] == [3, 4, 5]  # after the last step there is the model
+    assert [int(name.removeprefix("step_")) for name in kept] == [4, 5, 6]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from puna import losses
+from puna import losses, parallel
 from puna.config import ConfigError, DataError
 from puna.data import comparisons, readers
 from puna.formats import export, huggingface
@@ -19,7 +19,7 @@ from puna.formats.export import ExportConfig
 from puna.generate.scoring import Scorer, open_scorer
 from puna.model.reward import RewardModel
 from puna.run_folder import read_metrics
-from puna.stages import reward
+from puna.stages import dpo, reward
 from puna.types import Preference
 from tests import helpers
 
@@ -73,6 +73,29 @@ def test_reference_dialogs_give_the_scale(tmp_path: Path) -> None:
     raw = open_scorer(folder, torch.device("cpu"), normalise=True)(dialogs[:5]).logit()
     assert float(raw.mean()) == pytest.approx(0, abs=1e-4)
     assert json.loads((folder / "puna.json").read_text())["scale"]["n"] == 5
+
+
+def test_measurements_have_the_precision_and_the_passes_of_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialogs = helpers.write_lines(tmp_path / "dialogs.jsonl", ({"messages": d} for d in helpers.dialogs(20)))
+    cfg = helpers.reward_config(tmp_path, precision="bf16", micro_batch_tokens=150, reference=(dialogs,))
+    model, asked, sizes = helpers.reward_model(), [], []
+    model.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].numel()))
+    real = parallel.autocast
+    monkeypatch.setattr(parallel, "autocast", lambda *how: [asked.append(how[0]), real(*how)][1])
+    reward.held_out_scores(cfg, model, helpers.tokenizer(), readers.read(cfg.data, "preferences").records)
+    reward.reference_scores(cfg, model, helpers.tokenizer())
+    assert set(asked) == {"bf16"} and max(sizes) <= 150
+
+
+def test_one_rank_writes_the_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    none = {"checkpoint_every": 0}
+    runs = [(reward, helpers.reward_config(tmp_path, **none)), (dpo, helpers.dpo_config(tmp_path, **none))]
+    monkeypatch.setattr(parallel, "is_main", lambda: False)
+    for stage, cfg in runs:
+        stage.run(cfg)
+        assert (cfg.out / "metrics.jsonl").exists() and not (cfg.out / "evaluation.json").exists()
 
 
 def test_a_tenth_is_held_out_without_test_files(tmp_path: Path) -> None:
@@ -249,6 +272,15 @@ def test_a_comparison_that_the_chat_format_refuses_is_set_aside(tmp_path: Path) 
     helpers.write_lines(data, rows)
     with pytest.raises(DataError, match=r"some\.jsonl: 2 of 6 lines are bad; line 3: .*chat tag"):
         reward.prepare(cfg, helpers.tokenizer())
+
+
+def test_comparisons_that_say_nothing_are_counted(tmp_path: Path) -> None:
+    rows = helpers.preferences(12)
+    data = helpers.write_lines(tmp_path / "some.jsonl", [*rows, {**rows[0], "rejected": rows[0]["chosen"]}])
+    cfg = helpers.reward_config(tmp_path, data=(data,), other=(data,), test=(data,))
+    assert reward.prepare(cfg, helpers.tokenizer())[2]["skipped: identical answers"] == 3
+    reward.run(replace(cfg, test=()))
+    assert json.loads((cfg.out / "done/reward.json").read_text())["skipped: identical answers"] == 2
 
 
 def test_dialogs_are_no_comparisons(tmp_path: Path) -> None:

@@ -120,6 +120,14 @@ def test_a_dialog_that_the_chat_format_refuses_is_set_aside(tmp_path: Path) -> N
             sft.prepare(cfg, helpers.tokenizer())
 
 
+def test_trees_without_an_answer_are_counted(tmp_path: Path) -> None:
+    asked = {"message_id": "a", "text": "Who crosses?", "role": "prompter"}
+    answered = {**asked, "replies": [{"message_id": "b", "text": "The llama.", "role": "assistant", "rank": 0}]}
+    data = helpers.write_lines(tmp_path / "trees.jsonl", [{"prompt": asked}, {"prompt": answered}])
+    _, counts = sft.prepare(helpers.sft_config(tmp_path, data=(data,), format="oasst"), helpers.tokenizer())
+    assert counts == {"left_out": 0, "set_aside": 0, "skipped: no answer in the tree": 1}
+
+
 def test_comparisons_are_no_dialogs(tmp_path: Path) -> None:
     data = helpers.write_lines(tmp_path / "pairs.jsonl", helpers.preferences(3))
     with pytest.raises(ConfigError, match="'preferences' does not give dialogs, which are needed here; dial"):

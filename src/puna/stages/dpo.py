@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive, within
 from puna.data import comparisons, loader, packing
+from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.model.transformer import Transformer
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
@@ -132,8 +134,16 @@ def run(cfg: DPOConfig) -> Path:
 
 
 def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair], dict[str, int]]:
-    """1: the training pairs, shuffled, the held-out ones, and counts of pairs too long and of lines of no use."""
-    own, test, bad = comparisons.read_apart(cfg.data, cfg.test, cfg.format, tokenizer, cfg.out)
+    """1: the training pairs, shuffled, the held-out ones, and counts.
+
+    They are of the training pairs that are too long, of the lines that cannot be used and of the rows that say nothing,
+    by reason.
+    """
+    read = comparisons.read(cfg.data, cfg.format, tokenizer, cfg.out)
+    held = comparisons.read(cfg.test, cfg.format, tokenizer, cfg.out) if cfg.test else ReadResult()
+    own, test = read.records, held.records
+    if not cfg.test:
+        own, test = comparisons.split(own, comparisons.HELD_OUT, operator.attrgetter("prompt"))
     order = np.random.default_rng(cfg.seed).permutation(len(own))
     train = [own[i] for i in order[: cfg.limit or None]]
     longest = min(cfg.max_len, huggingface.read_config(cfg.init).max_seq_len)
@@ -144,7 +154,9 @@ def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair
     if not fitting:
         files = ", ".join(map(str, cfg.data))
         raise DataError(f"no pair of {files} fits {longest} tokens (max_len, or the model's context if that is less)")
-    return fitting, held_out, {"left_out": len(train) - len(fitting), "set_aside": bad}
+    counts = {"left_out": len(train) - len(fitting), "set_aside": len(read.bad) + len(held.bad)}
+    skipped = read.skipped + held.skipped
+    return fitting, held_out, counts | {f"skipped: {reason}": n for reason, n in skipped.items()}
 
 
 def update(

@@ -166,9 +166,8 @@ def run(cfg: GRPOConfig) -> Path:
         best = Best(**kept)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="grpo")
         progress = Progress(cfg.advantage, len(batches), unit="iteration", start=start)
-        with Saver(
-            folder.path / "checkpoints", trained, optimizer, cfg.checkpoint_every, cfg.checkpoints_kept
-        ) as saver:
+        often = cfg.checkpoint_every, cfg.checkpoints_kept, len(batches)
+        with Saver(folder.path / "checkpoints", trained, optimizer, *often) as saver:
             for iteration in range(start, len(batches)):
                 if iteration % cfg.evaluate_every == 0:
                     best = measure(cfg, models, held_out, iteration, best, folder.path)

@@ -211,8 +211,8 @@ def run(cfg: PPOConfig) -> Path:
         parallel.barrier()  # all ranks know the same lines, or they might not stop together
         history = read_metrics(metrics.path) if start else []
         progress = Progress("ppo", len(batches), unit="iteration", start=start)
-        saves = cfg.checkpoint_every, cfg.checkpoints_kept
-        with Saver(folder.path / "checkpoints", models.trained, optimizer, *saves) as saver:
+        often = cfg.checkpoint_every, cfg.checkpoints_kept, len(batches)
+        with Saver(folder.path / "checkpoints", models.trained, optimizer, *often) as saver:
             for iteration in range(start, len(batches)):
                 if cfg.stop_on_hacking and monitors.signs(history):
                     break
@@ -311,7 +311,7 @@ def collect(
     actor_critic.read_alone(models, tokens, action_mask, cfg.temperature, record)
     rollout = Rollout(tokens, action_mask, *read, whitened - cfg.missing_eos_penalty * ~finished, finished)
     record(**rollout._asdict(), combined=scores["reward"], helpfulness=scores["helpfulness"], bounded=whitened)
-    for completion in completions:
+    for completion in completions if record is not rollouts.ignore else ():
         record(sampled=torch.tensor(completion.tokens), sampled_logprobs=torch.tensor(completion.logprobs))
     kl = losses.sequence_kl(rollout.logprobs, rollout.reference_logprobs, action_mask)
     numbers = {name: float(score.mean()) for name, score in scores.items()}

@@ -18,7 +18,7 @@ import json
 import math
 import operator
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,15 +159,19 @@ def begin(cfg: RewardConfig) -> tuple[RewardModel, Iterator[tuple[str, Tensor]]]
 def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Preference], dict[str, float]]:
     """1: the mixed training pairs, the held-out comparisons, and counts.
 
-    They are of the training pairs that are too long, of the lines of all files that cannot be used, of the safety
-    comparisons that prefer harm, and the other's share.
+    They are of the training pairs that are too long, of the lines of all files that cannot be used and of the rows that
+    say nothing, by reason, of the safety comparisons that prefer harm, and the other's share.
     """
-    own, test, bad = comparisons.read_apart(cfg.data, cfg.test, cfg.format, tokenizer, cfg.out)
-    read = comparisons.read(cfg.other, cfg.format, tokenizer, cfg.out) if cfg.other else ReadResult()
-    other = read.records
+    read = [comparisons.read(cfg.data, cfg.format, tokenizer, cfg.out)]
+    read += [
+        comparisons.read(files, cfg.format, tokenizer, cfg.out) if files else ReadResult()
+        for files in (cfg.test, cfg.other)
+    ]
+    own, test, other = (result.records for result in read)
     rng = np.random.default_rng(cfg.seed)
     if not cfg.test:
-        other, _ = comparisons.split(other, comparisons.HELD_OUT, operator.attrgetter("prompt"))
+        by_prompt = comparisons.HELD_OUT, operator.attrgetter("prompt")
+        (own, test), (other, _) = comparisons.split(own, *by_prompt), comparisons.split(other, *by_prompt)
     harmful = sum(map(comparisons.rewards_harm, [*own, *other]))
     own, other = ([p for p in part if not comparisons.rewards_harm(p)] for part in (own, other))
     if harmful and not own:
@@ -186,16 +190,14 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
         files = ", ".join(map(str, cfg.data))
         raise DataError(f"no pair of {files} fits {longest} tokens (max_len, or the model's context if that is less)")
     test = [p for p in test[: cfg.test_limit or None] if _fits(as_pair(p, tokenizer, cfg.margin), longest)]
-    return (
-        fitting,
-        test,
-        {
-            "left_out": len(pairs) - len(fitting),
-            "set_aside": bad + len(read.bad),
-            "prefer_harm": harmful,
-            "other_share": round(other_share, 3),
-        },
-    )
+    skipped = sum((result.skipped for result in read), Counter[str]())
+    counts = {
+        "left_out": len(pairs) - len(fitting),
+        "set_aside": sum(len(result.bad) for result in read),
+        "prefer_harm": harmful,
+        "other_share": round(other_share, 3),
+    }
+    return fitting, test, counts | {f"skipped: {reason}": n for reason, n in skipped.items()}
 
 
 def mix(

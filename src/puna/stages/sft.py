@@ -104,7 +104,9 @@ def run(cfg: SFTConfig) -> Path:
 
 
 def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, dict[str, int]]:
-    """1 and 2: the packed rows, and how many dialogs were too long for one or could not be used."""
+    """1 and 2: the packed rows, and counts: of dialogs too long for one, of lines that cannot be used, of rows that say
+    nothing, by reason.
+    """
     result = readers.read(
         cfg.data,
         cfg.format,
@@ -121,10 +123,9 @@ def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, dict[str, int
     if not fitting:
         files = ", ".join(map(str, cfg.data))
         raise DataError(f"no dialog of {files} fits {longest} tokens (seq_len, or the model's context if that is less)")
-    return packing.pack(fitting, cfg.seq_len), {
-        "left_out": len(encoded) - len(fitting),
-        "set_aside": len(result.bad),
-    }
+    counts = {"left_out": len(encoded) - len(fitting), "set_aside": len(result.bad)}
+    skipped = {f"skipped: {reason}": n for reason, n in result.skipped.items()}
+    return packing.pack(fitting, cfg.seq_len), counts | skipped
 
 
 def update(cfg: SFTConfig, model: Transformer, batch: Packed, device: torch.device) -> float:
