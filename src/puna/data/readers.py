@@ -68,6 +68,13 @@ class ReadResult:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
+def counts(*results: ReadResult) -> dict[str, int]:
+    """How many lines could not be used, and how many rows say nothing, by reason: for a stage's marker."""
+    skipped = sum((result.skipped for result in results), Counter[str]())
+    bad = {"set_aside": sum(len(result.bad) for result in results)}
+    return bad | {f"skipped: {reason}": n for reason, n in skipped.items()}
+
+
 def read(
     paths: Path | Sequence[Path],
     format: str,

@@ -28,7 +28,7 @@ from torch import Tensor
 from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive, within
-from puna.data import comparisons, loader, packing
+from puna.data import comparisons, loader, packing, readers
 from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.model.transformer import Transformer
@@ -134,11 +134,7 @@ def run(cfg: DPOConfig) -> Path:
 
 
 def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair], dict[str, int]]:
-    """1: the training pairs, shuffled, the held-out ones, and counts.
-
-    They are of the training pairs that are too long, of the lines that cannot be used and of the rows that say nothing,
-    by reason.
-    """
+    """1: the training pairs, shuffled, the held-out ones, and counts: of pairs too long, and `readers.counts`."""
     read = comparisons.read(cfg.data, cfg.format, tokenizer, cfg.out)
     held = comparisons.read(cfg.test, cfg.format, tokenizer, cfg.out) if cfg.test else ReadResult()
     own, test = read.records, held.records
@@ -154,9 +150,7 @@ def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair
     if not fitting:
         files = ", ".join(map(str, cfg.data))
         raise DataError(f"no pair of {files} fits {longest} tokens (max_len, or the model's context if that is less)")
-    counts = {"left_out": len(train) - len(fitting), "set_aside": len(read.bad) + len(held.bad)}
-    skipped = read.skipped + held.skipped
-    return fitting, held_out, counts | {f"skipped: {reason}": n for reason, n in skipped.items()}
+    return fitting, held_out, {"left_out": len(train) - len(fitting)} | readers.counts(read, held)
 
 
 def update(

@@ -18,7 +18,7 @@ import json
 import math
 import operator
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,8 +159,7 @@ def begin(cfg: RewardConfig) -> tuple[RewardModel, Iterator[tuple[str, Tensor]]]
 def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Preference], dict[str, float]]:
     """1: the mixed training pairs, the held-out comparisons, and counts.
 
-    They are of the training pairs that are too long, of the lines of all files that cannot be used and of the rows that
-    say nothing, by reason, of the safety comparisons that prefer harm, and the other's share.
+    They are of pairs too long, of safety comparisons that prefer harm, the other's share, and `readers.counts`.
     """
     read = [comparisons.read(cfg.data, cfg.format, tokenizer, cfg.out)]
     read += [
@@ -190,14 +189,8 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
         files = ", ".join(map(str, cfg.data))
         raise DataError(f"no pair of {files} fits {longest} tokens (max_len, or the model's context if that is less)")
     test = [p for p in test[: cfg.test_limit or None] if _fits(as_pair(p, tokenizer, cfg.margin), longest)]
-    skipped = sum((result.skipped for result in read), Counter[str]())
-    counts = {
-        "left_out": len(pairs) - len(fitting),
-        "set_aside": sum(len(result.bad) for result in read),
-        "prefer_harm": harmful,
-        "other_share": round(other_share, 3),
-    }
-    return fitting, test, counts | {f"skipped: {reason}": n for reason, n in skipped.items()}
+    counts = {"left_out": len(pairs) - len(fitting), "prefer_harm": harmful, "other_share": round(other_share, 3)}
+    return fitting, test, counts | readers.counts(*read)
 
 
 def mix(

@@ -104,9 +104,7 @@ def run(cfg: SFTConfig) -> Path:
 
 
 def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, dict[str, int]]:
-    """1 and 2: the packed rows, and counts: of dialogs too long for one, of lines that cannot be used, of rows that say
-    nothing, by reason.
-    """
+    """1 and 2: the packed rows, and counts: of dialogs too long for one, and `readers.counts`."""
     result = readers.read(
         cfg.data,
         cfg.format,
@@ -123,9 +121,7 @@ def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, dict[str, int
     if not fitting:
         files = ", ".join(map(str, cfg.data))
         raise DataError(f"no dialog of {files} fits {longest} tokens (seq_len, or the model's context if that is less)")
-    counts = {"left_out": len(encoded) - len(fitting), "set_aside": len(result.bad)}
-    skipped = {f"skipped: {reason}": n for reason, n in result.skipped.items()}
-    return packing.pack(fitting, cfg.seq_len), counts | skipped
+    return packing.pack(fitting, cfg.seq_len), {"left_out": len(encoded) - len(fitting)} | readers.counts(result)
 
 
 def update(cfg: SFTConfig, model: Transformer, batch: Packed, device: torch.device) -> float:
