@@ -19,7 +19,7 @@ class OptimConfig:
     """AdamW and its schedule. The defaults are the paper's pretraining values (2.2) save the learning rate's size."""
 
     lr: float = 3e-4
-    """peak learning rate (Table 1: 3e-4 for 7B and 13B)."""
+    """peak learning rate (paper, pretraining of 7B and 13B: 3e-4)."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-5
     weight_decay: float = 0.1
@@ -29,7 +29,8 @@ class OptimConfig:
     final_lr_ratio: float = 0.1
     """cosine ends at this share of the peak (paper: 10 %)."""
     warmup_steps: int = 2000
-    """linear warm-up (paper: 2,000 of about 480,000), never more than a tenth of the run or the least there is."""
+    """steps of linear warm-up (paper, pretraining: 2,000), never more than a tenth of the run; reward models have
+    their own."""
 
     def __post_init__(self) -> None:
         config.positive(self, "eps", "clip")

@@ -84,7 +84,7 @@ class PlanConfig:
     """in place of a recipe a size by name, with the paper's windows, batch and tokens."""
     gpus: int = 8
     gpu: str = "a100-80g"
-    """a key of GPUS."""
+    """a100-80g, a100-40g, h100 or h200."""
     micro_batch_size: int = 0
     """windows a forward pass; 0 takes the recipe's."""
     checkpointing: Checkpointing = "off"

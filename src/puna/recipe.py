@@ -78,7 +78,7 @@ class PreferenceFiles:
     """Comparisons that exist already, in place of collecting them."""
 
     format: str = "preferences"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     helpfulness: tuple[Path, ...] = ()
     helpfulness_test: tuple[Path, ...] = ()
     safety: tuple[Path, ...] = ()

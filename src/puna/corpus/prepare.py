@@ -50,7 +50,7 @@ class Source:
     paths: tuple[Path, ...]
     """files, also compressed (.gz, .bz2, .zst)."""
     format: str = "jsonl_text"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     weight: float = 1.0
     """epochs of this source while a source of weight 1 is seen once; 0.5 sees half of it (paper 2.1: the most factual
     sources are up-sampled, by how much it does not say)."""
@@ -71,7 +71,7 @@ class PrepareConfig:
     """files of a single source, as `sources` has several: tables [prepare.sources.NAME] of a recipe with paths, format
     and weight (--sources.NAME.weight and so on outdo them)."""
     format: str = "jsonl_text"
-    """how to read `data` (see puna.data.readers)."""
+    """how to read `data` (docs/guides/real-data.md lists the formats)."""
     sources: dict[str, Source] = field(default_factory=dict)
     """the sources by name."""
     validation_share: float = 0.01

@@ -34,7 +34,7 @@ class StatsConfig:
     files: tuple[Path, ...]
     """files of comparisons; each is a source."""
     format: tuple[str, ...] = ("preferences",)
-    """how to read them: one for all, or one for each file (see puna.data.readers)."""
+    """how to read them: one for all, or one for each file (docs/guides/real-data.md lists the formats)."""
     tokenizer: Path | None = None
     """a model's folder or a tokenizer file, whose tokens are counted; words without."""
     out: Path | None = None

@@ -46,7 +46,7 @@ class RewardEvaluateConfig:
     train: tuple[Path, ...] = ()
     """the comparisons the models were trained on, for the bag of words; without any there is none."""
     format: tuple[str, ...] = ("preferences",)
-    """how to read them: one for all files, or one for each of `test` and then of `train` (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md): one for all files, or one for each of `test` and then of `train`."""
     ensemble: bool = False
     """the models are seeds of one training: measure their mean score too."""
     normalise: bool = False

@@ -66,13 +66,14 @@ class EvaluateConfig:
     best_of: int = 1
     """draw so many answers and give the one that both reward models like best."""
     reward_helpfulness: Path | None = None
-    """who likes it, for `best_of`."""
+    """a reward model that, with the next, chooses among `best_of` answers."""
     reward_safety: Path | None = None
     threshold: float = 0.15
-    """a safety score below this is the reward, as PPO's."""
+    """where the safety score is below this, it is the reward in place of the helpfulness score, as PPO's."""
     temperature: float = 0.6
     top_p: float = 0.9
     max_new_tokens: int = 64
+    """tokens of the longest answer."""
     threads: int = 0
     """torch threads; 0 leaves torch's choice."""
     seed: int = 0

@@ -40,9 +40,9 @@ class ChatConfig:
     system: str = ""
     """the system message."""
     temperature: float = 0.6
-    """Meta's reference code; 0 is greedy."""
+    """as Meta's reference code; 0 is greedy."""
     top_p: float = 0.9
-    """Meta's reference code."""
+    """as Meta's reference code."""
     max_new_tokens: int = 256
     """tokens an answer at most."""
     seed: int = 0

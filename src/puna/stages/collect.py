@@ -41,7 +41,7 @@ class CollectConfig:
     prompts: tuple[Path, ...]
     """prompt files."""
     format: str = "prompts"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     annotators: str = "valley"
     """who chooses: a key of ANNOTATORS."""
     world: Path | None = None
@@ -51,6 +51,7 @@ class CollectConfig:
     top_p: float = 1.0
     """draw from the smallest set of tokens that holds this much probability; 1 draws from all."""
     max_new_tokens: int = 64
+    """tokens of the longest answer; one that is cut off there is not used."""
     batch: int = 1
     """the batch number that the comparisons carry."""
     test_share: float = 0.1

@@ -39,20 +39,23 @@ class ContextDistillationConfig:
     init: Path
     """the newest chat model."""
     reward_safety: Path
+    """the folder of the safety reward model that gates."""
     prompts: tuple[Path, ...]
     """prompt files; only prompts tagged as safety are used."""
     safety_prompts: tuple[Path, ...] = ()
     """more of them, all tagged."""
     format: str = "prompts"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     preprompts: str = "general"
     """where the preprompts come from: a key of PREPROMPTS."""
     kind: Literal["generic", "targeted", "both"] = "both"
     """generic preprompts, those of the prompt's risk category, or each for half of the prompts."""
     temperature: float = 0.7
+    """0 is greedy."""
     top_p: float = 1.0
     """draw from the smallest set of tokens that holds this much probability; 1 draws from all."""
     max_new_tokens: int = 64
+    """tokens of the longest answer; one that is cut off there is not used."""
     gate: bool = True
     """keep a distilled answer only where its safety score is above the original's."""
     limit: int = 0

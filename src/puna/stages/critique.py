@@ -47,7 +47,7 @@ class CritiqueConfig:
     safety_prompts: tuple[Path, ...] = ()
     """more of them, all tagged."""
     format: str = "prompts"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     task: Literal["revise", "compare"] = "revise"
     """write revised answers, or comparisons of two answers."""
     principles: str = "general"
@@ -55,9 +55,11 @@ class CritiqueConfig:
     revisions: int = 1
     """critiques and revisions in a row (Bai et al.: 4)."""
     temperature: float = 1.0
+    """0 is greedy."""
     top_p: float = 1.0
     """draw from the smallest set of tokens that holds this much probability; 1 draws from all."""
     max_new_tokens: int = 64
+    """tokens of the longest answer; one that is cut off there is not used."""
     test_share: float = 0.1
     """share of the comparisons written to safety_test.jsonl."""
     limit: int = 0

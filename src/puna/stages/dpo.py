@@ -52,15 +52,15 @@ class DPOConfig:
     test: tuple[Path, ...] = ()
     """held-out comparisons; empty holds out those of a tenth of the prompts of `data`."""
     format: str = "preferences"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     reference: Path | None = None
     """the model that pi is held to; none is `init`."""
     beta: float = 0.1
-    """how strongly (Rafailov et al., B)."""
+    """how strongly the policy is held to the reference (Rafailov et al., B)."""
     label_smoothing: float = 0.0
     """share of comparisons that are taken to be the wrong way round (Mitchell 2023)."""
     epochs: int = 1
-    """ours: as reward models."""
+    """passes over the pairs (ours: 1, as reward models)."""
     max_len: int = 512
     """tokens of a prompt and one answer; longer pairs are left out and counted."""
     batch_size: int = 64
@@ -72,6 +72,7 @@ class DPOConfig:
     )
     """Rafailov et al., B: 1e-6 after 150 steps of warm-up."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: matrix products in bfloat16 over float32 weights."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 50
     """steps between checkpoints; 0 writes one on SIGTERM alone."""

@@ -43,9 +43,11 @@ class GhostAttentionConfig:
     scripts: tuple[Path, ...]
     """JSONL of {"id", "turns": [user texts], "instruction", "short"}."""
     temperature: float = 0.7
+    """0 is greedy."""
     top_p: float = 1.0
     """draw from the smallest set of tokens that holds this much probability; 1 draws from all."""
     max_new_tokens: int = 64
+    """tokens of the longest answer; one that is cut off there is not used."""
     short_share: float = 0.5
     """share of dialogs whose first turn holds the instruction's short form (paper: half)."""
     min_turns: int = 2

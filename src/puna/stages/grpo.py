@@ -50,13 +50,15 @@ class GRPOConfig:
     init: Path
     """the policy to start from, also the reference pi_0."""
     reward_helpfulness: Path
+    """a reward model's folder."""
     reward_safety: Path
+    """another's."""
     prompts: tuple[Path, ...]
     """prompt files."""
     safety_prompts: tuple[Path, ...] = ()
     """more of them, all tagged as likely to bring out unsafe answers."""
     format: str = "prompts"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     advantage: Literal["grpo", "rloo"] = "grpo"
     """an answer's advantage within its group, and where KL counts."""
     average: Literal["", "answer", "token"] = ""
@@ -78,12 +80,13 @@ class GRPOConfig:
     beta: float = 0.04
     """KL weight (Shao et al.)."""
     threshold: float = 0.15
-    """a safety score below this is the reward, as PPO's."""
+    """where the safety score is below this, it is the reward in place of the helpfulness score, as PPO's."""
     missing_eos_penalty: float = 1.0
     """subtracted from the whitened score of an answer that did not end."""
     temperature: float = 1.0
     """answers are drawn, and scored by the trainer, at this temperature."""
     max_new_tokens: int = 64
+    """tokens of the longest answer; one that is cut off there is penalised."""
     max_prompt_tokens: int = 0
     """leave longer prompts out; 0 leaves out those alone that fill the model's context."""
     optim: optim.OptimConfig = field(
@@ -91,10 +94,12 @@ class GRPOConfig:
     )
     """Shao et al.: 1e-6."""
     precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: matrix products in bfloat16 over float32 weights."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     evaluate_every: int = 10
     """iterations between held-out measurements."""
     held_out_prompts: int = 64
+    """prompts set aside of `prompts` for early stopping; fewer than there are."""
     patience: int = 4
     """stop after so many measurements without a new best; 0 never stops early."""
     checkpoint_every: int = 10

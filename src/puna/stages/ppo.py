@@ -57,7 +57,9 @@ class PPOConfig:
     init: Path
     """the policy to start from, also the reference pi_0."""
     reward_helpfulness: Path
+    """a reward model's folder."""
     reward_safety: Path
+    """another's."""
     prompts: tuple[Path, ...]
     """prompt files."""
     safety_prompts: tuple[Path, ...] = ()
@@ -67,7 +69,7 @@ class PPOConfig:
     safety_held_out: tuple[Path, ...] = ()
     """more of them, all tagged."""
     format: str = "prompts"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     iterations: int = 200
     """paper: 200 to 400."""
     batch_size: int = 512
@@ -81,7 +83,7 @@ class PPOConfig:
     clip: float = 0.2
     """ratio clipping (paper 3.2.3)."""
     value_clip: float = 0.2
-    """ours: as the ratio."""
+    """clipping of a value's change (ours: as the ratio's)."""
     beta: float = 0.01
     """KL weight (paper: 0.01 for 7B and 13B, 0.005 above)."""
     kl: Literal["token", "sequence"] = "token"
@@ -91,18 +93,21 @@ class PPOConfig:
     kl_horizon: int = 10000
     """answers in which an adapted beta may grow or shrink by a fifth."""
     threshold: float = 0.15
-    """a safety score below this is the reward (3.2.3)."""
+    """where the safety score is below this, it is the reward in place of the helpfulness score (3.2.3)."""
     logit_scores: bool = True
     """undo the sigmoid before scores are whitened (paper 3.2.3)."""
     whiten: Literal["batch", "running", "none"] = "batch"
     """whose mean and deviation whiten the scores: the batch's, or those of all batches so far; no mean is kept."""
     score_clip: float = 0.0
+    """largest size of a whitened score; 0 clips none."""
     advantage_clip: float = 0.0
-    """largest size of a score, of an advantage, once whitened; 0 clips none."""
+    """largest size of a whitened advantage; 0 clips none."""
     missing_eos_penalty: float = 1.0
     """subtracted from the whitened score of an answer that did not end."""
     gamma: float = 1.0
+    """discount of rewards to come."""
     lam: float = 0.95
+    """lambda of generalized advantage estimation."""
     critic: Critic = "reward"
     """what the value function starts from: the helpfulness reward model, or the policy's body under a head of zeros, in
     a model of its own ("zero_head") or on the policy itself ("shared")."""
@@ -117,11 +122,13 @@ class PPOConfig:
     pretrain_coefficient: float = 0.0
     """weight of its next-token loss in each gradient step (PPO-ptx: 27.8)."""
     pretrain_windows: int = 32
+    """windows of that text a gradient step."""
     pretrain_seq_len: int = 256
-    """windows a gradient step, and tokens a window."""
+    """tokens a window."""
     temperature: float = 1.0
     """answers are drawn, and scored by the trainer, at this temperature."""
     max_new_tokens: int = 64
+    """tokens of the longest answer; one that is cut off there is penalised."""
     max_prompt_tokens: int = 0
     """leave longer prompts out; 0 leaves out those alone that fill the model's context."""
     optim: optim.OptimConfig = field(
@@ -136,6 +143,7 @@ class PPOConfig:
     evaluate_every: int = 10
     """iterations between held-out measurements."""
     held_out_prompts: int = 64
+    """prompts set aside of `prompts` for early stopping; fewer than there are."""
     patience: int = 4
     """stop after so many measurements without a new best; 0 never stops early."""
     gold: Path | None = None

@@ -44,7 +44,7 @@ class PretrainConfig:
     data: tuple[Path, ...]
     """text files: .txt, .md, or .jsonl(.gz) with a "text" field; or one folder that `puna data prepare` wrote."""
     format: str = "jsonl_text"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     tokenizer: Path | None = None
     """tokenizer.model, tokenizer.json or a folder; None takes the prepared folder's, or trains one on the data with the
     model's vocab_size."""
@@ -56,6 +56,7 @@ class PretrainConfig:
     micro_batch_size: int = 32
     """windows a forward pass on one process."""
     steps: int = 400
+    """gradient steps."""
     validation_share: float = 0.01
     """share of documents held out, at most 0.5: every n-th, n the whole number next to 1/share; a prepared folder has
     its own."""

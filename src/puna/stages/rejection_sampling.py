@@ -46,13 +46,15 @@ class RejectionSamplingConfig:
     init: Path
     """the newest chat model."""
     reward_helpfulness: Path
+    """a reward model's folder."""
     reward_safety: Path
+    """another's."""
     prompts: tuple[Path, ...]
     """prompt files."""
     safety_prompts: tuple[Path, ...] = ()
     """more of them, all tagged as likely to bring out unsafe answers."""
     format: str = "prompts"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     earlier: tuple[Path, ...] = ()
     """best.jsonl of earlier rounds to pool."""
     samples: int = 8
@@ -62,10 +64,11 @@ class RejectionSamplingConfig:
     search_prompts: int = 48
     """prompts of the temperature search."""
     threshold: float = 0.15
-    """a safety score below this is the reward (3.2.3)."""
+    """where the safety score is below this, it is the reward in place of the helpfulness score (3.2.3)."""
     top_p: float = 1.0
     """draw from the smallest set of tokens that holds this much probability; 1 draws from all."""
     max_new_tokens: int = 64
+    """tokens of the longest answer; one that is cut off there is not used."""
     max_prompt_tokens: int = 0
     """leave longer prompts out; 0 leaves out those alone that fill the model's context."""
     limit: int = 0

@@ -59,7 +59,7 @@ class RewardConfig:
     test: tuple[Path, ...] = ()
     """held-out comparisons; empty holds out those of a tenth of the prompts of `data`."""
     format: str = "preferences"
-    """how to read them all (see puna.data.readers)."""
+    """how to read them all (docs/guides/real-data.md lists the formats)."""
     margin: Literal["none", "small", "large"] = "small"
     """the grade's margin (Table 27); the paper leaves the final choice open."""
     safety_auxiliary: float = 0.0
@@ -75,6 +75,7 @@ class RewardConfig:
     optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=1e-5))
     """paper: 1e-5 (70B: 5e-6); its warmup_steps is replaced by 3 % of the steps, at least 5."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: matrix products in bfloat16 over float32 weights."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 50
     """steps between checkpoints; 0 writes one on SIGTERM alone."""

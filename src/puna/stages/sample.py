@@ -38,7 +38,7 @@ class SampleConfig:
     prompts: tuple[Path, ...]
     """prompt files, or files of dialogs or comparisons, whose prompts are taken."""
     format: str = "prompts"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     n: int = 1
     """answers a prompt."""
     temperature: float = 1.0
@@ -54,6 +54,7 @@ class SampleConfig:
     stop: tuple[str, ...] = ()
     """texts that end an answer; they are no part of it."""
     max_new_tokens: int = 256
+    """tokens of the longest answer."""
     shard_size: int = 256
     """prompts a resumable piece of work."""
     vllm: str = ""

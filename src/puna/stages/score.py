@@ -45,7 +45,7 @@ class ScoreConfig:
     safety: Path | None = None
     """the safety reward model; with the other the combined reward is written too."""
     format: str = "dialogs"
-    """how to read the data (see puna.data.readers)."""
+    """how to read the data (docs/guides/real-data.md lists the formats)."""
     threshold: float = 0.15
     """below this safety score the safety score is the reward (paper: 0.15); so it is where "is_safety" is true."""
     normalise: bool = False

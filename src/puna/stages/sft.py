@@ -43,7 +43,7 @@ class SFTConfig:
     data: tuple[Path, ...]
     """dialog files."""
     format: str = "dialogs"
-    """how to read them (see puna.data.readers)."""
+    """how to read them (docs/guides/real-data.md lists the formats)."""
     epochs: int = 2
     """paper 3.1."""
     seq_len: int = 512
@@ -55,6 +55,7 @@ class SFTConfig:
     optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=2e-5, warmup_steps=20))
     """paper 3.1: 2e-5, cosine, weight decay 0.1."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: matrix products in bfloat16 over float32 weights."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 200
     """steps between checkpoints; 0 writes one on SIGTERM alone."""
