@@ -97,6 +97,11 @@ def check(dialog: Dialog, tokenizer: Tokenizer, *, ends_with: str, allow_markers
             raise DataError(f"a {turn['role']} turn holds the chat tag {marker!r}: remove it from the text")
 
 
+def with_answer(dialog: Dialog, text: str) -> Dialog:
+    """The dialog with the assistant's turn at its end, in a list of its own."""
+    return [*dialog, Message(role="assistant", content=text)]
+
+
 def fits(dialog: Dialog, tokenizer: Tokenizer, context: int) -> bool:
     """Whether a dialog that ends with a user turn leaves room for an answer. Raises DataError as `encode`."""
     return len(encode_prompt(dialog, tokenizer)) < context
@@ -114,8 +119,7 @@ def stands(dialog: Dialog, completion: Completion, tokenizer: Tokenizer, context
     """
     if not usable(completion):
         return False
-    answered = [*dialog, Message(role="assistant", content=completion.text.strip())]
-    return len(encode(answered, tokenizer).tokens) <= context
+    return len(encode(with_answer(dialog, completion.text.strip()), tokenizer).tokens) <= context
 
 
 def marker_in(text: str) -> str | None:
