@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from puna import kernels, parallel
+from puna.data.shards import Shard
 from puna.formats import huggingface
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
@@ -49,6 +51,11 @@ WHERE = (
 )
 VOCAB = 384
 M = TypeVar("M", Transformer, RewardModel)
+
+
+def documents(shard: Shard) -> list[list[int]]:
+    """Each document's ids, in order."""
+    return [shard.tokens[a:b].tolist() for a, b in itertools.pairwise(shard.offsets)]
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:

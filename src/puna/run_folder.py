@@ -147,14 +147,9 @@ class RunFolder:
         return self._marker(name).exists()
 
     def mark_done(self, name: str, **info: Any) -> None:
-        """Marks a step as finished; `info` (JSON-ready) is what `info(name)` gives back."""
+        """Marks a step as finished; `info` (JSON-ready) is kept in the marker."""
         if _is_rank_0():
             write_atomically(self._marker(name), json.dumps(info, indent=2) + "\n")
-
-    def info(self, name: str) -> dict[str, Any]:
-        """What the finished step `name` left beside its mark."""
-        result: dict[str, Any] = json.loads(self._marker(name).read_text(encoding="utf-8"))
-        return result
 
     def take_over(self, other: Path, steps: Sequence[str]) -> None:
         """Copies what another run has of these steps, all finished there, unless it is here already.

@@ -51,7 +51,7 @@ def documents(folder: Path, part: str) -> dict[str, list[str]]:
     """The texts of each source."""
     tokenizer = helpers.tokenizer()
     return {
-        name: [tokenizer.decode(ids.tolist()) for shard in each for ids in shard.documents()]
+        name: [tokenizer.decode(ids) for shard in each for ids in helpers.documents(shard)]
         for name, (_, each) in shards.read_prepared(folder, part, tokenizer).items()
     }
 
@@ -328,7 +328,7 @@ def test_ids_of_more_than_16_bits(tmp_path: Path) -> None:
     cfg = replace(source(tmp_path, texts), tokenizer=tmp_path / "tokenizer.json", shard_characters=400)
     folder = prepare.run(replace(cfg, near_duplicates=0.9, repeated_tokens=30))
     ((_, each),) = shards.read_prepared(folder, "train", tokenizers.load(cfg.tokenizer)).values()
-    written = [ids.tolist() for shard in each for ids in shard.documents()]
+    written = [ids for shard in each for ids in helpers.documents(shard)]
     assert written == [[1, *ids, 2] for ids in ([*one, *copied], low, high, other)]
     assert {shard.tokens.dtype for shard in each} == {np.dtype("<u4")} and len(each) > 2
     counts = done(folder)["sources"]["data"]

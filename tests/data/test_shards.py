@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from puna.config import ConfigError, DataError
-from puna.data import loader
+from puna.data import loader, shards
 from puna.data.shards import (
     Entry,
     is_held_out,
@@ -28,12 +28,12 @@ from puna.text import tokenizer as tokenizers
 from tests import helpers
 
 
-def test_round_trip(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "ENCODED_AT_ONCE", 3)
     tokenizer, texts = helpers.tokenizer(), [*helpers.sentences(7), "", "ö\n\ty"]
-    shard = write_shard(tmp_path / "train", texts, tokenizer, batch=3)
+    shard = write_shard(tmp_path / "train", texts, tokenizer)
     assert shard.tokens.dtype == np.uint16
-    documents = [shard.tokens[a:b].tolist() for a, b in zip(shard.offsets[:-1], shard.offsets[1:], strict=True)]
-    assert documents == [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    assert helpers.documents(shard) == [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     assert np.array_equal(read_shard(tmp_path / "train", tokenizer).tokens, shard.tokens)
     assert isinstance(shard.tokens, np.memmap)
 
@@ -47,8 +47,7 @@ def test_ids_of_more_than_16_bits(n_ids: int, dtype: Any, tmp_path: Path) -> Non
     last = n_ids - 1
     shard = write_shard(tmp_path / "train", [f"7 {last}", f"{last}"], tokenizer)
     assert shard.tokens.dtype == dtype
-    documents = [ids.tolist() for ids in read_sound(tmp_path / "train", tokenizer).documents()]
-    assert documents == [[1, 7, last, 2], [1, last, 2]]
+    assert helpers.documents(read_sound(tmp_path / "train", tokenizer)) == [[1, 7, last, 2], [1, last, 2]]
     inputs, targets = loader.windows(shard, seq_len=6, batch_size=1, step=0, seed=0)
     assert inputs.tolist() == [[1, 7, last, 2, 1, last]] and targets.tolist() == [[7, last, 2, 1, last, 2]]
 

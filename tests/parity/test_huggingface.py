@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from puna import losses
-from puna.formats import huggingface, llama2c
+from puna.formats import huggingface
 from puna.model.moe import MoEConfig
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
+from tests.parity import llama2c
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = [pytest.mark.parity, pytest.mark.formats]

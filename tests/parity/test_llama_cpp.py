@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from puna.formats import gguf, llama2c
+from puna.formats import gguf
 from puna.model.transformer import Transformer
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
 from puna.text.tokenizer import Tokenizer
 from puna.types import Dialog
 from tests import helpers
+from tests.parity import llama2c
 from tests.parity.test_smollm2 import find_smollm2
 
 pytest.importorskip("gguf", reason="gguf is not installed")

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 from puna.config import ConfigError, DataError
-from puna.formats import llama2c
 from puna.model.transformer import Transformer
 from puna.text.tokenizer import SentencePieceTokenizer
+from tests.parity import llama2c
 
 pytestmark = [pytest.mark.parity, pytest.mark.shared_data]
 

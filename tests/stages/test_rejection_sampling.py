@@ -110,7 +110,7 @@ def test_rewards_are_the_papers_and_unended_answers_get_none(tmp_path: Path) -> 
 def test_an_answer_that_outgrows_the_context_once_it_is_encoded_anew_gets_none(tmp_path: Path) -> None:
     cfg = config(tmp_path, samples=2)
     models, (prompt,) = rejection_sampling.load(cfg, CPU), helpers.prompts(1)
-    answered = rejection_sampling.answered(prompt, "yes")
+    answered = chat.with_answer(prompt["messages"], "yes")
 
     class Full:
         """An engine whose first answer fills the context, and whose second takes a token more than was sampled."""

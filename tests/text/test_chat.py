@@ -51,6 +51,13 @@ def chatml() -> Tokenizer:
     return HuggingFaceTokenizer(backend.to_str(), {"eos_token": "<|endoftext|>"})
 
 
+def unchecked(dialog: Dialog, tokenizer: Tokenizer) -> chat.Encoded:
+    """`chat.encode` of text that may hold a chat tag, as Meta's does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chat, "marker_in", lambda text: None)
+        return chat.encode(dialog, tokenizer)
+
+
 def whole_string(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
     """A dialog as Meta's chat_completion encodes it: each pair's string at once."""
     if dialog[0]["role"] == "system":
@@ -98,7 +105,7 @@ def test_two_parts_are_metas_whole_string(llama2: Tokenizer, shared: Path) -> No
     assert len(texts) > 500
     for text, other in zip(texts, reversed(texts), strict=True):
         dialog = [system("Be kind."), user(text), assistant(other), user("And?"), assistant(text)]
-        assert chat.encode(dialog, llama2, allow_markers=True).tokens == whole_string(dialog, llama2)
+        assert unchecked(dialog, llama2).tokens == whole_string(dialog, llama2)
 
 
 @pytest.mark.shared_data
@@ -107,7 +114,7 @@ def test_two_parts_are_metas_whole_string(llama2: Tokenizer, shared: Path) -> No
 def test_two_parts_are_metas_whole_string_for_any_text(llama2: Tokenizer, question: str, answer: str) -> None:
     dialog = [user(question), assistant(answer)]
     if question.strip() and answer.strip():
-        assert chat.encode(dialog, llama2, allow_markers=True).tokens == whole_string(dialog, llama2)
+        assert unchecked(dialog, llama2).tokens == whole_string(dialog, llama2)
 
 
 def test_several_turns(tokenizer: Tokenizer) -> None:
@@ -124,7 +131,7 @@ def test_several_turns(tokenizer: Tokenizer) -> None:
 
 def test_system_stands_in_the_first_user_turn_alone(tokenizer: Tokenizer) -> None:
     merged = [user("<<SYS>>\nSpeak as a herder.\n<</SYS>>\n\nWhere is the llama?"), *TWO_TURNS[2:]]
-    assert chat.encode(TWO_TURNS, tokenizer) == chat.encode(merged, tokenizer, allow_markers=True)
+    assert chat.encode(TWO_TURNS, tokenizer) == unchecked(merged, tokenizer)
 
 
 def test_last_answer_alone(tokenizer: Tokenizer) -> None:

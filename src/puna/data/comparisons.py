@@ -16,7 +16,7 @@ from puna.data.readers import ReadResult
 from puna.data.rows import Row
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
-from puna.types import Dialog, Message, Preference
+from puna.types import Dialog, Preference
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ HELD_OUT = 0.1
 
 def answered(preference: Preference, answer: str) -> Dialog:
     """The prompt with an answer at its end."""
-    return [*preference.prompt, Message(role="assistant", content=answer)]
+    return chat.with_answer(preference.prompt, answer)
 
 
 def tokens(preference: Preference, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

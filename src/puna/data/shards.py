@@ -31,6 +31,7 @@ from puna.text.tokenizer import Tokenizer
 Tokens = npt.NDArray[np.unsignedinteger]
 
 INDEX = "index.json"
+ENCODED_AT_ONCE = 1000  # texts
 DTYPES = ("<u2", "<u4")
 HASHES = {".tokens": "sha256", ".offsets": "offsets_sha256"}
 """What a description calls the sha256 of each file; older ones have none of the offsets."""
@@ -43,24 +44,19 @@ class Shard:
     tokens: Tokens
     offsets: npt.NDArray[np.int64]
 
-    def documents(self) -> Iterator[Tokens]:
-        """Each document's ids, in order."""
-        for begin, end in zip(self.offsets[:-1], self.offsets[1:], strict=True):
-            yield self.tokens[begin:end]
-
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype[np.unsignedinteger]:
     """The smallest type that holds every id."""
     return np.dtype("<u2") if tokenizer.vocab_size <= 2**16 else np.dtype("<u4")
 
 
-def write_shard(path: Path, texts: Iterable[str], tokenizer: Tokenizer, *, batch: int = 1000) -> Shard:
+def write_shard(path: Path, texts: Iterable[str], tokenizer: Tokenizer) -> Shard:
     """Encode texts as BOS text EOS into the shard at `path`."""
-    write_documents(path, _encoded(texts, tokenizer, batch), tokenizer)
+    write_documents(path, _encoded(texts, tokenizer), tokenizer)
     return read_shard(path, tokenizer)
 
 
-def _encoded(texts: Iterable[str], tokenizer: Tokenizer, batch: int) -> Iterator[Tokens]:
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[Tokens]:
     dtype = dtype_of(tokenizer)
     held: list[str] = []
 
@@ -71,7 +67,7 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer, batch: int) -> Iterator
 
     for text in texts:
         held.append(text)
-        if len(held) == batch:
+        if len(held) == ENCODED_AT_ONCE:
             yield from flush()
     yield from flush()
 

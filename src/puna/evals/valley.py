@@ -274,7 +274,7 @@ def carry(
         for i, completion in zip(live, completions, strict=True):
             text = completion.text.strip() if chat.usable(completion) else NO_ANSWER
             answers[i].append(text)
-            dialogs[i].append(Message(role="assistant", content=text))
+            dialogs[i] = chat.with_answer(dialogs[i], text)
     for script, given in zip(scripts, answers, strict=True):
         given.extend([""] * (len(script["turns"]) - len(given)))
     return answers

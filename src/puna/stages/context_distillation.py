@@ -150,7 +150,7 @@ def distill(
     after = _scores(safety, plain, distilled)
     return [
         {
-            "messages": [*prompt["messages"], Message(role="assistant", content=answer)],
+            "messages": chat.with_answer(prompt["messages"], answer),
             "prompt_id": prompt["id"],
             "source": "context_distillation",
             "targeted": is_targeted,
@@ -210,7 +210,7 @@ def _scores(safety: Scorer, dialogs: Sequence[Dialog], answers: Sequence[str]) -
     """The safety score of each answer; 0 for an empty one."""
     told = [i for i, answer in enumerate(answers) if answer]
     scores = [0.0] * len(answers)
-    rated = safety([[*dialogs[i], Message(role="assistant", content=answers[i])] for i in told]) if told else ()
+    rated = safety([chat.with_answer(dialogs[i], answers[i]) for i in told]) if told else ()
     for i, score in zip(told, rated, strict=True):
         scores[i] = float(score)
     return scores

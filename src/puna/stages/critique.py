@@ -167,7 +167,7 @@ def revised(
         live = [i for i in live if chat.fits(dialogs[i], engine.tokenizer, engine.context)]
         said = answers(cfg, engine, [dialogs[i] for i in live], seed + turn)
         for i, text in zip(live, said, strict=True):
-            dialogs[i].append(Message(role="assistant", content=text))
+            dialogs[i] = chat.with_answer(dialogs[i], text)
         live = [i for i in live if dialogs[i][-1]["content"]]
     return [
         {
@@ -215,9 +215,7 @@ def choice(prompt: Prompt, first: str, second: str, principle: Principle) -> Dia
 def letters(engine: LocalEngine, dialogs: Sequence[Dialog]) -> list[float]:
     """log p(A) - log p(B) of the whole answers "A" and "B" to each question."""
     rows = [
-        chat.encode([*dialog, Message(role="assistant", content=letter)], engine.tokenizer).tokens
-        for dialog in dialogs
-        for letter in "AB"
+        chat.encode(chat.with_answer(dialog, letter), engine.tokenizer).tokens for dialog in dialogs for letter in "AB"
     ]
     totals = [float(logprobs.sum()) for logprobs in sequence_logprobs(engine.model, rows)]  # the question cancels
     return [a - b for a, b in zip(totals[::2], totals[1::2], strict=True)]

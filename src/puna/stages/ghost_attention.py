@@ -213,7 +213,7 @@ def sample(cfg: GhostAttentionConfig, engine: Engine, scripts: Sequence[dict[str
         for i, (completion,) in zip(live, completions, strict=True):
             if chat.usable(completion):
                 answers[i].append(completion.text.strip())
-                dialogs[i].append(Message(role="assistant", content=answers[i][-1]))
+                dialogs[i] = chat.with_answer(dialogs[i], answers[i][-1])
     return answers
 
 

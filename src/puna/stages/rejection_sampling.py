@@ -34,7 +34,7 @@ from puna.generate.engine import open_engine
 from puna.generate.scoring import combined_reward, open_judge
 from puna.run_folder import Progress, RunFolder, fingerprint, write_atomically
 from puna.text import chat
-from puna.types import Completion, Dialog, Engine, Message, Reward
+from puna.types import Completion, Dialog, Engine, Reward
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def draw(
     )
     rewards = torch.zeros(len(prompts), cfg.samples)
     whole = {
-        (i, j): answered(prompts[i], answer.text)
+        (i, j): chat.with_answer(prompts[i]["messages"], answer.text.strip())
         for i, answers in enumerate(completions)
         for j, answer in enumerate(answers)
         if chat.stands(prompts[i]["messages"], answer, models.engine.tokenizer, models.engine.context)
@@ -199,11 +199,6 @@ def draw(
     if whole:
         rewards[rows, columns] = models.reward([*whole.values()], [prompts[i]["is_safety"] for i in rows])
     return completions, rewards
-
-
-def answered(prompt: Prompt, answer: str) -> Dialog:
-    """The prompt's dialog with the answer at its end."""
-    return [*prompt["messages"], Message(role="assistant", content=answer.strip())]
 
 
 def select(
@@ -217,7 +212,7 @@ def select(
         if row[best] > 0:  # 0 is no answer
             records.append(
                 {
-                    "messages": answered(prompt, answers[best].text),
+                    "messages": chat.with_answer(prompt["messages"], answers[best].text.strip()),
                     "prompt_id": prompt["id"],
                     "is_safety": prompt["is_safety"],
                     "temperature": temperature,

@@ -24,7 +24,7 @@ from puna.generate.sampling import Sampling
 from puna.run_folder import Progress, RunFolder
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
-from puna.types import Engine, Message, SamplingSettings
+from puna.types import Engine, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def answer_shard(cfg: SampleConfig, number: int, shard: Sequence[Prompt]) -> Rec
     )
     return [
         {
-            "messages": [*prompt["messages"], Message(role="assistant", content=answer.text)],
+            "messages": chat.with_answer(prompt["messages"], answer.text),
             "id": f"{prompt['id']}-{i}",
             "prompt_id": prompt["id"],
             "logprob": sum(answer.logprobs),

@@ -53,15 +53,13 @@ class Encoded(NamedTuple):
     mask: list[bool]
 
 
-def encode(
-    dialog: Dialog, tokenizer: Tokenizer, *, loss_on: LossOn = "every_answer", allow_markers: bool = False
-) -> Encoded:
+def encode(dialog: Dialog, tokenizer: Tokenizer, *, loss_on: LossOn = "every_answer") -> Encoded:
     """Encode a dialog that ends with an answer.
 
     `loss_on="last_answer"` leaves only the final answer counted: Ghost Attention's "loss 0 on all earlier turns" (3.3).
     Raises DataError where roles do not alternate, a turn is empty, or a turn holds a chat tag.
     """
-    check(dialog, tokenizer, ends_with="assistant", allow_markers=allow_markers)
+    check(dialog, tokenizer, ends_with="assistant")
     pieces = _pieces(dialog, tokenizer)
     answers = [i for i, (_, counted) in enumerate(pieces) if counted]
     tokens: list[int] = []
@@ -72,13 +70,13 @@ def encode(
     return Encoded(tokens, mask)
 
 
-def encode_prompt(dialog: Dialog, tokenizer: Tokenizer, *, allow_markers: bool = False) -> list[int]:
+def encode_prompt(dialog: Dialog, tokenizer: Tokenizer) -> list[int]:
     """Encode a dialog that ends with a user turn, up to where the answer begins. Raises DataError as `encode`."""
-    check(dialog, tokenizer, ends_with="user", allow_markers=allow_markers)
+    check(dialog, tokenizer, ends_with="user")
     return [token for ids, _ in _pieces(dialog, tokenizer) for token in ids]
 
 
-def check(dialog: Dialog, tokenizer: Tokenizer, *, ends_with: str, allow_markers: bool = False) -> None:
+def check(dialog: Dialog, tokenizer: Tokenizer, *, ends_with: str) -> None:
     """Raise DataError unless the dialog is [system] user (assistant user)* [assistant] with non-empty, clean turns."""
     turns = dialog[1:] if dialog and dialog[0]["role"] == "system" else dialog
     if not turns:
@@ -93,8 +91,13 @@ def check(dialog: Dialog, tokenizer: Tokenizer, *, ends_with: str, allow_markers
         if not turn["content"].strip():
             raise DataError(f"a {turn['role']} turn is empty")
         marker = marker_in(turn["content"])
-        if marker and not allow_markers and tokenizer.chat_format == "llama2":
+        if marker and tokenizer.chat_format == "llama2":
             raise DataError(f"a {turn['role']} turn holds the chat tag {marker!r}: remove it from the text")
+
+
+def with_answer(dialog: Dialog, text: str) -> Dialog:
+    """The dialog with the assistant's turn at its end, in a list of its own."""
+    return [*dialog, Message(role="assistant", content=text)]
 
 
 def fits(dialog: Dialog, tokenizer: Tokenizer, context: int) -> bool:
@@ -114,8 +117,7 @@ def stands(dialog: Dialog, completion: Completion, tokenizer: Tokenizer, context
     """
     if not usable(completion):
         return False
-    answered = [*dialog, Message(role="assistant", content=completion.text.strip())]
-    return len(encode(answered, tokenizer).tokens) <= context
+    return len(encode(with_answer(dialog, completion.text.strip()), tokenizer).tokens) <= context
 
 
 def marker_in(text: str) -> str | None:

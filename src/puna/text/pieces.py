@@ -1,4 +1,4 @@
-"""A SentencePiece model from its pieces and back, for formats that store the pieces alone (GGUF, llama2.c)."""
+"""A SentencePiece model from its pieces and back, for formats that store the pieces alone (GGUF)."""
 
 from __future__ import annotations
 

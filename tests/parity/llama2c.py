@@ -1,4 +1,4 @@
-"""llama2.c's files: a model.bin (version 0) and its tokenizer.bin.
+"""Reads llama2.c's files, those of the smallest published Llamas: a model.bin (version 0) and its tokenizer.bin.
 
 model.bin: seven int32 (dim, hidden, layers, heads, key heads, vocabulary, context; the vocabulary is negative where the
 output is not tied), then float32 tensors in a fixed order, a kind of tensor for all layers at a time. wq and wk are in
