@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -27,11 +26,6 @@ def test_margins_are_table_27() -> None:
     assert [losses.MARGINS["none"][grade] for grade in grades] == [0, 0, 0, 0]
     assert [losses.MARGINS["small"][grade] for grade in grades] == [1, 2 / 3, 1 / 3, 0]
     assert [losses.MARGINS["large"][grade] for grade in grades] == [3, 2, 1, 0]
-
-
-def test_same_is_the_sum_over_one_process() -> None:
-    x = torch.tensor([1.0, -2.0])
-    assert losses.same(x) is x
 
 
 # Language model
@@ -160,17 +154,6 @@ def test_masked_mean() -> None:
     close(losses.masked_mean(x, torch.zeros(4, dtype=torch.bool)), 0.0)
 
 
-def rank_by_rank(*totals: float) -> Callable[[Tensor], Tensor]:
-    """A reduction that knows what the ranks' parts sum to, call by call."""
-    waiting = iter(totals)
-    return lambda part: torch.tensor(next(waiting))
-
-
-def test_masked_mean_over_ranks() -> None:
-    # This rank has 1 and 2, the other 9: 12 / 3. The mean of the ranks' means would be 5.25.
-    close(losses.masked_mean(torch.tensor([1.0, 2.0]), torch.tensor([True, True]), rank_by_rank(12.0, 3.0)), 4.0)
-
-
 def test_whiten() -> None:
     # Mean 2, variance (1 + 0 + 1) / 3: the ends stand sqrt(3/2) from it. Over n - 1 they would be at 1; with the mean
     # kept, at 0.775 and 3.225.
@@ -180,12 +163,6 @@ def test_whiten() -> None:
 def test_whiten_counts_the_mask_alone() -> None:
     x, mask = torch.tensor([[1.0, 50.0], [3.0, -7.0]]), torch.tensor([[True, False], [True, False]])
     close(losses.whiten(x, mask), [[-1.0, 0.0], [1.0, 0.0]])
-
-
-def test_whiten_over_ranks() -> None:
-    # 0 here and 2, 4 there: mean 2, variance 8/3; sums, counts, squares, counts as the ranks would add them up.
-    here = losses.whiten(torch.tensor([0.0]), None, rank_by_rank(6.0, 3.0, 8.0, 3.0))
-    close(here, [-2 / math.sqrt(8 / 3)])
 
 
 def test_whiten_of_equals_is_zero() -> None:
@@ -213,12 +190,6 @@ def test_running_moments() -> None:
     moments = moments.with_batch(torch.tensor([5.0, 7.0, 9.0]))  # of 1, 3, 5, 7, 9: mean 5, variance 8
     assert (moments.count, moments.mean) == (5, 5) and moments.variance == pytest.approx(8)
     close(moments.whiten(torch.tensor([5.0, 9.0])), [0.0, 4 / math.sqrt(8)])
-
-
-def test_running_moments_of_ranks() -> None:
-    # 1 and 3 here, 5 and 7 there: count, sum and squares as the ranks would add them up; mean 4, variance 5.
-    moments = losses.NO_MOMENTS.with_batch(torch.tensor([1.0, 3.0]), rank_by_rank(4.0, 16.0, 20.0))
-    assert (moments.count, moments.mean, moments.variance) == (4, 4, 5)
 
 
 def test_one_batch_of_running_moments_whitens_as_the_batch() -> None:

@@ -1,13 +1,12 @@
 """The equations, as pure functions of tensors: language model, ranking, safety, KL, GAE, PPO, groups, DPO, the reward.
 
 Shapes: N tokens, B sequences or pairs, T steps, V vocabulary. Every mask is True where an entry counts. Nothing here
-knows a config, a model or a device. What crosses processes is the caller's: pass `reduce` (a sum over ranks).
+knows a config, a model, a device or other processes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,19 +16,12 @@ from torch import Tensor
 
 from puna.types import Grade
 
-Reduce = Callable[[Tensor], Tensor]
-
 MARGINS: dict[str, dict[Grade, float]] = {
     "none": {"significantly_better": 0.0, "better": 0.0, "slightly_better": 0.0, "negligibly_better": 0.0},
     "small": {"significantly_better": 1.0, "better": 2 / 3, "slightly_better": 1 / 3, "negligibly_better": 0.0},
     "large": {"significantly_better": 3.0, "better": 2.0, "slightly_better": 1.0, "negligibly_better": 0.0},
 }
 """Paper A.3.3, Table 27: the margin each grade asks for."""
-
-
-def same(x: Tensor) -> Tensor:
-    """The reduction over one process."""
-    return x
 
 
 # Language model ------------------------------------------------------------------------------------------------------
@@ -100,19 +92,19 @@ def combine_rewards(safety: Tensor, helpfulness: Tensor, is_safety: Tensor, thre
     return torch.where(is_safety | (safety < threshold), safety, helpfulness)
 
 
-def masked_mean(x: Tensor, mask: Tensor, reduce: Reduce = same) -> Tensor:
-    """Mean over the counted entries of all ranks, a scalar; 0 where nothing counts."""
-    return reduce((x * mask).sum()) / reduce(mask.sum()).clamp(min=1)
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the counted entries, a scalar; 0 where nothing counts. x and mask (...)."""
+    return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
-def whiten(x: Tensor, mask: Tensor | None = None, reduce: Reduce = same, eps: float = 1e-8) -> Tensor:
-    """Shift and scale to mean 0 and deviation 1 over the counted entries of all ranks; the mean is *not* kept.
+def whiten(x: Tensor, mask: Tensor | None = None, eps: float = 1e-8) -> Tensor:
+    """Shift and scale to mean 0 and deviation 1 over the counted entries; the mean is *not* kept. x and mask (...).
 
     Entries that do not count come back as 0.
     """
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    mean = masked_mean(x, mask, reduce)
-    variance = masked_mean((x - mean) ** 2, mask, reduce)
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
     return (x - mean) * torch.rsqrt(variance + eps) * mask
 
 
@@ -124,15 +116,14 @@ class Moments:
     mean: float = 0.0
     variance: float = 0.0
 
-    def with_batch(self, x: Tensor, reduce: Reduce = same) -> Moments:
-        """The moments with the numbers (B,) of all ranks added (Chan et al. 1979), in float64."""
-        x = x.double()
-        n = float(reduce(torch.tensor(float(len(x)), dtype=x.dtype, device=x.device)))
-        mean = float(reduce(x.sum())) / n
-        variance = float(reduce(((x - mean) ** 2).sum())) / n
-        total, apart = self.count + n, mean - self.mean
-        spread = (self.count * self.variance + n * variance) / total + apart**2 * self.count * n / total**2
-        return Moments(total, self.mean + apart * n / total, spread)
+    def with_batch(self, x: Tensor) -> Moments:
+        """The moments with a batch's numbers (B,) added (Chan et al. 1979), in float64."""
+        x, n = x.double(), float(len(x))
+        mean = float(x.sum()) / n
+        variance = float(((x - mean) ** 2).sum()) / n
+        total, delta = self.count + n, mean - self.mean
+        pooled = (self.count * self.variance + n * variance) / total + delta**2 * self.count * n / total**2
+        return Moments(total, self.mean + delta * n / total, pooled)
 
     def whiten(self, x: Tensor, eps: float = 1e-8) -> Tensor:
         """Shift and scale by these moments; the mean is *not* kept."""

@@ -1,7 +1,7 @@
 """The details on which implementations of PPO for language models differ, a letter each (the list goes from a to z).
 
-c, d, e and i are in test_model_details.py; y, z and the other stages' o in test_training.py; the ranks' part of l and o
-in test_processes.py.
+c, d, e and i are in test_model_details.py; y, z and the other stages' o in test_training.py; the ranks' part of o in
+test_processes.py.
 """
 
 from __future__ import annotations

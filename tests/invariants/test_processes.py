@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from puna import checkpoint, losses, parallel
+from puna import checkpoint, parallel
 from puna.config import ConfigError
 from puna.data import shards
 from puna.formats import huggingface
@@ -101,14 +101,6 @@ def first_updates(cfgs: dict[str, Any], data: Path) -> dict[str, tuple[float, di
     return results
 
 
-def whitened() -> Tensor:
-    """This rank's part of whitened numbers."""
-    x, mask = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) + 3, torch.ones(4, 6, dtype=torch.bool)
-    mask[0, 2:] = False
-    mine = parallel.share(4)
-    return losses.whiten(x[mine], mask[mine], parallel.total)
-
-
 def check_bfloat16() -> None:
     """Activations and the weights they meet are bfloat16, what is kept and summed is float32."""
     compute = parallel.dtype("bf16", CPU)
@@ -131,7 +123,6 @@ def two(folder: Path, runs: dict[str, dict[str, Any]]) -> None:
         results[name] = first_updates(cfgs, folder / "data")
         run(cfgs, sampling(folder, name) if name == "two" else None)
     parallel.start()
-    results["whitened"] = parallel.spread(lambda first, part: list(whitened()), range(4))
     check_bfloat16()
     model = helpers.placed(helpers.model())
     held = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
@@ -184,11 +175,6 @@ def test_o_two_processes_have_the_gradients_of_one(layout: str, folder: Path) ->
         assert many[name][1].keys() == expected.keys()
         for parameter, gradient in expected.items():
             torch.testing.assert_close(many[name][1][parameter], gradient, rtol=0, atol=1e-6, msg=f"{name} {parameter}")
-
-
-def test_l_whitening_is_over_all_ranks(folder: Path) -> None:
-    many = torch.stack(torch.load(folder / "two.pt")["whitened"])
-    torch.testing.assert_close(many, whitened(), rtol=0, atol=1e-6)
 
 
 def same_lines(folder: Path, one: str, many: str, stage: str) -> None:
