@@ -93,12 +93,12 @@ def combine_rewards(safety: Tensor, helpfulness: Tensor, is_safety: Tensor, thre
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the counted entries, a scalar; 0 where nothing counts."""
+    """Mean over the counted entries, a scalar; 0 where nothing counts. x and mask (...)."""
     return (x * mask).sum() / mask.sum().clamp(min=1)
 
 
 def whiten(x: Tensor, mask: Tensor | None = None, eps: float = 1e-8) -> Tensor:
-    """Shift and scale to mean 0 and deviation 1 over the counted entries; the mean is *not* kept.
+    """Shift and scale to mean 0 and deviation 1 over the counted entries; the mean is *not* kept. x and mask (...).
 
     Entries that do not count come back as 0.
     """

@@ -21,7 +21,7 @@ from puna.data import rollouts
 from puna.data.rollouts import Dump
 from puna.evals import conformance
 from puna.model.reward import RewardModel
-from puna.model.transformer import ModelConfig
+from puna.model.transformer import ModelConfig, Transformer
 from puna.stages import ppo
 from tests import helpers
 
@@ -65,7 +65,7 @@ def stopping(real: Any) -> Any:
 def dump(folder: Path) -> Dump:
     """Iteration 2, with the first numbers of a reward model's head, which PPO does not see."""
     read = rollouts.read(folder / "dump")
-    head = RewardModel.from_config(ModelConfig(4096, 1, 1, 1, 8, 8, 8)).score.weight.detach().numpy()[0]
+    head = RewardModel(Transformer(ModelConfig(4096, 1, 1, 1, 8, 8, 8))).score.weight.detach().numpy()[0]
     return Dump(read.tensors | {"reward_head": head}, read.facts)
 
 

@@ -11,7 +11,7 @@ from puna.data.packing import apart, pad_right
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import Scorer, sequence_logprobs
 from puna.model.reward import RewardModel
-from puna.model.transformer import ModelConfig
+from puna.model.transformer import ModelConfig, Transformer
 from puna.text import chat
 from tests import helpers
 
@@ -58,9 +58,9 @@ def test_e_the_reward_model_reads_the_last_counted_token(pad: int) -> None:
 
 
 def test_i_the_reward_head_begins_with_deviation_one_over_root_d_plus_one() -> None:
-    model = RewardModel.from_config(ModelConfig(4096, 1, 1, 1, 8, 8, 8))
+    model = RewardModel(Transformer(ModelConfig(4096, 1, 1, 1, 8, 8, 8)))
     assert float(model.score.weight.detach().std()) == pytest.approx(1 / math.sqrt(4097), rel=0.05)
-    other = RewardModel.from_config(ModelConfig(4096, 1, 1, 1, 8, 8, 8))
+    other = RewardModel(Transformer(ModelConfig(4096, 1, 1, 1, 8, 8, 8)))
     for each in (model, other):
         each.init_head(torch.Generator().manual_seed(3))
     assert torch.equal(model.score.weight, other.score.weight)

@@ -83,7 +83,7 @@ def apart(prompts: Sequence[Prompt], n: int, seed: int) -> tuple[list[Prompt], l
     Raises ConfigError where either would be empty.
     """
     if not 0 < n < len(prompts):
-        raise ConfigError(f"held_out_prompts is {n}, but there are {len(prompts)} prompts: set it to fewer, and 1 at least")
+        raise ConfigError(f"held_out_prompts is {n}, but there are {len(prompts)} prompts: set fewer, 1 at least")
     order = np.random.default_rng(seed).permutation(len(prompts))
     return [prompts[i] for i in order[n:]], [prompts[i] for i in order[:n]]
 

@@ -138,7 +138,6 @@ class LocalEngine:
         max_new_tokens: int = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
-        top_k: int = 0,
         seed: int = 0,
         goes_on: bool = False,
     ) -> Iterator[str]:
@@ -148,7 +147,7 @@ class LocalEngine:
         dialog `goes_on`, the next such call finds what this one has cached; the weights must then stay as they are.
         """
         prompt = chat.encode_prompt(dialog, self.tokenizer)
-        sampling = Sampling(temperature, top_p, top_k, seed=seed, max_new_tokens=max_new_tokens)
+        sampling = Sampling(temperature, top_p, seed=seed, max_new_tokens=max_new_tokens)
         request = Request(0, prompt, sampling)
         stream = self._kept if goes_on and self._kept and self._kept.scheduler.model is self.model else None
         scheduler, heard = stream = stream or self._streaming(goes_on)

@@ -41,10 +41,6 @@ class RewardModel(nn.Module):
         self.init_head()
 
     @classmethod
-    def from_config(cls, config: ModelConfig) -> RewardModel:
-        return cls(Transformer(config))
-
-    @classmethod
     def without_weights(cls, config: ModelConfig) -> RewardModel:
         """As `Transformer.without_weights`."""
         body = Transformer.without_weights(config)
