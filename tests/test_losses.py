@@ -230,8 +230,6 @@ def test_ratio_stats() -> None:
     assert float(numbers["clip_fraction"]) == 2  # 1.5 and 0.5
     k3 = sum(ratio - 1 - math.log(ratio) for ratio in (1.5, 0.9, 0.5))
     assert float(numbers["approximate_kl"]) == pytest.approx(k3)
-    unlikely = losses.clip_numbers(torch.tensor([-200.0]), torch.zeros(1), torch.ones(1, dtype=torch.bool), clip=0.2)
-    assert float(unlikely["approximate_kl"]) == 199, "finite where the ratio is too small for a float"
 
 
 def test_ratio_stats_of_a_ratio_that_vanishes_are_finite() -> None:
