@@ -374,7 +374,7 @@ def run(cfg: RecipeConfig) -> Path:
         return cfg.out
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("a recipe runs on one process: start it without torchrun (its training stages take torchrun)")
-    given = _given(cfg, cfg.start, steps) if cfg.start else []
+    given = _steps_to_copy(cfg, cfg.start, steps) if cfg.start else []
     if cfg.base and not (cfg.out / "done").exists():
         _check_files(cfg)
     with RunFolder(cfg.out) as folder:
@@ -410,7 +410,7 @@ def _check_files(cfg: RecipeConfig) -> None:
                 raise ConfigError(f"preferences.{name}: there is no {path}")
 
 
-def _given(cfg: RecipeConfig, start: Path, steps: list[Step]) -> list[str]:
+def _steps_to_copy(cfg: RecipeConfig, start: Path, steps: list[Step]) -> list[str]:
     """The steps that are copied from `start`: those before V1, or before the only version.
 
     Raises ConfigError where that run's config has them made in another way.
