@@ -161,13 +161,16 @@ def _run(arguments: list[str]) -> int:
         (nearest,) = difflib.get_close_matches(misspelt, COMMANDS, n=1, cutoff=0.0)
         raise ConfigError(f"unknown command {misspelt!r}; did you mean {nearest!r}? (puna --help lists them)")
     command = COMMANDS[name]
-    field, takes = command.positional, "recipe.toml [--table NAME]" if command.section else "recipe.toml"
-    section = (_take_table(name, rest) if command.section else None) or command.section
+    field, section = command.positional, command.section
+    has_table = section is not None and field != "recipe"
+    takes = "recipe.toml [--table NAME]" if has_table else "recipe.toml"
     if field and field != "recipe":
         takes = f"{takes} | {field}"
     is_recipe = bool(rest) and field != "recipe" and rest[0].endswith((".toml", "config.json"))
     if field and rest and not rest[0].startswith("-") and not is_recipe:
         rest.insert(0, f"--{field}")
+    if has_table:
+        section = _take_table(name, rest) or section
     module = importlib.import_module(command.module)
     cfg: Any = config.load(getattr(module, command.config), rest, section, prog=f"puna {name} [{takes}]")
     result = module.run(cfg)
