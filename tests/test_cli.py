@@ -109,7 +109,12 @@ def test_a_command_takes_another_table_of_the_recipe(
     assert cli.main(["fake", str(recipe), "--table", "fake_safety"]) == 0
     assert cli.main(["fake", str(recipe), "--steps", "4", "--table=fake_safety"]) == 0
     assert seen == [FakeConfig(Path("a"), 3), FakeConfig(Path("a"), 4)]
-    for wrong in (["--table", "fake_safety"], [str(recipe), "--table"], [str(recipe), "--table", "--steps", "3"]):
+    for wrong in (
+        ["a", "--table", "fake_safety"],
+        ["--table", "fake_safety"],
+        [str(recipe), "--table"],
+        [str(recipe), "--table", "--steps", "3"],
+    ):
         assert cli.main(["fake", *wrong]) == 2
         assert capsys.readouterr().err == (
             "puna: error: --table names a table of a recipe: puna fake RECIPE.toml --table NAME\n"

@@ -178,10 +178,10 @@ def test_a_servers_address_may_change_and_not_whether_there_is_one(tmp_path: Pat
         config.keep(Sampled(), path)
 
 
-def test_known() -> None:
-    config.known(replace(Config((Path("a"),)), limit=2), "limit", {2: "two"})
+def test_one_of() -> None:
+    config.one_of(replace(Config((Path("a"),)), limit=2), "limit", {2: "two"})
     with pytest.raises(ConfigError, match=r"^unknown kind 'larg'; did you mean 'large'\?$"):
-        config.known(replace(Config((Path("a"),)), kind="larg"), "kind", ("small", "large"))
+        config.one_of(replace(Config((Path("a"),)), kind="larg"), "kind", ("small", "large"))
 
 
 def test_positive() -> None:

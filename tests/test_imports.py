@@ -17,7 +17,7 @@ LAYERS = [
     {"data", "generate", "checkpoint", "formats", "valley"},
     {"stages", "corpus", "evals", "serve", "annotate", "api"},
     {"report"},
-    {"recipe", "baselines", "plan"},
+    {"recipe", "baselines", "imported", "plan"},
     {"cli", "__main__"},
 ]
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -30,9 +30,10 @@ STOPPED = "puna: stopped; run the same command to go on"
 
 
 class Command(NamedTuple):
-    """Where a command lives: `module.run(config)`; its recipe table (None: the whole file); a line of help.
+    """A command: `module.run(cfg)` with cfg of the class `config`, read from the recipe's table `section`.
 
-    `positional` is the field that a first argument without dashes sets, where that is no recipe.
+    `section` None reads the whole recipe. `help` is its line in `puna --help`. `positional` is the config's field that
+    the first argument sets where it is neither a flag nor a recipe.
     """
 
     module: str
@@ -108,9 +109,11 @@ COMMANDS = {
 
 
 WAITING = {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "0"}
-"""How OpenMP's threads wait for each other: they spin for a moment, then sleep (docs/log.md). Those that spin on
-make a run many times slower beside any other process, those that never spin sleep in every small product; ACTIVE
-keeps a third of the spinning where two of a process's threads compute, as a server's do. The last is LLVM's name.
+"""Environment variables that set how OpenMP's threads wait for work: spin briefly, then sleep (docs/log.md).
+
+Spinning for long makes a run many times slower beside another process that uses the cores; never spinning puts threads
+to sleep between small matrix products. GNU's OpenMP spins GOMP_SPINCOUNT times, or under ACTIVE a third as often where
+several threads of the process start parallel work, as a server's do; LLVM's reads KMP_BLOCKTIME.
 """
 
 
@@ -158,13 +161,16 @@ def _run(arguments: list[str]) -> int:
         (nearest,) = difflib.get_close_matches(misspelt, COMMANDS, n=1, cutoff=0.0)
         raise ConfigError(f"unknown command {misspelt!r}; did you mean {nearest!r}? (puna --help lists them)")
     command = COMMANDS[name]
-    field, takes = command.positional, "recipe.toml [--table NAME]" if command.section else "recipe.toml"
-    section = (_take_table(name, rest) if command.section else None) or command.section
+    field, section = command.positional, command.section
+    has_table = section is not None and field != "recipe"
+    takes = "recipe.toml [--table NAME]" if has_table else "recipe.toml"
     if field and field != "recipe":
         takes = f"{takes} | {field}"
     is_recipe = bool(rest) and field != "recipe" and rest[0].endswith((".toml", "config.json"))
     if field and rest and not rest[0].startswith("-") and not is_recipe:
         rest.insert(0, f"--{field}")
+    if has_table:
+        section = _take_table(name, rest) or section
     module = importlib.import_module(command.module)
     cfg: Any = config.load(getattr(module, command.config), rest, section, prog=f"puna {name} [{takes}]")
     result = module.run(cfg)
@@ -194,7 +200,7 @@ def split(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _misspelt(name: str, rest: Sequence[str]) -> str | None:
-    """What was meant for a command, of a word or two, and is none; None where `name` is one."""
+    """The misspelt command, of one word or two; None where `name` is a command."""
     takes_words = name in COMMANDS and COMMANDS[name].positional
     if rest and rest[0].isalpha() and not takes_words and any(other.startswith(f"{name} ") for other in COMMANDS):
         return f"{name} {rest[0]}"  # a recipe's name has a dot

@@ -41,15 +41,15 @@ ALIASES = {
 
 
 NOT_RESULTS = ("out", "threads", "dry_run", "workers", "cluster", "gpus", "parallel", "checkpoints_kept")
-"""Keys, or tables of them, that change nothing in what a run writes."""
+"""Keys and tables that do not change a run's results: a resumed run may have other values."""
 
 
 LEFT_BY_A_MISTAKE = ("run.lock", "bad_lines.jsonl")
-"""What a folder holds beside its config where a run ended before it began, as at a misspelt path."""
+"""Files beside config.json of a run that stopped before any work, as at a misspelt path: it may begin anew."""
 
 
 ADDRESSES = ("vllm",)
-"""Keys of which it matters whether they are given, and not what they say: a server's draws are not this process's."""
+"""Keys that may change their value in a resumed run, but not come or go: vLLM samples otherwise than this process."""
 
 
 class ConfigError(Exception):
@@ -158,7 +158,7 @@ def positive(config: Any, *keys: str) -> None:
 
 
 def within(config: Any, low: float, high: float, *keys: str) -> None:
-    """ConfigError where one of these numbers is not from low to high; no bound holds a NaN, and infinity is none."""
+    """ConfigError where one of these numbers is not finite and in [low, high]; a NaN never is."""
     for key, value in _numbers(config, keys):
         if not (low <= value <= high and math.isfinite(value)):
             bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
@@ -174,7 +174,7 @@ def _numbers(config: Any, keys: Iterable[str]) -> Iterator[tuple[str, float]]:
         yield from ((key, each) for each in (value if isinstance(value, tuple) else (value,)))
 
 
-def known(config: Any, key: str, table: Iterable[str]) -> None:
+def one_of(config: Any, key: str, table: Iterable[str]) -> None:
     """ConfigError where what a config says of this key is none of a table's names."""
     name, names = getattr(config, key), list(table)
     if name not in names:

@@ -69,10 +69,10 @@ COSTLY = [
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the processes of a run share a model; a run may go on with other values.
+    """How the processes of a run share a model; a resumed run may have other values.
 
-    Results stay the same but for this: an epoch leaves out what does not divide by the ranks along data, whose number
-    `tensor` changes.
+    Results do not depend on them, with one exception: an epoch drops the examples left over when their number is
+    divided by the data-parallel ranks, and `tensor` changes how many of these there are.
     """
 
     tensor: int = 1
@@ -254,10 +254,11 @@ def share(n_items: int) -> slice:
 
 
 def spread(work: Callable[[int, Sequence[T]], Sequence[R]], items: Sequence[T], *, everyone: bool = False) -> list[R]:
-    """The results of all items, in order, on all ranks; each computes `work(place of the first, its part)`.
+    """Share the items out, compute, and gather: the results of all items, in order, on all ranks.
 
-    The parts are those of a batch (a sharded model must pass over them), or one a process with `everyone`. They are
-    equal: where the items do not divide, the first stands in, so that all ranks make as many passes.
+    A rank computes `work(first, part)` of its consecutive part, which begins at item number `first`. Each data-parallel
+    rank has a part (those that share its matrices compute the same one), or with `everyone` each process. Parts are
+    padded with the first item to one length, so that all ranks make as many passes through a sharded model.
     """
     if world_size() == 1 or not items:
         return list(work(0, items)) if items else []

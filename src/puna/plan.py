@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from puna import config, parallel
-from puna.config import ConfigError, known, positive
+from puna.config import ConfigError, one_of, positive
 from puna.formats.card import KG_A_KWH, PUE
 from puna.model.head import CHUNK, LARGE
 from puna.model.sizes import LLAMA_2, SIZES, cache_bytes
@@ -103,9 +103,9 @@ class PlanConfig:
     """print JSON."""
 
     def __post_init__(self) -> None:
-        known(self, "gpu", GPUS)
+        one_of(self, "gpu", GPUS)
         if self.model is not None:
-            known(self, "model", SIZES)
+            one_of(self, "model", SIZES)
         if (self.recipe is None) == (self.model is None):
             raise ConfigError(f"give a recipe or --model ({', '.join(SIZES)}), one of the two")
         positive(self, "gpus", "mfu", "pue")

@@ -13,7 +13,6 @@ its own last checkpoint.
 from __future__ import annotations
 
 import dataclasses
-import glob
 import json
 import math
 import os
@@ -30,8 +29,6 @@ from puna import config
 from puna.config import ConfigError
 from puna.evals.valley import EvaluateConfig
 from puna.evals.valley import run as evaluate
-from puna.formats import convert
-from puna.formats.convert import ImportConfig
 from puna.report import ledger, tables
 from puna.report.html import ReportConfig
 from puna.report.html import run as report
@@ -57,11 +54,6 @@ T = TypeVar("T")
 
 SET_BY_RECIPE = Path("set-by-the-recipe")
 """A stage's path in a recipe's config: the plan knows it."""
-NOT_WITH_A_BASE = (
-    *("versions", "ghost_attention_from", "pool_all_from", "ppo_versions", "valley", "pretrain", "sft", "collect"),
-    *("ghost_attention", "context_distillation", "dpo", "grpo", "critique", "evaluate"),
-)
-"""What the one round of an imported model has no use for."""
 STARTED = "started.json"
 """The step in progress, when it began, and the seconds of its earlier starts."""
 
@@ -146,42 +138,27 @@ class Step:
 
 
 def plan(cfg: RecipeConfig) -> list[Step]:
-    """Figure 4 as a list: the embedded world's whole way, or RLHF on an imported model and existing comparisons.
+    """Figure 4 as a list, in the embedded world.
 
-    Another `method` has its own plan (puna.baselines) after the same beginning; `only` leaves one version of it.
+    With a `base` it is RLHF on an imported model and existing comparisons (puna.imported). Another `method` has its own
+    plan (puna.baselines) after the same beginning; `only` leaves one version of it.
     """
     config.within(cfg, 0, math.inf, "versions")
     if cfg.ppo.pretrain_data == SET_BY_RECIPE and cfg.method != "instructgpt":
         raise ConfigError(f"ppo.pretrain_data: the method {cfg.method!r} sets none: name a token shard")
-    _check_base(cfg)
+    if cfg.preferences != PreferenceFiles() and not cfg.base:
+        raise ConfigError("preferences: existing comparisons are for a base: set base, or take [preferences] out")
+    from puna import baselines, imported  # their plans are made of this module's steps
+
     if cfg.base:
-        steps = _plan_on_files(cfg)
+        steps = imported.plan(cfg)
     elif cfg.method == "llama2":
-        steps = [step for version in range(1, cfg.versions + 1) for step in _version(cfg, version)]
-        steps = [*beginning(cfg), *steps, Step("report", report, ReportConfig(run=cfg.out))]
+        steps = beginning(cfg)
+        steps += [step for version in range(1, cfg.versions + 1) for step in _version(cfg, version)]
     else:
-        from puna import baselines  # their plans are made of this module's steps
-
-        steps = [*beginning(cfg), *baselines.plan(cfg), Step("report", report, ReportConfig(run=cfg.out))]
+        steps = [*beginning(cfg), *baselines.plan(cfg)]
+    steps.append(Step("report", report, ReportConfig(run=cfg.out)))
     return _only(cfg.only, steps) if cfg.only else steps
-
-
-def _check_base(cfg: RecipeConfig) -> None:
-    """ConfigError where the recipe sets what a base has no use for, or without a base what is for one."""
-    plain = RecipeConfig(versions=1) if cfg.versions == 1 else RecipeConfig()
-    if not cfg.base:
-        if cfg.preferences != plain.preferences:
-            raise ConfigError("preferences: existing comparisons are for a base: set base, or take [preferences] out")
-        return
-    if cfg.method != "llama2":
-        raise ConfigError(f"a base has the Llama 2 method alone, not {cfg.method!r}: start that stage by its command")
-    if not (cfg.preferences.helpfulness and cfg.preferences.safety):
-        raise ConfigError("a base needs comparisons: set preferences.helpfulness and preferences.safety")
-    if unused := [name for name in NOT_WITH_A_BASE if getattr(cfg, name) != getattr(plain, name)]:
-        raise ConfigError(
-            f"{', '.join(unused)}: a base has one round of reward models, rejection sampling, fine-tuning and PPO, and "
-            "no use for this: take it out, or take base out"
-        )
 
 
 def _only(version: str, steps: list[Step]) -> list[Step]:
@@ -341,30 +318,6 @@ def evaluation(cfg: RecipeConfig, name: str, *, plain: bool = False) -> Step:
     return Step(f"{name}/evaluation", evaluate, settings)
 
 
-def _plan_on_files(cfg: RecipeConfig) -> list[Step]:
-    """Both reward models on existing comparisons, one round of rejection sampling on their prompts, then PPO."""
-    assert cfg.base is not None
-    given, base, out = cfg.preferences, cfg.out / "base/model", cfg.out / "v1"
-    asked: dict[str, Any] = {
-        "prompts": given.helpfulness,
-        "safety_prompts": given.safety,
-        "format": given.format,
-        "seed": cfg.seed,
-    }
-    sampling = rewarded(cfg.rejection_sampling, by=out, out=out / "rejection_sampling", init=base, **asked)
-    tuned = replace(cfg.version, out=out, init=base, data=(out / "rejection_sampling/pool.jsonl",), seed=cfg.seed)
-    held_out = {"held_out": given.helpfulness_test, "safety_held_out": given.safety_test}
-    policy = rewarded(cfg.ppo, by=out, out=out / "ppo", init=out / "model", **held_out, **asked)
-    return [
-        Step("base", convert.run, ImportConfig(path=cfg.base, out=cfg.out / "base")),
-        *reward_models(cfg, out, base, given, cfg.seed),
-        Step("v1/rejection_sampling", rejection_sampling.run, sampling),
-        Step("v1", sft.run, tuned),
-        Step("v1/ppo", ppo.run, policy),
-        Step("report", report, ReportConfig(run=cfg.out)),
-    ]
-
-
 def run(cfg: RecipeConfig) -> Path:
     """Run the plan, or what is left of it, and return the run's folder."""
     steps = [replace(step, config=_with_threads(step.config, cfg.threads)) for step in plan(cfg)]
@@ -374,9 +327,11 @@ def run(cfg: RecipeConfig) -> Path:
         return cfg.out
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("a recipe runs on one process: start it without torchrun (its training stages take torchrun)")
-    given = _given(cfg, cfg.start, steps) if cfg.start else []
+    given = _steps_to_copy(cfg, cfg.start, steps) if cfg.start else []
     if cfg.base and not (cfg.out / "done").exists():
-        _check_files(cfg)
+        from puna import imported
+
+        imported.check_files(cfg)
     with RunFolder(cfg.out) as folder:
         config.keep(cfg, folder.path / "config.json")
         if cfg.start:
@@ -400,17 +355,7 @@ def run(cfg: RecipeConfig) -> Path:
     return cfg.out
 
 
-def _check_files(cfg: RecipeConfig) -> None:
-    """ConfigError where the base or comparisons are not there: before a step has begun the folder."""
-    if not (Path(str(cfg.base)).exists() or glob.glob(str(cfg.base))):
-        raise ConfigError(f"base: there is no {cfg.base}")
-    for name in ("helpfulness", "helpfulness_test", "safety", "safety_test"):
-        for path in getattr(cfg.preferences, name):
-            if not path.is_file():
-                raise ConfigError(f"preferences.{name}: there is no {path}")
-
-
-def _given(cfg: RecipeConfig, start: Path, steps: list[Step]) -> list[str]:
+def _steps_to_copy(cfg: RecipeConfig, start: Path, steps: list[Step]) -> list[str]:
     """The steps that are copied from `start`: those before V1, or before the only version.
 
     Raises ConfigError where that run's config has them made in another way.

@@ -56,7 +56,9 @@ def write_atomically(path: Path, data: bytes | str) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file, or of a model's folder: that of its weights, of the digests of its safetensors files where several."""
+    """The sha256 of a file, or of a model folder's weights: of its safetensors file, or of the joined hex digests of
+    several in the order of their names.
+    """
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -69,8 +69,9 @@ class Preference:
 class Completion:
     """One sampled answer.
 
-    `logprobs` holds the log-probability of each of `tokens` under the distribution it was drawn from (temperature
-    applied). `tokens` ends with EOS, or with what else was to end it, exactly when `finished`; `text` never holds that.
+    `logprobs` are those of `tokens` under the distribution they were drawn from (temperature applied). `finished` says
+    that the answer ended by itself, not at a limit: then `tokens` ends with EOS or a stop sequence, which `text` leaves
+    out.
     """
 
     text: str

@@ -70,7 +70,7 @@ def test_fitting(tmp_path: Path) -> None:
     for max_tokens in (0, 999):
         assert fitting(prompts, tokenizer, limit + 1, max_tokens) == expected
         assert len(fitting(prompts, tokenizer, limit, max_tokens)) < len(expected)
-    with pytest.raises(DataError, match="of 9 prompts none fits 4 tokens"):
+    with pytest.raises(DataError, match="none of 9 prompts fits 4 tokens"):
         fitting(prompts, tokenizer, 5)
 
 
@@ -79,7 +79,7 @@ def test_a_prompt_that_cannot_be_in_a_dialog_is_left_out_and_said(caplog: pytest
     assert fitting([bad[0], *helpers.prompts(3), bad[1]], helpers.tokenizer(), 999) == helpers.prompts(3)
     said = "prompt 'b0': a user turn holds the chat tag '[INST]': remove it from the text; left out, and 1 more"
     assert [record.getMessage() for record in caplog.records] == [said]
-    with pytest.raises(DataError, match=r"of 2 prompts none fits .*; 2 cannot be in a dialog"):
+    with pytest.raises(DataError, match=r"none of 2 prompts fits .*; the chat format refuses 2"):
         fitting(bad, helpers.tokenizer(), 999)
 
 

@@ -24,7 +24,7 @@ def logits(*probabilities: tuple[float, float]) -> Tensor:
 
 
 def test_right_wrong_and_undecided() -> None:
-    assert ranking.right(torch.tensor([[2.0, 1.0], [1.0, 2.0], [3.0, 3.0]])) == [1.0, 0.0, 0.5]
+    assert ranking.correct(torch.tensor([[2.0, 1.0], [1.0, 2.0], [3.0, 3.0]])) == [1.0, 0.0, 0.5]
 
 
 def test_groups_have_their_own_means() -> None:

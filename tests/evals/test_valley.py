@@ -85,7 +85,7 @@ def test_a_dialog_that_outgrows_the_context_does_not_obey(plain: bool, tmp_path:
         for turns in (["a?", "b?", "c?"], ["a?", "the cold river " * 120, "c?"])
     ]
     engine = LocalEngine(helpers.talker(), helpers.tokenizer())
-    answers = valley.carry(EvaluateConfig(tmp_path, tmp_path, plain=plain, max_new_tokens=4), engine, rows)
+    answers = valley.answer_turns(EvaluateConfig(tmp_path, tmp_path, plain=plain, max_new_tokens=4), engine, rows)
     assert [len(given) for given in answers] == [3, 3]
     assert all(answers[0]) and [bool(answer) for answer in answers[1]] == [True, False, False]
     found = valley.obedience(rows, [["yes.", "yes.", "yes."], ["yes.", "", ""]])

@@ -50,5 +50,5 @@ def _datasketch() -> Any:
     try:
         import datasketch
     except ModuleNotFoundError:
-        raise ConfigError("near_duplicates needs datasketch: pip install 'puna[data]'") from None
+        raise ConfigError("near_duplicates needs datasketch: pip install -e '.[data]' in Puna's folder") from None
     return datasketch

@@ -26,10 +26,10 @@ def steps_of_epochs(
 ) -> list[npt.NDArray[np.int64]]:
     """The indices of every step's batch: `epochs` shuffles of range(n), cut into batches of nearly equal size.
 
-    Everything is seen once an epoch in batches of at most `batch_size`, none far smaller than the others, for every
-    step moves the weights as far. Only what is left over a `multiple` is not: of the number of processes that share a
-    batch, or of the batch size itself where no batch may be short. Raises ConfigError where a batch does not divide
-    over so many processes, DataError where there is not one for each.
+    Batches have at most `batch_size` examples and are nearly alike in size, since every step moves the weights as far.
+    Each has a multiple of `multiple` examples: the number of processes that share it, or the batch size itself where no
+    batch may be short. What is left over of n an epoch drops. Raises ConfigError where `batch_size` is no multiple of
+    it, DataError where n is less than it.
     """
     if batch_size % multiple:
         raise ConfigError(f"a batch of {batch_size} does not divide over {multiple} processes: change the batch size")

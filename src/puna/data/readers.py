@@ -230,7 +230,7 @@ def _pyarrow(path: Path, what: str) -> Any:
     try:
         import pyarrow
     except ModuleNotFoundError:
-        raise ConfigError(f"{path}: {what} needs pyarrow: pip install 'puna[data]'") from None
+        raise ConfigError(f"{path}: {what} needs pyarrow: pip install -e '.[data]' in Puna's folder") from None
     return pyarrow
 
 

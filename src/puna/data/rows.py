@@ -143,7 +143,7 @@ def prompt(row: Row) -> Iterator[Row]:
 
 def preference(row: Row) -> Iterator[Preference | Skipped]:
     """The canonical comparison: "prompt", "chosen", "rejected" and what is known of them."""
-    known = set(Preference.__dataclass_fields__) - {"provenance"}
+    fields = set(Preference.__dataclass_fields__) - {"provenance"}
     yield _compared(
         Preference(
             prompt=_ends_with_user(_messages(row, "prompt")),
@@ -155,7 +155,7 @@ def preference(row: Row) -> Iterator[Preference | Skipped]:
             rejected_is_safe=_of_type(row, "rejected_is_safe", bool),
             domain=_choice(row, "domain", get_args(Domain), "helpfulness"),
             batch=_of_type(row, "batch", int) or 0,
-            provenance={key: value for key, value in row.items() if key not in known},
+            provenance={key: value for key, value in row.items() if key not in fields},
         )
     )
 

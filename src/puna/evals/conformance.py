@@ -100,7 +100,7 @@ class Shown:
         rows, columns = self[places].T
         return np.asarray(self[name][rows, columns])
 
-    def apart(self, what: str, actual: Array, expected: Array) -> Finding:
+    def equal(self, what: str, actual: Array, expected: Array) -> Finding:
         """Whether two arrays are equal within the tolerance, and how far they are apart at most."""
         far = float(np.abs(actual - expected).max(initial=0.0))
         return far <= self.tolerance, f"{what}: at most {far:.2g} apart"
@@ -177,19 +177,19 @@ def temperature(s: Shown) -> Finding:
     rows, columns = s["logits_at"].T
     logp = log_softmax(s["logits"] / s.fact("temperature"))
     expected = logp[np.arange(len(rows)), s["tokens"][rows, columns + 1]]
-    return s.apart(f"logprobs and the logits over {s.fact('temperature')}", s.at("logprobs", "logits_at"), expected)
+    return s.equal(f"logprobs and the logits over {s.fact('temperature')}", s.at("logprobs", "logits_at"), expected)
 
 
 def first_ratio(s: Shown) -> Finding:
     """b: the ratio is 1 on the first mini-batch."""
     _, passes = next(s.updates())
     ratio = ratios(s, np.concatenate(passes))
-    return s.apart(f"1 and the first ratios of {len(ratio)} tokens", ratio, np.ones_like(ratio))
+    return s.equal(f"1 and the first ratios of {len(ratio)} tokens", ratio, np.ones_like(ratio))
 
 
 def padding(s: Shown) -> Finding:
     """c: positions follow the mask, so that pads change nothing."""
-    return s.apart("log-probabilities with and without pads", s.at("logprobs", "alone_at"), s["alone_logprobs"])
+    return s.equal("log-probabilities with and without pads", s.at("logprobs", "alone_at"), s["alone_logprobs"])
 
 
 def pad_token(s: Shown) -> Finding:
@@ -203,14 +203,14 @@ def pad_token(s: Shown) -> Finding:
 def last_real_token(s: Shown) -> Finding:
     """e: the reward model reads the last real token."""
     alone = 1 / (1 + np.exp(-s["alone_score"]))
-    return s.apart("scores with and without pads", s["helpfulness"][: len(alone)], alone)
+    return s.equal("scores with and without pads", s["helpfulness"][: len(alone)], alone)
 
 
 def score_place(s: Shown) -> Finding:
     """f: the score is on the last action."""
     of_kl = -s.fact("beta") * (s.kl if s.fact("kl") == "token" else s.kl.sum(1, keepdims=True) * places(s))
     expected = s["scores"][:, None] * places(s)
-    return s.apart("rewards without KL and scores at the last actions", s.rewards - of_kl, expected)
+    return s.equal("rewards without KL and scores at the last actions", s.rewards - of_kl, expected)
 
 
 def places(s: Shown) -> Array:
@@ -224,7 +224,7 @@ def missing_eos(s: Shown) -> Finding:
     if finished.all():
         raise NotShown("every answer ended")
     penalty = s.fact("missing_eos_penalty")
-    holds, why = s.apart("scores and whitened scores less the penalty", s["scores"], s["bounded"] - penalty * ~finished)
+    holds, why = s.equal("scores and whitened scores less the penalty", s["scores"], s["bounded"] - penalty * ~finished)
     return holds and penalty > 0, f"penalty {penalty} on {(~finished).sum()} of {len(finished)} answers; {why}"
 
 
@@ -233,8 +233,8 @@ def critic_start(s: Shown) -> Finding:
     if s.fact("iteration"):
         raise NotShown(f"iteration {s.fact('iteration')}: the critic has been trained")
     if s.fact("critic") == "reward":
-        return s.apart("values and the reward model's scores", s.at("values", "alone_at"), s["alone_rewards"])
-    return s.apart("values and 0", s["values"][s.mask], np.zeros(s.mask.sum()))
+        return s.equal("values and the reward model's scores", s.at("values", "alone_at"), s["alone_rewards"])
+    return s.equal("values and 0", s["values"][s.mask], np.zeros(s.mask.sum()))
 
 
 def head_start(s: Shown) -> Finding:
@@ -261,7 +261,7 @@ def score_whitening(s: Shown) -> Finding:
     raw = raw_scores(s)
     expected = whiten(raw) if s.fact("whiten") == "batch" else raw
     limit = s.fact("score_clip") or np.inf
-    holds, why = s.apart(f"scores and whiten = {s.fact('whiten')}", s["bounded"], np.clip(expected, -limit, limit))
+    holds, why = s.equal(f"scores and whiten = {s.fact('whiten')}", s["bounded"], np.clip(expected, -limit, limit))
     return holds, f"{why}; mean {raw.mean():.3f} before, {s['bounded'].mean():.3f} after"
 
 
@@ -270,15 +270,15 @@ def advantage_whitening(s: Shown) -> Finding:
     limit = s.fact("advantage_clip") or np.inf
     seen = s["advantages"][s.mask]
     expected = np.clip(whiten(s["raw_advantages"][s.mask]), -limit, limit)
-    holds, why = s.apart("advantages and whitened ones", seen, expected)
+    holds, why = s.equal("advantages and whitened ones", seen, expected)
     return holds, f"{why}; mean {seen.mean():.3f}, deviation {seen.std():.3f}"
 
 
 def gae(s: Shown) -> Finding:
     """m: GAE skips pads and what others said."""
     raw = advantages(s["rewards"], s["values"], s.mask, s.fact("gamma"), s.fact("lam"))
-    holds, why = s.apart("advantages and GAE over actions", s["raw_advantages"][s.mask], raw[s.mask])
-    returned, more = s.apart("returns", s["returns"][s.mask], (raw + s["values"])[s.mask])
+    holds, why = s.equal("advantages and GAE over actions", s["raw_advantages"][s.mask], raw[s.mask])
+    returned, more = s.equal("returns", s["returns"][s.mask], (raw + s["values"])[s.mask])
     return holds and returned, f"{why}; {more}"
 
 
@@ -293,7 +293,7 @@ def clipped_losses(s: Shown) -> Finding:
         expected += [policy.mean(), value.mean()]
     if not outside:
         raise NotShown("no ratio has left the clip")
-    holds, why = s.apart(f"losses of {len(seen) // 2} gradient steps", np.array(seen), np.array(expected))
+    holds, why = s.equal(f"losses of {len(seen) // 2} gradient steps", np.array(seen), np.array(expected))
     return holds, f"{why}; {outside} ratios are outside"
 
 
@@ -307,7 +307,7 @@ def token_weights(s: Shown) -> Finding:
         by_pass.append(np.mean([x.mean() for x in per_pass]))
     if np.abs(np.subtract(by_token, by_pass)).max() <= s.tolerance:
         raise NotShown("no gradient step has passes whose means differ")
-    return s.apart("value losses and means over tokens", np.array(seen), np.array(by_token))
+    return s.equal("value losses and means over tokens", np.array(seen), np.array(by_token))
 
 
 def kl_estimator(s: Shown) -> Finding:
@@ -315,9 +315,9 @@ def kl_estimator(s: Shown) -> Finding:
     if not s.fact("beta") or s.kl.min(initial=0.0) >= 0:
         raise NotShown("no token has a negative estimate")
     if s.fact("kl") == "sequence":
-        return s.apart("rewards and score - beta KL", s.rewards.sum(1), s["scores"] - s.fact("beta") * s.kl.sum(1))
+        return s.equal("rewards and score - beta KL", s.rewards.sum(1), s["scores"] - s.fact("beta") * s.kl.sum(1))
     rest = s.mask & (places(s) == 0)
-    holds, why = s.apart("rewards and -beta (log pi - log pi_0)", s["rewards"][rest], -s.fact("beta") * s.kl[rest])
+    holds, why = s.equal("rewards and -beta (log pi - log pi_0)", s["rewards"][rest], -s.fact("beta") * s.kl[rest])
     return holds, f"{why}; {(s.kl < 0).sum()} estimates are negative"
 
 
@@ -335,7 +335,7 @@ def sampler(s: Shown) -> Finding:
 def reward_sums(s: Shown) -> Finding:
     """r: an answer's rewards sum to score - beta KL, gamma is 1."""
     expected = s["scores"] - s.fact("beta") * s.kl.sum(1)
-    holds, why = s.apart("sums of rewards and score - beta KL", s.rewards.sum(1), expected)
+    holds, why = s.equal("sums of rewards and score - beta KL", s.rewards.sum(1), expected)
     return holds and s.fact("gamma") == 1, f"{why}; gamma {s.fact('gamma')}"
 
 
@@ -369,10 +369,10 @@ def clipping(s: Shown) -> Finding:
         if s.fact(key):
             said.append((largest <= s.fact(key) + s.tolerance, f"{name} up to {largest:.3g}, {key} {s.fact(key)}"))
     if s.fact("whiten") == "batch" and not s.fact("score_clip"):
-        said.append(s.apart("scores and unclipped ones", s["bounded"], whiten(raw_scores(s))))
+        said.append(s.equal("scores and unclipped ones", s["bounded"], whiten(raw_scores(s))))
     if not s.fact("advantage_clip"):
         said.append(
-            s.apart("advantages and unclipped ones", s["advantages"][s.mask], whiten(s["raw_advantages"][s.mask]))
+            s.equal("advantages and unclipped ones", s["advantages"][s.mask], whiten(s["raw_advantages"][s.mask]))
         )
     return all(bool(holds) for holds, _ in said), "; ".join(why for _, why in said)
 
@@ -401,7 +401,7 @@ def masked_numbers(s: Shown) -> Finding:
         seen += [s[f"update_{name}"][update] for name in ("clip_fraction", "approximate_kl", "entropy")]
         moved = (np.abs(ratio - 1) > s.fact("clip")).mean(), (ratio - 1 - np.log(ratio)).mean()
         expected += [*moved, s["pass_entropies"][members].mean()]
-    return s.apart("logged numbers and means over actions", np.array(seen), np.array(expected))
+    return s.equal("logged numbers and means over actions", np.array(seen), np.array(expected))
 
 
 def eos_counts(s: Shown) -> Finding:

@@ -26,7 +26,7 @@ CONFIDENCE_BINS = 10
 Measures = dict[str, Any]
 
 
-def right(scores: Tensor) -> list[float]:
+def correct(scores: Tensor) -> list[float]:
     """1, 1/2 or 0 for each comparison. scores (N, 2)."""
     return (((scores[:, 0] - scores[:, 1]).sign() + 1) / 2).tolist()
 
@@ -39,7 +39,7 @@ def prompt_keys(test: Sequence[Preference]) -> list[str]:
 def measure(test: Sequence[Preference], sources: Sequence[str], scores: Tensor) -> Measures:
     """Every measure of one model. sources: the file of each comparison; scores (N, 2)."""
     prompts = prompt_keys(test)
-    outcomes = right(scores)
+    outcomes = correct(scores)
     return {
         "accuracy": intervals.clustered(outcomes, prompts),
         "accuracy_by_file": by_group(outcomes, sources, prompts),
@@ -114,7 +114,7 @@ def calibration(scores: Tensor) -> Measures:
     `error` is the expected calibration error: the mean distance of the two, bins of equal width weighted by size.
     """
     sure = (scores[:, 0] - scores[:, 1]).abs().sigmoid()  # (N,) from 0.5
-    outcomes = torch.tensor(right(scores))
+    outcomes = torch.tensor(correct(scores))
     places = ((sure - 0.5) * 2 * CONFIDENCE_BINS).long().clamp(max=CONFIDENCE_BINS - 1)
     bins = [
         {"predicted": float(sure[here].mean()), "observed": float(outcomes[here].mean()), "n": int(here.sum())}
@@ -134,7 +134,7 @@ def length(test: Sequence[Preference], scores: Tensor) -> Measures:
     log_length = lengths(test).log()  # (N, 2)
     difference = log_length[:, 0] - log_length[:, 1]
     kinds = [{1: "longer", -1: "shorter"}.get(int(sign)) for sign in difference.sign().tolist()]
-    found = by_group(right(scores), kinds, prompt_keys(test))
+    found = by_group(correct(scores), kinds, prompt_keys(test))
     nothing = intervals.clustered([], [])
     return {
         "chosen_is_longer": kinds.count("longer") / len(kinds),

@@ -161,11 +161,11 @@ def evaluate(
     prompts = ranking.prompt_keys(pairs.test)
 
     def over_rules(model: Tensor) -> dict[str, Interval]:
-        mine = ranking.right(model)
-        return {name: intervals.difference(mine, ranking.right(rule), prompts) for name, rule in rules.items()}
+        mine = ranking.correct(model)
+        return {name: intervals.difference(mine, ranking.correct(rule), prompts) for name, rule in rules.items()}
 
     def accuracies(rule: Tensor) -> dict[str, Any]:
-        right = ranking.right(rule)
+        right = ranking.correct(rule)
         files = ranking.by_group(right, pairs.sources, prompts)
         return {"accuracy": intervals.clustered(right, prompts), "accuracy_by_file": files}
 

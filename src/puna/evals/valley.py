@@ -98,15 +98,15 @@ def run(cfg: EvaluateConfig) -> Path:
         groups, rewards = draw(cfg, engine, [prompt["messages"] for prompt in prompts], cfg.seed, judges, prompts)
         answers = judged(judge, prompts, best_of_n.pick(groups, rewards))
         progress.update(len(prompts))
-        carried = carry(cfg, engine, scripts, judges)
+        script_answers = answer_turns(cfg, engine, scripts, judges)
         progress.update(len(scripts))
         progress.close()
         evaluation = {
             "name": cfg.name,
             **summary(answers),
             "win_rate_vs_sft": compare(answers, cfg.baseline),
-            "ghost_attention": obedience(scripts, carried),
-            "attention": [] if cfg.plain else looks_back(cfg, engine.tokenizer, scripts, carried),
+            "ghost_attention": obedience(scripts, script_answers),
+            "attention": [] if cfg.plain else attention_to_instruction(cfg, engine.tokenizer, scripts, script_answers),
         }
         if parallel.is_main():
             readers.write_jsonl(folder.path / "answers.jsonl", answers)
@@ -254,7 +254,7 @@ def compare(answers: Sequence[Answer], baseline: Path | None) -> intervals.Inter
     )
 
 
-def carry(
+def answer_turns(
     cfg: EvaluateConfig, engine: Engine, scripts: Sequence[dict[str, Any]], judges: Judges | None = None
 ) -> list[list[str]]:
     """3: each script's answers turn by turn, the instruction standing in the first turn only.
@@ -289,7 +289,7 @@ def obedience(scripts: Sequence[dict[str, Any]], answers: Sequence[Sequence[str]
     return [{"turn": turn, "obeys": intervals.rate(values)} for turn, values in sorted(turns.items())]
 
 
-def looks_back(
+def attention_to_instruction(
     cfg: EvaluateConfig, tokenizer: Tokenizer, scripts: Sequence[dict[str, Any]], answers: Sequence[Sequence[str]]
 ) -> list[dict[str, Any]]:
     """How strongly the answers look back at the first turn's instruction, by turn (Figure 10)."""

@@ -107,7 +107,7 @@ def _open(file: Path) -> tuple[Any, Any, dict[str, Any]]:
     try:
         import gguf
     except ImportError as error:
-        raise ConfigError("reading GGUF needs the gguf package: pip install 'puna[hf]'") from error
+        raise ConfigError("reading GGUF needs the gguf package: pip install -e '.[hf]' in Puna's folder") from error
     try:
         reader = _reader(gguf, file)
         return gguf, reader, {name: field.contents() for name, field in reader.fields.items()}
@@ -174,7 +174,7 @@ def save(
     try:
         import gguf
     except ImportError as error:
-        raise ConfigError("writing GGUF needs the gguf package: pip install 'puna[hf]'") from error
+        raise ConfigError("writing GGUF needs the gguf package: pip install -e '.[hf]' in Puna's folder") from error
     kind, config = gguf.GGMLQuantizationType[KINDS[dtype]], model.config
     check_dense(config, file)
     block, _ = gguf.GGML_QUANT_SIZES[kind]

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from puna import config, parallel
-from puna.config import ConfigError, known, positive, within
+from puna.config import ConfigError, one_of, positive, within
 from puna.data import comparisons, readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, fitting, read_prompts
@@ -63,7 +63,7 @@ class CollectConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known(self, "annotators", ANNOTATORS)
+        one_of(self, "annotators", ANNOTATORS)
         positive(self, "max_new_tokens", "shard_size")
         within(self, 0, math.inf, "temperatures")
         within(self, 0, 1, "test_share")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from puna import config, parallel
-from puna.config import known, positive, within
+from puna.config import one_of, positive, within
 from puna.data import readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, fitting, read_tagged
@@ -69,7 +69,7 @@ class ContextDistillationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known(self, "preprompts", PREPROMPTS)
+        one_of(self, "preprompts", PREPROMPTS)
         positive(self, "max_new_tokens", "shard_size")
         within(self, 0, math.inf, "temperature", "limit")
 
@@ -200,9 +200,8 @@ def _answers(cfg: ContextDistillationConfig, engine: Engine, dialogs: Sequence[D
     )
     answers = [""] * len(dialogs)
     for i, (completion,) in zip(fit, completions, strict=True):
-        answers[i] = (
-            completion.text.strip() if chat.stands(dialogs[i], completion, engine.tokenizer, engine.context) else ""
-        )
+        fits = chat.fits_with_answer(dialogs[i], completion, engine.tokenizer, engine.context)
+        answers[i] = completion.text.strip() if fits else ""
     return answers
 
 

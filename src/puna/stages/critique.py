@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from puna import config, parallel
-from puna.config import DataError, known, positive, within
+from puna.config import DataError, one_of, positive, within
 from puna.data import comparisons, readers
 from puna.data.map_shards import map_shards
 from puna.data.prompts import Prompt, fitting, read_tagged
@@ -74,7 +74,7 @@ class CritiqueConfig:
         positive(self, "revisions", "max_new_tokens", "shard_size")
         within(self, 0, 1, "test_share")
         within(self, 0, math.inf, "limit")
-        known(self, "principles", PRINCIPLES)
+        one_of(self, "principles", PRINCIPLES)
 
 
 LETTER = 4  # tokens that an answer "A" or "B" has at most

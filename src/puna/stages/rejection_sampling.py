@@ -193,7 +193,7 @@ def draw(
         (i, j): chat.with_answer(prompts[i]["messages"], answer.text.strip())
         for i, answers in enumerate(completions)
         for j, answer in enumerate(answers)
-        if chat.stands(prompts[i]["messages"], answer, models.engine.tokenizer, models.engine.context)
+        if chat.fits_with_answer(prompts[i]["messages"], answer, models.engine.tokenizer, models.engine.context)
     }
     rows, columns = [i for i, _ in whole], [j for _, j in whole]
     if whole:

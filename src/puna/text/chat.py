@@ -110,7 +110,7 @@ def usable(completion: Completion) -> bool:
     return completion.finished and bool(completion.text.strip()) and not marker_in(completion.text)
 
 
-def stands(dialog: Dialog, completion: Completion, tokenizer: Tokenizer, context: int) -> bool:
+def fits_with_answer(dialog: Dialog, completion: Completion, tokenizer: Tokenizer, context: int) -> bool:
     """Whether a usable answer to the dialog fits the context with it, once its text is encoded anew.
 
     Text that was sampled up to the context's end may take a token more than was sampled.

@@ -222,7 +222,9 @@ def _backend(serialized: str, config: dict[str, Any]) -> tuple[Any, dict[str, in
     try:
         import tokenizers
     except ImportError as error:
-        raise ConfigError("reading a tokenizer.json needs the tokenizers package: pip install 'puna[hf]'") from error
+        raise ConfigError(
+            "reading a tokenizer.json needs the tokenizers package: pip install -e '.[hf]' in Puna's folder"
+        ) from error
     try:
         backend = tokenizers.Tokenizer.from_str(serialized)
     except Exception as error:  # The package raises bare Exceptions.

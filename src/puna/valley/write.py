@@ -1,7 +1,7 @@
 """Writes the valley's files: what the stages read, from a seed.
 
 world.json                      the seed the world is built from
-ledger.json                     its facts, to look up
+facts.json                      its facts, to look up
 corpus.jsonl                    text for pretraining
 demonstrations.jsonl            the small excellent set of dialogs
 careless.jsonl                  the large careless one
@@ -87,7 +87,7 @@ def run(cfg: ValleyConfig) -> Path:
             return out
         world = World.build(cfg.seed)
         write_atomically(out / "world.json", json.dumps({"seed": cfg.seed}))
-        write_atomically(out / "ledger.json", json.dumps([asdict(fact) for fact in world.facts.values()], indent=1))
+        write_atomically(out / "facts.json", json.dumps([asdict(fact) for fact in world.facts.values()], indent=1))
         write_jsonl(
             out / "corpus.jsonl", corpus.documents(world, cfg.seed, characters=round(1e6 * cfg.corpus_megabytes))
         )
