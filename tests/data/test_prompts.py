@@ -111,5 +111,5 @@ def test_some_are_kept_apart() -> None:
     assert len(some) == 6 and sorted(p["id"] for p in [*rest, *some]) == sorted(p["id"] for p in every)
     assert apart(every, 6, seed=3) == (rest, some) != apart(every, 6, seed=4)
     for n in (0, 20):
-        with pytest.raises(ConfigError, match=f"held_out_prompts is {n}, but there are 20 prompts"):
+        with pytest.raises(ConfigError, match=f"held_out_prompts is {n} of 20 prompts"):
             apart(every, n, seed=3)

@@ -47,7 +47,8 @@ def read_tagged(paths: Sequence[Path], format: str, safety: Sequence[Path] = ())
     """Those of `read_prompts` that are safety prompts; DataError where none is."""
     tagged = [prompt for prompt in read_prompts(paths, format, safety) if prompt["is_safety"]]
     if not tagged:
-        raise DataError(f"{_named((*paths, *safety))}: no prompt is a safety prompt: name such files in safety_prompts")
+        files = _named((*paths, *safety))
+        raise DataError(f"{files}: no prompt is a safety prompt: set is_safety, or name their files in safety_prompts")
     return tagged
 
 
@@ -71,8 +72,8 @@ def fitting(prompts: Sequence[Prompt], tokenizer: Tokenizer, context: int, max_t
         log.warning("%s; left out%s", refused[0], f", and {len(refused) - 1} more" if len(refused) > 1 else "")
     if not fit:
         raise DataError(
-            f"of {len(prompts)} prompts none fits {longest} tokens (the model's context, or what is asked)"
-            + (f"; {len(refused)} cannot be in a dialog" if refused else "")
+            f"none of {len(prompts)} prompts fits {longest} tokens, the model's context or max_prompt_tokens"
+            + (f"; the chat format refuses {len(refused)}" if refused else "")
         )
     return fit
 
@@ -83,7 +84,7 @@ def apart(prompts: Sequence[Prompt], n: int, seed: int) -> tuple[list[Prompt], l
     Raises ConfigError where either would be empty.
     """
     if not 0 < n < len(prompts):
-        raise ConfigError(f"held_out_prompts is {n}, but there are {len(prompts)} prompts: set fewer, 1 at least")
+        raise ConfigError(f"held_out_prompts is {n} of {len(prompts)} prompts: hold out at least one, and leave one")
     order = np.random.default_rng(seed).permutation(len(prompts))
     return [prompts[i] for i in order[n:]], [prompts[i] for i in order[:n]]
 
