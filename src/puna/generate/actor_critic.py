@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from puna import losses, parallel
 from puna.config import ConfigError
-from puna.data import packing, rollouts
+from puna.data import packing, rollouts, shards
 from puna.data.prompts import Prompt
 from puna.data.rollouts import Record
+from puna.data.shards import Shard
 from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import Judges, Scorer
+from puna.generate.vllm import VLLMEngine
 from puna.generate.weights import pack, whole
 from puna.model.reward import RewardModel, ValueHead
 from puna.model.transformer import Transformer
-from puna.parallel import ParallelConfig
+from puna.parallel import Placement
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
 from puna.types import Completion, Engine
@@ -55,58 +57,50 @@ class Models:
         return nn.ModuleDict({"policy": self.policy, "value": self.value})
 
 
-def load(
-    init: Path,
-    rewards: tuple[Path, Path, Path | None],
-    kind: Critic,
-    precision: str,
-    device: torch.device,
-    cfg: ParallelConfig | None = None,
-) -> Models:
+def load(init: Path, rewards: tuple[Path, Path, Path | None], kind: Critic, placement: Placement) -> Models:
     """Policy and reference at `init`, the critic, and the frozen reward models: helpfulness, safety, perhaps gold.
 
     ConfigError where a reward model cannot read what the policy writes, or
     several processes are to share a critic that shares the policy's body.
     """
     tokenizer = huggingface.load_tokenizer(init)
-    how: Any = (device, cfg, precision)
-    helpfulness, safety, gold = (scorer(path, init, tokenizer, how) if path else None for path in rewards)
+    helpfulness, safety, gold = (scorer(path, init, tokenizer, placement) if path else None for path in rewards)
     assert helpfulness and safety
-    policy = parallel.place(*huggingface.open_model(init), *how)
+    policy = parallel.place(*huggingface.open_model(init), placement)
     return Models(
         policy=policy,
-        value=critic(kind, init, rewards[0], how),
-        reference=parallel.place(*huggingface.open_model(init), *how).eval().requires_grad_(False),
+        value=critic(kind, init, rewards[0], placement),
+        reference=parallel.place(*huggingface.open_model(init), placement).eval().requires_grad_(False),
         helpfulness=helpfulness,
         safety=safety,
         engine=LocalEngine(policy, tokenizer),
         tokenizer=tokenizer,
-        device=device,
-        precision=precision,
+        device=placement.device,
+        precision=placement.precision,
         gold=gold,
     )
 
 
-def scorer(path: Path, init: Path, tokenizer: Tokenizer, how: Any) -> Scorer:
-    """A frozen reward model, placed as `how` says (device, layout, precision), that judges the policy at `init`.
+def scorer(path: Path, init: Path, tokenizer: Tokenizer, placement: Placement) -> Scorer:
+    """A frozen reward model that judges the policy at `init`.
 
     ConfigError where it cannot read what the policy writes.
     """
     huggingface.check_alike(path, tokenizer, huggingface.read_config(init).max_seq_len)
-    model = parallel.place(*huggingface.open_reward_model(path), *how).requires_grad_(False)
-    return Scorer(model, tokenizer, precision=how[2])
+    model = parallel.place(*huggingface.open_reward_model(path), placement).requires_grad_(False)
+    return Scorer(model, tokenizer, precision=placement.precision)
 
 
-def critic(kind: Critic, init: Path, reward: Path, how: Any) -> RewardModel | ValueHead:
-    """The value function that a policy at `init` begins with; `how` it is placed (device, layout, precision)."""
+def critic(kind: Critic, init: Path, reward: Path, placement: Placement) -> RewardModel | ValueHead:
+    """The value function that a policy at `init` begins with. ConfigError where several processes are to share one."""
     if kind == "reward":
-        return parallel.place(*huggingface.open_reward_model(reward), *how)
+        return parallel.place(*huggingface.open_reward_model(reward), placement)
     dim = huggingface.read_config(init).dim
     if kind == "zero_head":
-        return parallel.place(*huggingface.open_body(init, torch.zeros(1, dim)), *how)
+        return parallel.place(*huggingface.open_body(init, torch.zeros(1, dim)), placement)
     if parallel.world_size() > 1:
         raise ConfigError("critic 'shared' runs on one process: use another, or start without torchrun")
-    return ValueHead(dim).to(how[0])
+    return ValueHead(dim).to(placement.device)
 
 
 # Answers and their scores ---------------------------------------------------------------------------------------------
@@ -122,9 +116,20 @@ class Sampled(NamedTuple):
 
 
 def sample(
-    models: Models, prompts: Sequence[Prompt], seed: int, max_new_tokens: int, temperature: float, threshold: float
+    models: Models,
+    prompts: Sequence[Prompt],
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+    threshold: float,
+    precision: str,
 ) -> Sampled:
-    """One answer of the engine to each prompt, from the whole distribution, and its scores."""
+    """One answer of the policy to each prompt, from the whole distribution, and its scores.
+
+    `precision` ("fp32", "bf16") is that of the weights that a LocalEngine samples with.
+    """
+    served = isinstance(models.engine, VLLMEngine)  # which takes a sharded policy without gathering it here
+    models.engine.update_weights(models.policy if served else sampler(models.policy, precision, models.device))
     began = time.perf_counter()
     prompt_ids = [chat.encode_prompt(prompt["messages"], models.tokenizer) for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -251,6 +256,16 @@ def read_alone(models: Models, tokens: Tensor, mask: Tensor, temperature: float,
             scores = models.helpfulness.model.values(part)  # (1, T)
         record(alone_at=rollouts.places([row], acted), alone_rewards=scores[:, :-1][acted], alone_score=scores[:, -1])
         record(alone_logprobs=losses.token_logprobs(logits, part[:, 1:][acted], temperature))
+
+
+def read_text(path: Path, models: Models, seq_len: int) -> Shard:
+    """The token shard of PPO-ptx. ConfigError where it, or the model's context, is shorter than a window."""
+    text, context = shards.read_sound(path, models.tokenizer), models.policy.config.max_seq_len
+    if seq_len > min(context, len(text.tokens) - 1):
+        raise ConfigError(
+            f"pretrain_seq_len is {seq_len}: {path} has {len(text.tokens)} tokens, the model's context {context}"
+        )
+    return text
 
 
 def accumulate_text(models: Models, inputs: Tensor, targets: Tensor, coefficient: float, max_tokens: int) -> float:

@@ -32,6 +32,7 @@ from puna.data import comparisons, loader, packing
 from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.model.transformer import Transformer
+from puna.parallel import Placement
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
 from puna.text.tokenizer import Tokenizer
 
@@ -103,9 +104,9 @@ def run(cfg: DPOConfig) -> Path:
             context = huggingface.read_config(cfg.init).max_seq_len
             huggingface.check_alike(cfg.reference, tokenizer, context, huggingface.CAUSAL)
         train, test, counts = prepare(cfg, tokenizer)
-        how: Any = (device, cfg.parallel, cfg.precision)
-        policy = parallel.place(*huggingface.open_model(cfg.init), *how)
-        reference = parallel.place(*huggingface.open_model(cfg.reference or cfg.init), *how).requires_grad_(False)
+        placement = Placement(device, cfg.parallel, cfg.precision)
+        policy = parallel.place(*huggingface.open_model(cfg.init), placement)
+        reference = parallel.place(*huggingface.open_model(cfg.reference or cfg.init), placement).requires_grad_(False)
         optimizer = optim.adamw(cfg.optim, optim.groups(policy, cfg.optim))
         steps = loader.steps_of_epochs(len(train), cfg.batch_size, cfg.epochs, cfg.seed, parallel.data_size())
         start, _ = checkpoint.resume(folder.path / "checkpoints", policy, optimizer)

@@ -35,6 +35,7 @@ from puna.generate.engine import LocalEngine
 from puna.generate.held_out import Best, keep_answers, keep_policy, mean_score, publish
 from puna.generate.scoring import Judges
 from puna.model.transformer import Transformer
+from puna.parallel import Placement
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
@@ -190,12 +191,12 @@ def run(cfg: GRPOConfig) -> Path:
 def load(cfg: GRPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, both reward models frozen."""
     tokenizer = huggingface.load_tokenizer(cfg.init)
-    how: Any = (device, cfg.parallel, cfg.precision)
+    placement = Placement(device, cfg.parallel, cfg.precision)
     rewards = cfg.reward_helpfulness, cfg.reward_safety
-    helpfulness, safety = (scorer(path, cfg.init, tokenizer, how) for path in rewards)
+    helpfulness, safety = (scorer(path, cfg.init, tokenizer, placement) for path in rewards)
     judges = Judges(helpfulness, safety, cfg.threshold)
-    policy = parallel.place(*huggingface.open_model(cfg.init), *how)
-    reference = parallel.place(*huggingface.open_model(cfg.init), *how).eval().requires_grad_(False)
+    policy = parallel.place(*huggingface.open_model(cfg.init), placement)
+    reference = parallel.place(*huggingface.open_model(cfg.init), placement).eval().requires_grad_(False)
     return Models(policy, reference, judges, LocalEngine(policy, tokenizer), tokenizer, device)
 
 
@@ -264,15 +265,14 @@ def update(
 ) -> dict[str, float]:
     """4: one gradient step a mini-batch; the iteration's numbers, averaged over mini-batches."""
     began = time.perf_counter()
-    sums: dict[str, float] = {}
+    steps: list[dict[str, float]] = []
     shuffled = cfg.inner_epochs, (cfg.seed, iteration), parallel.data_size()
     mini_batches = loader.steps_of_epochs(len(rollout.tokens), cfg.mini_batch_size, *shuffled)
     for members in mini_batches:
         numbers = accumulate(cfg, models, rollout, members.tolist())
         norm, _ = optim.clip_and_step([models.policy], optimizer, cfg.optim, iteration, n_steps)
-        for name, number in (numbers | {"grad_norm": norm}).items():
-            sums[name] = sums.get(name, 0.0) + number
-    averages = {name: value / len(mini_batches) for name, value in sums.items()}
+        steps.append(numbers | {"grad_norm": norm})
+    averages = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     return averages | {"seconds_update": time.perf_counter() - began}
 
 

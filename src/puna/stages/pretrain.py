@@ -29,6 +29,7 @@ from puna.data import loader, readers, shards
 from puna.formats import huggingface
 from puna.model.moe import MixtureOfExperts
 from puna.model.transformer import ModelConfig, Transformer
+from puna.parallel import Placement
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
@@ -90,7 +91,7 @@ def run(cfg: PretrainConfig) -> Path:
         tokenizer, train, validation = prepare(cfg, folder.path / "data")
         model = Transformer.without_weights(cfg.model)
         weights = model.initial_weights(torch.Generator(device).manual_seed(cfg.seed))
-        model = parallel.place(model, weights, device, cfg.parallel, cfg.precision)
+        model = parallel.place(model, weights, Placement(device, cfg.parallel, cfg.precision))
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
         start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="pretrain")

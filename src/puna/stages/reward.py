@@ -36,6 +36,7 @@ from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.generate.scoring import Scorer, distribution, scale_of
 from puna.model.reward import RewardModel, initial_head
+from puna.parallel import Placement
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
@@ -116,7 +117,7 @@ def run(cfg: RewardConfig) -> Path:
             return model_path
         tokenizer = huggingface.load_tokenizer(cfg.init)
         train, test, counts = prepare(cfg, tokenizer)
-        model = parallel.place(*begin(cfg), device, cfg.parallel, cfg.precision)
+        model = parallel.place(*begin(cfg), Placement(device, cfg.parallel, cfg.precision))
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
         steps = loader.steps_of_epochs(len(train), cfg.batch_size, cfg.epochs, cfg.seed, parallel.data_size())
         schedule = optim.with_warmup(cfg.optim, 0.03, len(steps))

@@ -27,6 +27,7 @@ from puna.data import loader, packing, readers
 from puna.data.packing import Packed
 from puna.formats import huggingface
 from puna.model.transformer import Transformer
+from puna.parallel import Placement
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
@@ -78,7 +79,7 @@ def run(cfg: SFTConfig) -> Path:
             return model_path
         tokenizer = huggingface.load_tokenizer(cfg.init)
         rows, counts = prepare(cfg, tokenizer)
-        model = parallel.place(*huggingface.open_model(cfg.init), device, cfg.parallel, cfg.precision)
+        model = parallel.place(*huggingface.open_model(cfg.init), Placement(device, cfg.parallel, cfg.precision))
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
         steps = loader.steps_of_epochs(len(rows.tokens), cfg.batch_size, cfg.epochs, cfg.seed, parallel.data_size())
         start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
