@@ -197,9 +197,9 @@ def test_one_batch_of_running_moments_whitens_as_the_batch() -> None:
     close(losses.NO_MOMENTS.with_batch(x).whiten(x), losses.whiten(x).tolist())
 
 
-def test_bounded() -> None:
-    close(losses.bounded(torch.tensor([-3.0, 0.5, 3.0]), 2.0), [-2.0, 0.5, 2.0])
-    close(losses.bounded(torch.tensor([-3.0, 0.5, 3.0]), 0.0), [-3.0, 0.5, 3.0])
+def test_clip() -> None:
+    close(losses.clip(torch.tensor([-3.0, 0.5, 3.0]), 2.0), [-2.0, 0.5, 2.0])
+    close(losses.clip(torch.tensor([-3.0, 0.5, 3.0]), 0.0), [-3.0, 0.5, 3.0])
 
 
 def test_sequence_kl() -> None:
@@ -218,19 +218,19 @@ def test_sequence_kl() -> None:
         (-3.0, 0.1 * (1 - 0.2 * 256 / 10000)),  # below
     ],
 )
-def test_adapted_beta(kl: float, expected: float) -> None:
-    assert losses.adapted_beta(0.1, kl, target=6.0, horizon=10000, n=256) == pytest.approx(expected, rel=1e-12)
-    assert losses.adapted_beta(0.1, kl, target=0.0, horizon=10000, n=256) == 0.1
+def test_adaptive_kl_beta(kl: float, expected: float) -> None:
+    assert losses.adaptive_kl_beta(0.1, kl, target=6.0, horizon=10000, n=256) == pytest.approx(expected, rel=1e-12)
+    assert losses.adaptive_kl_beta(0.1, kl, target=0.0, horizon=10000, n=256) == 0.1
 
 
-def test_clip_numbers() -> None:
+def test_ratio_stats() -> None:
     logprobs = torch.tensor([math.log(1.5), math.log(0.9), math.log(0.5), 5.0])
     mask = torch.tensor([True, True, True, False])
-    numbers = losses.clip_numbers(logprobs, torch.zeros(4), mask, clip=0.2)
+    numbers = losses.ratio_stats(logprobs, torch.zeros(4), mask, clip=0.2)
     assert float(numbers["clip_fraction"]) == 2  # 1.5 and 0.5
     k3 = sum(ratio - 1 - math.log(ratio) for ratio in (1.5, 0.9, 0.5))
     assert float(numbers["approximate_kl"]) == pytest.approx(k3)
-    unlikely = losses.clip_numbers(torch.tensor([-200.0]), torch.zeros(1), torch.ones(1, dtype=torch.bool), clip=0.2)
+    unlikely = losses.ratio_stats(torch.tensor([-200.0]), torch.zeros(1), torch.ones(1, dtype=torch.bool), clip=0.2)
     assert float(unlikely["approximate_kl"]) == 199, "finite where the ratio is too small for a float"
 
 

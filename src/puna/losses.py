@@ -130,7 +130,7 @@ class Moments:
         return (x - self.mean) / math.sqrt(self.variance + eps)
 
 
-def bounded(x: Tensor, largest: float) -> Tensor:
+def clip(x: Tensor, largest: float) -> Tensor:
     """Clipped to plus or minus `largest`; as it is where that is 0."""
     return x.clamp(-largest, largest) if largest else x
 
@@ -144,7 +144,7 @@ def sequence_kl(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
     return ((logprobs - reference) * mask).sum(dim=1)
 
 
-def adapted_beta(beta: float, kl: float, target: float, horizon: int, n: int) -> float:
+def adaptive_kl_beta(beta: float, kl: float, target: float, horizon: int, n: int) -> float:
     """The KL weight after n answers of mean KL `kl` (Ziegler et al. 2019, 2.2).
 
     It grows where KL is above the target, shrinks below, at most by a fifth in `horizon` answers. 0 is no target.
@@ -201,7 +201,7 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Ten
     return 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 
 
-def clip_numbers(logprobs: Tensor, old: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
+def ratio_stats(logprobs: Tensor, old: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
     """Sums over counted tokens of what tells how far the policy has moved: ratios out of the clip, and ratio - 1 - log
     ratio, the estimate k3 of KL(old || new); all (...) -> scalars.
     """

@@ -263,7 +263,7 @@ def test_logits_are_made_for_actions_alone() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     logits = actor_critic.action_logits(policy, tokens, mask)
     assert logits.shape == (6, helpers.VOCAB), "six actions"
-    logprobs = actor_critic.spread(losses.token_logprobs(logits, tokens[:, 1:][mask], 0.8), mask)
+    logprobs = actor_critic.scatter(losses.token_logprobs(logits, tokens[:, 1:][mask], 0.8), mask)
     expected = (policy(tokens)[:, :-1] / 0.8).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(logprobs, expected * mask, rtol=0, atol=1e-5)
     assert not logprobs[~mask].any()

@@ -192,7 +192,7 @@ def action_logits(model: Transformer, tokens: Tensor, mask: Tensor, precision: s
         return model(tokens, only=F.pad(mask, (0, 1)))  # type: ignore[no-any-return]
 
 
-def spread(x: Tensor, mask: Tensor) -> Tensor:
+def scatter(x: Tensor, mask: Tensor) -> Tensor:
     """N numbers at their places among (B, T - 1), 0 elsewhere."""
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x)
 
@@ -200,10 +200,10 @@ def spread(x: Tensor, mask: Tensor) -> Tensor:
 def action_logprobs(model: Transformer, tokens: Tensor, mask: Tensor, temperature: float, precision: str) -> Tensor:
     """log pi of every action at its place, (B, T - 1), with its gradient; tokens (B, T), mask (B, T - 1)."""
     logits = action_logits(model, tokens, mask, precision)
-    return spread(losses.token_logprobs(logits, tokens[:, 1:][mask], temperature), mask)
+    return scatter(losses.token_logprobs(logits, tokens[:, 1:][mask], temperature), mask)
 
 
-def read_rollout(
+def logprobs_and_values(
     models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_tokens: int, record: Record
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Before any training: log pi and log pi_0 of every action, and the values, (B, T - 1) each, on the CPU.
@@ -214,7 +214,7 @@ def read_rollout(
 
     def read(first: int, rows: Sequence[int]) -> Sequence[Tensor]:
         part = list(rows)
-        read = _read(models, tokens[part], mask[part], temperature, max_tokens, record)
+        read = _logprobs_and_values(models, tokens[part], mask[part], temperature, max_tokens, record)
         return [row.clone() for row in read.unbind(1)]  # a view is gathered with all that it is a view of
 
     logprobs, reference, values = torch.stack(parallel.spread(read, range(len(tokens))), dim=1)
@@ -222,8 +222,10 @@ def read_rollout(
 
 
 @torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
-def _read(models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_tokens: int, record: Record) -> Tensor:
-    """What `read_rollout` finds of this rank's rows, (3, B, T - 1)."""
+def _logprobs_and_values(
+    models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_tokens: int, record: Record
+) -> Tensor:
+    """What `logprobs_and_values` finds of this rank's rows, (3, B, T - 1)."""
     lengths = packing.acted_lengths(mask)
     logprobs, reference, values = (torch.zeros(mask.shape) for _ in range(3))
     for members in packing.passes(lengths, max_tokens):
@@ -231,9 +233,9 @@ def _read(models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_
         part, acted = tokens[members, :end].to(models.device), mask[members, : end - 1].to(models.device)
         logits, value = forward(models, part, acted)
         of_reference = action_logits(models.reference, part, acted, models.precision)
-        for told, x in ((logprobs, logits), (reference, of_reference)):
+        for out, x in ((logprobs, logits), (reference, of_reference)):
             of_actions = losses.token_logprobs(x, part[:, 1:][acted], temperature)
-            told[members, : end - 1] = spread(of_actions, acted).cpu()
+            out[members, : end - 1] = scatter(of_actions, acted).cpu()
         values[members, : end - 1] = value.cpu()
         if record is not rollouts.ignore:
             record(logits=logits[: rollouts.SHOWN], logits_at=rollouts.places(members, acted)[: rollouts.SHOWN])
@@ -241,7 +243,7 @@ def _read(models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_
 
 
 @torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
-def read_alone(models: Models, tokens: Tensor, mask: Tensor, temperature: float, record: Record) -> None:
+def record_unpadded(models: Models, tokens: Tensor, mask: Tensor, temperature: float, record: Record) -> None:
     """Record what a dump is checked against: a few rows read without pads, and the reward model's score of each state.
 
     tokens (B, T), mask (B, T - 1).

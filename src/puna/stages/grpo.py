@@ -32,7 +32,7 @@ from puna.data.prompts import Prompt, apart, fitting, read_prompts
 from puna.formats import huggingface
 from puna.generate.actor_critic import action_logprobs, draw, sampler, scorer
 from puna.generate.engine import LocalEngine
-from puna.generate.held_out import Best, keep_answers, keep_policy, mean_score, publish
+from puna.generate.held_out import Best, mean_score, publish, save_answers, save_policy
 from puna.generate.scoring import Judges
 from puna.model.transformer import Transformer
 from puna.parallel import Placement
@@ -163,8 +163,8 @@ def run(cfg: GRPOConfig) -> Path:
         epochs = math.ceil(cfg.iterations / (len(prompts) // size))
         batches = loader.steps_of_epochs(len(prompts), size, epochs, cfg.seed, multiple=size)[: cfg.iterations]
         trained = nn.ModuleDict({"policy": models.policy})
-        start, kept = checkpoint.resume(folder.path / "checkpoints", trained, optimizer)
-        best = Best(**kept)
+        start, extra = checkpoint.resume(folder.path / "checkpoints", trained, optimizer)
+        best = Best(**extra)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="grpo")
         progress = Progress(cfg.advantage, len(batches), unit="iteration", start=start)
         often = cfg.checkpoint_every, cfg.checkpoints_kept, len(batches)
@@ -222,7 +222,9 @@ def collect(
     prompt_ids, completions, scores = sample(cfg, models, prompts, cfg.group_size, cfg.seed + 1 + iteration)
     answers = [completion.tokens for completion in completions]
     tokens, _, action_mask = packing.pad_answers(prompt_ids, answers, models.tokenizer.pad_id)
-    read = parallel.spread(lambda first, rows: reread(cfg, models, tokens, action_mask, rows), range(len(tokens)))
+    read = parallel.spread(
+        lambda first, rows: old_and_reference_logprobs(cfg, models, tokens, action_mask, rows), range(len(tokens))
+    )
     logprobs, reference = torch.stack(read, dim=1)
     finished = torch.tensor([completion.finished for completion in completions])
     whitened = losses.whiten(losses.logit(scores["reward"])) - cfg.missing_eos_penalty * ~finished
@@ -239,7 +241,7 @@ def collect(
 
 
 @torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
-def reread(
+def old_and_reference_logprobs(
     cfg: GRPOConfig, models: Models, tokens: Tensor, action_mask: Tensor, rows: Sequence[int]
 ) -> Sequence[Tensor]:
     """log pi and log pi_0 of every action of some rows, (2, T - 1) each, 0 elsewhere, on the CPU."""
@@ -248,8 +250,8 @@ def reread(
     for members in packing.passes(lengths, cfg.micro_batch_tokens):
         end, part = max(lengths[i] for i in members), [rows[i] for i in members]
         ids, mask = tokens[part, :end].to(models.device), action_mask[part, : end - 1].to(models.device)
-        for kept, model in zip(found, (models.policy, models.reference), strict=True):
-            kept[members, : end - 1] = action_logprobs(model, ids, mask, cfg.temperature, cfg.precision).cpu()
+        for logprobs, model in zip(found, (models.policy, models.reference), strict=True):
+            logprobs[members, : end - 1] = action_logprobs(model, ids, mask, cfg.temperature, cfg.precision).cpu()
     return [row.clone() for row in found.unbind(1)]  # a view is gathered with all that it is a view of
 
 
@@ -296,7 +298,7 @@ def accumulate(cfg: GRPOConfig, models: Models, rollout: Rollout, members: list[
         kl_loss = (losses.kl_k3(logprobs, reference) * weight).sum()
         parallel.backward(policy_loss + cfg.beta * kl_loss if cfg.advantage == "grpo" else policy_loss)
         with torch.no_grad():
-            moved = losses.clip_numbers(logprobs, old, weight, cfg.clip)
+            moved = losses.ratio_stats(logprobs, old, weight, cfg.clip)
         seen.append(moved | {"policy_loss": policy_loss.detach(), "kl_loss": kl_loss.detach()})
     return parallel.totals(seen)
 
@@ -306,11 +308,11 @@ def measure(
 ) -> Best:
     """Score the policy on held-out prompts, keep their answers for later judges, and save the policy if it is best."""
     _, completions, scores = sample(cfg, models, held_out, 1, cfg.seed)
-    keep_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
+    save_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
     reward = mean_score(losses.logit(scores["reward"]), completions, cfg.missing_eos_penalty)
     if not reward > best.reward:  # so that what is not a number is never the best
         return best
     needed = checkpoint.oldest(folder / "checkpoints").get("iteration", 0)
     provenance = {"stage": cfg.advantage, "parent": str(cfg.init)}
-    keep_policy(models.policy, models.tokenizer, folder, iteration, needed, provenance)
+    save_policy(models.policy, models.tokenizer, folder, iteration, needed, provenance)
     return Best(iteration, reward)

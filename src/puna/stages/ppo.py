@@ -40,7 +40,7 @@ from puna.data.rollouts import Record
 from puna.data.shards import Shard
 from puna.generate import actor_critic
 from puna.generate.actor_critic import Critic, Models, Sampled
-from puna.generate.held_out import Best, keep_answers, keep_policy, mean_score, publish
+from puna.generate.held_out import Best, mean_score, publish, save_answers, save_policy
 from puna.generate.vllm import VLLMEngine
 from puna.losses import Moments
 from puna.parallel import Placement
@@ -210,8 +210,8 @@ def run(cfg: PPOConfig) -> Path:
         size = min(cfg.batch_size, len(asked))
         epochs = math.ceil(cfg.iterations / (len(asked) // size))
         batches = loader.steps_of_epochs(len(asked), size, epochs, cfg.seed, multiple=size)[: cfg.iterations]
-        start, kept = checkpoint.resume(folder.path / "checkpoints", models.trained, optimizer)
-        state = State(**kept | {"moments": Moments(**kept["moments"])}) if kept else State(cfg.beta)
+        start, extra = checkpoint.resume(folder.path / "checkpoints", models.trained, optimizer)
+        state = State(**extra | {"moments": Moments(**extra["moments"])}) if extra else State(cfg.beta)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="ppo")
         parallel.barrier()  # all ranks know the same lines, or they might not stop together
         history = read_metrics(metrics.path) if start else []
@@ -233,13 +233,13 @@ def run(cfg: PPOConfig) -> Path:
                 numbers |= update(cfg, models, optimizer, rollout, state.beta, iteration, len(batches), record, text)
                 rate = numbers["tokens_per_second"] = int(rollout.action_mask.sum()) / (time.perf_counter() - began)
                 target = cfg.kl_target if iteration >= cfg.critic_warmup else 0.0
-                beta = losses.adapted_beta(state.beta, numbers["kl"], target, cfg.kl_horizon, size)
+                beta = losses.adaptive_kl_beta(state.beta, numbers["kl"], target, cfg.kl_horizon, size)
                 state = replace(state, beta=beta, moments=moments)
                 if cfg.dump and isinstance(record, rollouts.Recorder):
                     facts = {"iteration": iteration, "beta": numbers["beta"], "beta_after": beta}
                     record.write(cfg.dump, cfg, models.tokenizer, **facts)
                 history.append(numbers)
-                for sentence in monitors.begun(history):
+                for sentence in monitors.new_signs(history):
                     progress.warn(sentence)
                 metrics.log(step=iteration, **numbers, warnings=" ".join(monitors.signs(history).values()))
                 progress.update(reward=numbers["reward"], kl=numbers["kl"], tokens_per_second=rate)
@@ -298,11 +298,13 @@ def collect(
     answers = [completion.tokens for completion in completions]
     tokens, _, action_mask = packing.pad_answers(prompt_ids, answers, models.tokenizer.pad_id)
     finished = torch.tensor([completion.finished for completion in completions])
-    bounded, moments = normalised(cfg, scores["reward"], moments)
-    read = actor_critic.read_rollout(models, tokens, action_mask, cfg.temperature, cfg.micro_batch_tokens, record)
-    actor_critic.read_alone(models, tokens, action_mask, cfg.temperature, record)
-    rollout = Rollout(tokens, action_mask, *read, bounded - cfg.missing_eos_penalty * ~finished, finished)
-    record(**rollout._asdict(), combined=scores["reward"], helpfulness=scores["helpfulness"], bounded=bounded)
+    clipped, moments = whitened_scores(cfg, scores["reward"], moments)
+    read = actor_critic.logprobs_and_values(
+        models, tokens, action_mask, cfg.temperature, cfg.micro_batch_tokens, record
+    )
+    actor_critic.record_unpadded(models, tokens, action_mask, cfg.temperature, record)
+    rollout = Rollout(tokens, action_mask, *read, clipped - cfg.missing_eos_penalty * ~finished, finished)
+    record(**rollout._asdict(), combined=scores["reward"], helpfulness=scores["helpfulness"], bounded=clipped)
     if record is not rollouts.ignore:
         sampled, drawn_at = itertools.chain(*answers), itertools.chain(*(c.logprobs for c in completions))
         record(sampled=torch.tensor(list(sampled)), sampled_logprobs=torch.tensor(list(drawn_at)))
@@ -319,16 +321,16 @@ def collect(
     return rollout, numbers, moments
 
 
-def normalised(cfg: PPOConfig, rewards: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
+def whitened_scores(cfg: PPOConfig, rewards: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
     """2: the combined rewards (B,) as PPO sees them, before any penalty, and the moments with theirs."""
-    scores = unsquashed(cfg, rewards)
+    scores = raw_scores(cfg, rewards)
     moments = moments.with_batch(scores)
     if cfg.whiten != "none":
         scores = losses.whiten(scores) if cfg.whiten == "batch" else moments.whiten(scores)
-    return losses.bounded(scores, cfg.score_clip), moments
+    return losses.clip(scores, cfg.score_clip), moments
 
 
-def unsquashed(cfg: PPOConfig, scores: Tensor) -> Tensor:
+def raw_scores(cfg: PPOConfig, scores: Tensor) -> Tensor:
     """Scores (B,) in the space in which they are whitened."""
     return losses.logit(scores) if cfg.logit_scores else scores
 
@@ -340,7 +342,7 @@ def advantages_and_returns(cfg: PPOConfig, rollout: Rollout, beta: float, record
         scores, beta = scores - beta * losses.sequence_kl(*policies), 0.0
     rewards = losses.token_rewards(scores, *policies, beta)
     raw, returns = losses.generalized_advantages(rewards, rollout.values, rollout.action_mask, cfg.gamma, cfg.lam)
-    advantages = losses.bounded(losses.whiten(raw, rollout.action_mask), cfg.advantage_clip)
+    advantages = losses.clip(losses.whiten(raw, rollout.action_mask), cfg.advantage_clip)
     record(rewards=rewards, raw_advantages=raw, returns=returns, advantages=advantages)
     return Targets(advantages, returns)
 
@@ -404,12 +406,12 @@ def accumulate(
         )
         logits, values = actor_critic.forward(models, tokens, mask)
         of_actions, entropies = losses.logprobs_and_entropy(logits, tokens[:, 1:][mask], cfg.temperature)
-        logprobs = actor_critic.spread(of_actions, mask)
+        logprobs = actor_critic.scatter(of_actions, mask)
         policy_loss = (losses.policy_loss(logprobs, old, advantage, cfg.clip) * mask).sum() / count
         value_loss = (losses.value_loss(values, old_values, target, cfg.value_clip) * mask).sum() / count
         parallel.backward(policy_loss + cfg.value_coefficient * value_loss)
         with torch.no_grad():
-            moved = losses.clip_numbers(logprobs, old, mask, cfg.clip) | {"entropy": entropies.sum()}
+            moved = losses.ratio_stats(logprobs, old, mask, cfg.clip) | {"entropy": entropies.sum()}
         losses_ = {"policy_loss": policy_loss.detach(), "value_loss": value_loss.detach()}
         seen.append(losses_ | {name: x / count for name, x in moved.items()})
         if record is not rollouts.ignore:
@@ -424,11 +426,11 @@ def measure(
 ) -> State:
     """Score the policy on held-out prompts, keep their answers for later judges, and save the policy if it is best."""
     _, completions, scores, _ = sample(cfg, models, held_out, cfg.seed)
-    keep_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
-    reward = mean_score(unsquashed(cfg, scores["reward"]), completions, cfg.missing_eos_penalty)
+    save_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
+    reward = mean_score(raw_scores(cfg, scores["reward"]), completions, cfg.missing_eos_penalty)
     if not reward > state.best_reward:  # so that what is not a number is never the best
         return state
     needed = checkpoint.oldest(folder / "checkpoints").get("best_iteration", 0)
     provenance = {"stage": "ppo", "parent": str(cfg.init)}
-    keep_policy(models.policy, models.tokenizer, folder, iteration, needed, provenance)
+    save_policy(models.policy, models.tokenizer, folder, iteration, needed, provenance)
     return replace(state, best_iteration=iteration, best_reward=reward)
