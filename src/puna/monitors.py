@@ -31,8 +31,8 @@ REPETITION_RISE = 0.1
 ENTROPY_LEFT = 0.3
 """The policy has collapsed where it has less than this share of its first entropy."""
 GOLD_GAP, MIN_LINES = 0.02, 5
-"""The reward has risen by this where the model that nothing is trained on has fallen by it; by more where there are
-fewer lines than two windows, for their means are noisier, down to so many lines."""
+"""The rise of the reward and fall of the gold score that together are a sign, and the fewest lines to judge by. With
+fewer lines than two windows the gap is wider, as their means are noisier."""
 
 
 def repeated_share(tokens: Sequence[int], n: int = NGRAM) -> float:

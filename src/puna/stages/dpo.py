@@ -6,8 +6,8 @@
 3. Measure on held-out comparisons how often beta (log pi - log pi_ref), the reward that the policy stands for, is
    higher for the chosen answer.
 
-What both answers begin with cancels in the loss and is left out of every number. Ours: AdamW in place of RMSprop; both
-models read a batch one after the other, so that the reference is never stored.
+Tokens that both answers begin with cancel in the loss, and are left out of every sum. Ours: AdamW in place of RMSprop;
+the reference's log-probabilities are computed batch by batch beside the policy's, not once ahead and stored.
 """
 
 from __future__ import annotations
@@ -135,10 +135,10 @@ def run(cfg: DPOConfig) -> Path:
 
 
 def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair], dict[str, int]]:
-    """1: the training pairs, shuffled, the held-out ones, and counts.
+    """1: the training pairs, shuffled, the held-out ones, and what the done marker says of them.
 
-    They are of the training pairs that are too long, of the lines that cannot be used and of the rows that say nothing,
-    by reason.
+    "left_out" counts training pairs that are too long, "set_aside" unusable lines, "skipped: REASON" rows without a
+    preference. DataError where no pair is left.
     """
     read = comparisons.read(cfg.data, cfg.format, tokenizer, cfg.out)
     held = comparisons.read(cfg.test, cfg.format, tokenizer, cfg.out) if cfg.test else ReadResult()

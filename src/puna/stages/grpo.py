@@ -3,8 +3,8 @@
 For each iteration:
 1. Sample a group of G answers to each prompt of the batch from the policy, at temperature 1 and uncut.
 2. Score them as PPO does: R_c, R~ = whiten(logit(R_c)) over the batch, a penalty where EOS is missing.
-3. An answer's advantage, the same for all of its tokens, is its place in its group. "grpo": the score less the group's
-   mean, over the group's deviation. "rloo": the score, less beta times its KL, less the mean of the group's others.
+3. All tokens of an answer have one advantage, relative to its group. "grpo": (R~ - the group's mean) / the group's
+   deviation. "rloo": R~ - beta KL of the answer, minus the mean of the same over the other answers of its group.
 4. One gradient step a mini-batch on PPO's clipped loss; "grpo" adds beta times KL (k3) to it.
 Every few iterations the mean reward on held-out prompts is measured; the best policy is kept, and training stops when
 it has not improved for a while.

@@ -96,17 +96,17 @@ class PPOConfig:
     logit_scores: bool = True
     """undo the sigmoid before scores are whitened (paper 3.2.3)."""
     whiten: Literal["batch", "running", "none"] = "batch"
-    """whose mean and deviation whiten the scores: the batch's, or those of all batches so far; no mean is kept."""
+    """subtract the mean and divide by the deviation of the batch's scores, or of all batches' so far ("running")."""
     score_clip: float = 0.0
     advantage_clip: float = 0.0
-    """largest size of a score, of an advantage, once whitened; 0 clips none."""
+    """clamp whitened scores, and whitened advantages, to plus or minus this; 0 does not."""
     missing_eos_penalty: float = 1.0
     """subtracted from the whitened score of an answer that did not end."""
     gamma: float = 1.0
     lam: float = 0.95
     critic: Critic = "reward"
-    """what the value function starts from: the helpfulness reward model, or the policy's body under a head of zeros, in
-    a model of its own ("zero_head") or on the policy itself ("shared")."""
+    """what the value function starts from: "reward", the helpfulness reward model; "zero_head", a copy of the policy's
+    body with a head of zeros; "shared", such a head on the policy's own body."""
     critic_warmup: int = 0
     """iterations that train the critic alone; patience is counted and beta adapted after them."""
     value_lr_scale: float = 1.0
@@ -133,7 +133,7 @@ class PPOConfig:
     """fp32 keeps the first ratio of an iteration at 1 to the last digits."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     sample_precision: Literal["fp32", "bf16"] = "fp32"
-    """of the weights that sample; bf16 is faster, and draws from what is scored to about two digits."""
+    """of the weights that sample; bf16 is faster, its probabilities agree with the trainer's to about two digits."""
     evaluate_every: int = 10
     """iterations between held-out measurements."""
     held_out_prompts: int = 64

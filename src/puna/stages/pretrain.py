@@ -58,11 +58,11 @@ class PretrainConfig:
     """windows a forward pass on one process."""
     steps: int = 400
     validation_share: float = 0.01
-    """share of documents held out, at most 0.5: every n-th, n the whole number next to 1/share; a prepared folder has
-    its own."""
+    """share of documents held out for validation, at most 0.5: every n-th document, with n = 1 / share rounded. A
+    prepared folder has its own validation part."""
     optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=3e-3, warmup_steps=40))
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: matrix products in bfloat16 over float32 weights; over several processes all between them too."""
+    """bf16: matrix products in bfloat16, weights in float32; over several processes all activations are bfloat16."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 100
     """steps between checkpoints; 0 writes one on SIGTERM alone."""

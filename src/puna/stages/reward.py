@@ -50,7 +50,7 @@ class RewardConfig:
     out: Path
     """the stage's folder; run again to resume."""
     init: Path
-    """the chat model to start from (paper: a chat checkpoint knows what the answers know)."""
+    """the chat model to start from (paper 3.2.2: a chat checkpoint, so that the reward model knows what it knows)."""
     data: tuple[Path, ...]
     """comparisons of the model's own kind."""
     other: tuple[Path, ...] = ()
@@ -158,10 +158,11 @@ def begin(cfg: RewardConfig) -> tuple[RewardModel, Iterator[tuple[str, Tensor]]]
 
 
 def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Preference], dict[str, float]]:
-    """1: the mixed training pairs, the held-out comparisons, and counts.
+    """1: the mixed training pairs, the held-out comparisons, and what the done marker says of them.
 
-    They are of the training pairs that are too long, of the lines of all files that cannot be used and of the rows that
-    say nothing, by reason, of the safety comparisons that prefer harm, and the other's share.
+    "left_out" counts training pairs that are too long, "set_aside" unusable lines of all files, "skipped: REASON" rows
+    without a preference, "prefer_harm" safety comparisons that prefer an unsafe answer; "other_share" is the share of
+    the other kind among the training pairs. DataError where no pair is left.
     """
     read = [comparisons.read(cfg.data, cfg.format, tokenizer, cfg.out)]
     read += [

@@ -105,8 +105,10 @@ def run(cfg: SFTConfig) -> Path:
 
 
 def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, dict[str, int]]:
-    """1 and 2: the packed rows, and counts: of dialogs too long for one, of lines that cannot be used, of rows that say
-    nothing, by reason.
+    """1 and 2: the packed rows, and what the done marker says of them.
+
+    "left_out" counts dialogs that are too long, "set_aside" unusable lines, "skipped: REASON" rows without a dialog.
+    DataError where no dialog is left.
     """
     result = readers.read(
         cfg.data,
