@@ -13,7 +13,7 @@ from torch import Tensor
 
 from puna import losses, optim, parallel
 from puna.config import ConfigError
-from puna.data import loader, shards
+from puna.data import loader, rollouts, shards
 from puna.generate import actor_critic
 from puna.generate.actor_critic import Models
 from puna.model.reward import RewardModel, ValueHead
@@ -125,7 +125,7 @@ def test_r_kl_in_one_sum_is_on_the_score(cfg: PPOConfig) -> None:
 
 
 def test_s_an_adapted_beta_follows_kl(cfg: PPOConfig, tmp_path: Path) -> None:
-    cfg = replace(cfg, out=tmp_path, kl_target=0.5, kl_horizon=80)
+    cfg = replace(cfg, out=tmp_path, kl_target=0.5, kl_horizon=80, dump=tmp_path / "dump", dump_iteration=2)
     ppo.run(cfg)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     beta = 0.01
@@ -133,6 +133,8 @@ def test_s_an_adapted_beta_follows_kl(cfg: PPOConfig, tmp_path: Path) -> None:
         assert line["beta"] == beta
         beta *= 1 + min(max(line["kl"] / 0.5 - 1, -0.2), 0.2) * 8 / 80
     assert len({line["beta"] for line in lines}) == 5
+    facts = rollouts.read(tmp_path / "dump").facts
+    assert (facts["beta"], facts["beta_after"]) == (lines[2]["beta"], lines[3]["beta"]), "that of the dumped rewards"
 
 
 # Scores and advantages

@@ -99,7 +99,7 @@ class GRPOConfig:
     patience: int = 4
     """stop after so many measurements without a new best; 0 never stops early."""
     checkpoint_every: int = 10
-    """iterations between checkpoints; 0 writes one on SIGTERM alone."""
+    """iterations between checkpoints, and one after the last; 0 writes one on SIGTERM alone."""
     checkpoints_kept: int = 2
     """the newest ones; older ones are removed."""
     threads: int = 0

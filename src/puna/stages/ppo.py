@@ -148,7 +148,7 @@ class PPOConfig:
     dump_iteration: int = 1
     """which one; at 0 the policy is the reference."""
     checkpoint_every: int = 10
-    """iterations between checkpoints; 0 writes one on SIGTERM alone."""
+    """iterations between checkpoints, and one after the last; 0 writes one on SIGTERM alone."""
     checkpoints_kept: int = 2
     """the newest ones; older ones are removed."""
     vllm: str = ""

@@ -65,7 +65,7 @@ class PretrainConfig:
     """bf16: matrix products in bfloat16, weights in float32; over several processes all activations are bfloat16."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 100
-    """steps between checkpoints; 0 writes one on SIGTERM alone."""
+    """steps between checkpoints, and one after the last; 0 writes one on SIGTERM alone."""
     checkpoints_kept: int = 2
     """the newest ones; older ones are removed."""
     threads: int = 0

@@ -58,7 +58,7 @@ class SFTConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 200
-    """steps between checkpoints; 0 writes one on SIGTERM alone."""
+    """steps between checkpoints, and one after the last; 0 writes one on SIGTERM alone."""
     checkpoints_kept: int = 2
     """the newest ones; older ones are removed."""
     threads: int = 0
