@@ -75,7 +75,9 @@ def ours(c: ModelConfig, length: int, compiled: bool) -> Step:
     how = parallel.ParallelConfig(compile=compiled)
     where = parallel.start(0, how)
     model = Transformer.without_weights(c)
-    model = parallel.place(model, model.initial_weights(torch.Generator().manual_seed(0)), where, how, "bf16")
+    model = parallel.place(
+        model, model.initial_weights(torch.Generator().manual_seed(0)), parallel.Placement(where, how, "bf16")
+    )
     cfg = PretrainConfig(
         out=Path(), data=(), model=c, seq_len=length, batch_size=WINDOWS, micro_batch_size=MICRO, parallel=how
     )

@@ -95,7 +95,7 @@ def puna(folder: Path, new: int, epochs: int, iterations: int) -> list[Seconds]:
     for iteration in range(iterations):
         began = time.perf_counter()
         rollout, numbers, _ = ppo.collect(cfg, models, prompts, iteration)
-        numbers |= ppo.update(cfg, models, optimizer, rollout, iteration, iterations)
+        numbers |= ppo.update(cfg, models, optimizer, rollout, cfg.beta, iteration, iterations)
         seconds = {part: numbers[f"seconds_{part}"] for part in PARTS[:3]}
         seen.append(seconds | {"iteration": time.perf_counter() - began})
     return seen

@@ -67,7 +67,9 @@ def ours(shape: str) -> Step:
     config, batch, length = SHAPES[shape]
     device = parallel.start()
     model = Transformer.without_weights(config)
-    model = parallel.place(model, model.initial_weights(torch.Generator().manual_seed(0)), device, precision="bf16")
+    model = parallel.place(
+        model, model.initial_weights(torch.Generator().manual_seed(0)), parallel.Placement(device, precision="bf16")
+    )
     cfg = PretrainConfig(
         out=Path(), data=(), model=config, seq_len=length, batch_size=batch, micro_batch_size=batch, precision="bf16"
     )

@@ -27,7 +27,7 @@ from puna.formats import huggingface
 from puna.model.reward import RewardModel
 from puna.model.transformer import ModelConfig, Transformer
 from puna.optim import OptimConfig
-from puna.parallel import ParallelConfig
+from puna.parallel import ParallelConfig, Placement
 from puna.stages.dpo import DPOConfig
 from puna.stages.grpo import GRPOConfig
 from puna.stages.ppo import PPOConfig
@@ -85,7 +85,9 @@ def placed(whole: M, cfg: ParallelConfig | None = None, precision: str = "fp32")
     """The same model over the processes there are."""
     weights = {name: parameter.detach().clone() for name, parameter in whole.named_parameters()}
     bare: Any = type(whole).without_weights(whole.config)
-    return parallel.place(bare, iter(weights.items()), parallel.start(cfg=cfg), cfg, precision)  # type: ignore[no-any-return]
+    return parallel.place(
+        bare, iter(weights.items()), Placement(parallel.start(cfg=cfg), cfg or ParallelConfig(), precision)
+    )  # type: ignore[no-any-return]
 
 
 def talker(seed: int = 0, end: float = 0.25) -> Transformer:

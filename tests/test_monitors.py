@@ -93,7 +93,7 @@ def test_a_falling_gold_with_a_falling_reward_is_no_hacking() -> None:
 
 def test_a_sign_begins_once() -> None:
     lines = history(entropy=[2.0] * 10 + [0.1] * 10)
-    begins = [n for n in range(21) if monitors.begun(lines[:n])]
+    begins = [n for n in range(21) if monitors.new_signs(lines[:n])]
     assert len(begins) == 1 and 10 < begins[0] <= 15
     assert monitors.signs(lines)
 
@@ -106,5 +106,5 @@ def test_lines_without_a_number_are_left_out() -> None:
 
 def test_a_gold_score_that_is_no_number_is_left_out() -> None:
     reward, gold = CALM["reward"], CALM["gold"]
-    assert not monitors.gold_parts(history(reward=reward, gold=[float("nan")] * 20))
-    assert not monitors.gold_parts(history(reward=reward, gold=[*gold[:9], *[float("nan")] * 11]))
+    assert not monitors.gold_diverges(history(reward=reward, gold=[float("nan")] * 20))
+    assert not monitors.gold_diverges(history(reward=reward, gold=[*gold[:9], *[float("nan")] * 11]))

@@ -18,7 +18,7 @@ from puna.config import ConfigError
 from puna.generate.weights import whole
 from puna.model import fused
 from puna.model.transformer import Transformer
-from puna.parallel import ParallelConfig
+from puna.parallel import ParallelConfig, Placement
 from tests import helpers
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_placed_weights_are_those_of_one_process() -> None:
     whole.init_weights(torch.Generator().manual_seed(3))
     bare = Transformer.without_weights(config)
     assert bare.norm.weight.is_meta and torch.equal(bare.rotary, whole.rotary)
-    placed = parallel.place(bare, bare.initial_weights(torch.Generator().manual_seed(3)), CPU)
+    placed = parallel.place(bare, bare.initial_weights(torch.Generator().manual_seed(3)), Placement(CPU))
     assert placed.output.weight is placed.tok_embeddings.weight
     for name, weight in whole.state_dict().items():
         assert torch.equal(placed.state_dict()[name], weight), name
@@ -84,7 +84,7 @@ def test_no_weight_may_be_left_out() -> None:
     bare = Transformer.without_weights(helpers.config())
     weights = [pair for pair in bare.initial_weights(torch.Generator()) if pair[0] != "layers.1.attention.wq.weight"]
     with pytest.raises(AssertionError, match=r"no weights for layers\.1\.attention\.wq\.weight"):
-        parallel.place(bare, weights, CPU)
+        parallel.place(bare, weights, Placement(CPU))
 
 
 def step(cfg: ParallelConfig) -> tuple[float, list[torch.Tensor], int]:

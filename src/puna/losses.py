@@ -37,9 +37,10 @@ def token_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) ->
 
 
 def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """`token_logprobs`, and each distribution's entropy in nats without a gradient, from one softmax.
+    """`token_logprobs`, and the entropy in nats of each token's distribution, (N,) each, from one softmax.
 
-    logits (N, V), targets (N,) -> (N,), (N,).
+    logits (N, V), targets (N,). No gradient flows through the entropy. Raises RuntimeError (from torch) where a target
+    is outside the vocabulary.
     """
     logits = logits.float() if temperature == 1 else logits.float() / temperature
     logp = F.log_softmax(logits, dim=-1)  # (N, V)
@@ -49,10 +50,11 @@ def logprobs_and_entropy(logits: Tensor, targets: Tensor, temperature: float = 1
 
 
 def load_balancing_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
-    """E times the sum over experts of f P, a scalar: k where the load is even, E where k experts take all tokens.
+    """The auxiliary loss that balances experts, E sum_e f_e P_e, a scalar.
 
-    probabilities (N, E), chosen (N, k). f is the share of tokens that choose an expert (k choices a token), P its mean
-    probability: Switch's equation 4 (arXiv 2101.03961), as Mixtral counts it. The gradient goes through P alone.
+    It is k where the load is even, E where k experts take it all. probabilities (N, E) are the router's, chosen (N, k)
+    the experts of each token. f_e is the share of tokens that choose expert e, P_e its mean probability: equation 4 of
+    Switch Transformers (arXiv 2101.03961), as Mixtral counts it. The gradient flows through P alone.
     """
     n, experts = probabilities.shape
     f = chosen.flatten().bincount(minlength=experts) / n  # (E,)
@@ -110,7 +112,7 @@ def whiten(x: Tensor, mask: Tensor | None = None, eps: float = 1e-8) -> Tensor:
 
 @dataclass(frozen=True)
 class Moments:
-    """Count, mean and variance of all numbers seen so far, to whiten by."""
+    """Running count, mean and variance of the scores of all batches so far, to whiten with."""
 
     count: float = 0.0
     mean: float = 0.0
@@ -130,21 +132,24 @@ class Moments:
 
 
 def clip(x: Tensor, largest: float) -> Tensor:
-    """x clipped to plus or minus `largest`; x itself where that is 0."""
+    """x clamped to [-largest, largest], any shape; unchanged where `largest` is 0."""
     return x.clamp(-largest, largest) if largest else x
 
 
 NO_MOMENTS = Moments()
-"""Those of no number."""
+"""Before the first batch."""
 
 
 def sequence_kl(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
-    """The estimate of an answer's KL(pi || pi_0), (B,): log pi - log pi_0 summed over its tokens (k1), not clamped."""
+    """The k1 estimate of KL(pi || pi_0) in nats, (B,): log pi - log pi_0 summed over an answer's tokens, not clamped.
+
+    logprobs, reference, mask (B, T).
+    """
     return ((logprobs - reference) * mask).sum(dim=1)
 
 
-def adaptive_beta(beta: float, kl: float, target: float, horizon: int, n: int) -> float:
-    """The KL weight after n answers of mean KL `kl` (Ziegler et al. 2019, 2.2); beta itself where `target` is 0.
+def adaptive_kl_beta(beta: float, kl: float, target: float, horizon: int, n: int) -> float:
+    """The KL weight after n answers of mean KL `kl` (Ziegler et al. 2019, 2.2).
 
     It grows where KL is above the target and shrinks below, by at most a fifth in `horizon` answers.
     """
@@ -201,8 +206,10 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Ten
 
 
 def ratio_stats(logprobs: Tensor, old: Tensor, mask: Tensor, clip: float) -> dict[str, Tensor]:
-    """How far the policy has moved, summed over counted tokens: ratios outside the clip range, and the k3 estimate of
-    KL(old || new), ratio - 1 - log ratio; all (...) -> scalars.
+    """How far the policy has moved since it sampled, summed over counted tokens; all (...) -> scalars.
+
+    "clip_fraction": tokens whose ratio pi / pi_old is outside 1 +- clip. "approximate_kl": ratio - 1 - log ratio, the
+    k3 estimate of KL(pi_old || pi) in nats, finite where the ratio underflows.
     """
     log_ratio = logprobs - old
     return {

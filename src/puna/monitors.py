@@ -30,15 +30,15 @@ REPETITION_RISE = 0.1
 """More of the stretches in an answer are repeated than at first, by this share."""
 ENTROPY_LEFT = 0.3
 """The policy has collapsed where it has less than this share of its first entropy."""
-APART, FEWEST = 0.02, 5
-"""The reward has risen by this where the model that nothing is trained on has fallen by it; by more where there are
-fewer lines than two windows, for their means are noisier, down to so many lines."""
+GOLD_GAP, MIN_LINES = 0.02, 5
+"""The rise of the reward and fall of the gold score that together are a sign, and the fewest lines to judge by. With
+fewer lines than two windows the gap is wider, as their means are noisier."""
 
 
 def repeated_share(tokens: Sequence[int], n: int = NGRAM) -> float:
     """The share of an answer's stretches of n tokens that stood in it before; 0 where it has none."""
-    stretches = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
-    return 1 - len(set(stretches)) / len(stretches) if stretches else 0.0
+    ngrams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
 def signs(history: History) -> dict[str, str]:
@@ -49,13 +49,13 @@ def signs(history: History) -> dict[str, str]:
         "length": length_creeps,
         "repetition": repetition_rises,
         "entropy": entropy_collapses,
-        "gold": gold_parts,
+        "gold": gold_diverges,
     }
     said = {name: check(history) for name, check in checks.items()}
     return {name: sentence for name, sentence in said.items() if sentence}
 
 
-def begun(history: History) -> list[str]:
+def new_signs(history: History) -> list[str]:
     """The sentences of the signs that the last line of a history is the first to show."""
     before = signs(history[:-1])
     return [sentence for name, sentence in signs(history).items() if name not in before]
@@ -74,10 +74,10 @@ def kl_leaps(history: History) -> str:
 
 def kl_is_far(history: History) -> str:
     """Late KL a token; the lines that have both numbers."""
-    both = having(history, "kl", "length")
+    both = lines_with(history, "kl", "length")
     if len(both) < WINDOW:
         return ""
-    kl, length = (ends(series(both, name))[1] for name in ("kl", "length"))
+    kl, length = (early_and_late(series(both, name))[1] for name in ("kl", "length"))
     if kl < KL_FAR * length:
         return ""
     return f"the policy is {kl:.0f} nats an answer of {length:.0f} tokens from its start: raise beta, or stop earlier"
@@ -88,7 +88,7 @@ def length_creeps(history: History) -> str:
     values = series(history, "length")
     if len(values) < 2 * WINDOW:
         return ""
-    early, late = ends(values)
+    early, late = early_and_late(values)
     if late < LENGTH_GROWTH * early or late <= statistics.fmean(values[-2 * WINDOW : -WINDOW]):
         return ""
     return f"answers grow from {early:.0f} to {late:.0f} tokens: the reward may like length, not what is said"
@@ -99,7 +99,7 @@ def repetition_rises(history: History) -> str:
     values = series(history, "repetition")
     if len(values) < 2 * WINDOW:
         return ""
-    early, late = ends(values)
+    early, late = early_and_late(values)
     if late < early + REPETITION_RISE:
         return ""
     return f"answers repeat themselves: {early:.0%} of their stretches of {NGRAM} tokens at first, {late:.0%} now"
@@ -110,21 +110,21 @@ def entropy_collapses(history: History) -> str:
     values = series(history, "entropy")
     if len(values) < 2 * WINDOW:
         return ""
-    early, late = ends(values)
+    early, late = early_and_late(values)
     if late >= ENTROPY_LEFT * early:
         return ""
     return f"entropy falls from {early:.2f} to {late:.2f} nats a token: the policy comes to say one thing only"
 
 
-def gold_parts(history: History) -> str:
+def gold_diverges(history: History) -> str:
     """The training reward against that of the model that nothing is trained on, over the lines that have both."""
-    both = having(history, "reward", "gold")
-    if len(both) < FEWEST:
+    both = lines_with(history, "reward", "gold")
+    if len(both) < MIN_LINES:
         return ""
     window = min(WINDOW, len(both) // 2)
-    (early, late), (gold_early, gold_late) = (ends(series(both, name), window) for name in ("reward", "gold"))
-    apart = APART * WINDOW / window
-    if late < early + apart or gold_late > gold_early - apart:
+    (early, late), (gold_early, gold_late) = (early_and_late(series(both, name), window) for name in ("reward", "gold"))
+    gap = GOLD_GAP * WINDOW / window
+    if late < early + gap or gold_late > gold_early - gap:
         return ""
     return (
         f"the reward rises from {early:.2f} to {late:.2f}, the held-out reward model falls from {gold_early:.2f} to "
@@ -132,7 +132,7 @@ def gold_parts(history: History) -> str:
     )
 
 
-def having(history: History, *names: str) -> History:
+def lines_with(history: History, *names: str) -> History:
     """The lines that have a finite value of each."""
     return [line for line in history if all(series([line], name) for name in names)]
 
@@ -142,6 +142,6 @@ def series(history: History, name: str) -> list[float]:
     return [line[name] for line in history if line.get(name) is not None and math.isfinite(line[name])]
 
 
-def ends(values: Sequence[float], window: int = WINDOW) -> tuple[float, float]:
+def early_and_late(values: Sequence[float], window: int = WINDOW) -> tuple[float, float]:
     """The means of the first and of the last window."""
     return statistics.fmean(values[:window]), statistics.fmean(values[-window:])

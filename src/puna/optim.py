@@ -29,8 +29,8 @@ class OptimConfig:
     final_lr_ratio: float = 0.1
     """cosine ends at this share of the peak (paper: 10 %)."""
     warmup_steps: int = 2000
-    """steps of linear warm-up (paper, pretraining: 2,000), never more than a tenth of the run; reward models have
-    their own."""
+    """linear warm-up (paper 2.2: 2,000 of about 480,000 steps); at most a tenth of the run or 5 steps, whichever is
+    more (of a run under 20 steps a quarter)."""
 
     def __post_init__(self) -> None:
         config.positive(self, "eps", "clip")

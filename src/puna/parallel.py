@@ -274,20 +274,22 @@ def spread(work: Callable[[int, Sequence[T]], Sequence[R]], items: Sequence[T], 
 # A model over the ranks ----------------------------------------------------------------------------------------------
 
 
-def place(
-    model: M,
-    weights: Iterable[tuple[str, Tensor]],
-    device: torch.device,
-    cfg: ParallelConfig | None = None,
-    precision: str = "fp32",
-) -> M:
+class Placement(NamedTuple):
+    """Where `place` puts a model, how the ranks share it, and what it computes in."""
+
+    device: torch.device
+    cfg: ParallelConfig = ParallelConfig()
+    precision: str = "fp32"
+
+
+def place(model: M, weights: Iterable[tuple[str, Tensor]], placement: Placement) -> M:
     """A model made on the meta device, put on this process's device with its part of the weights.
 
     `weights` are whole and come one by one, so that no rank ever holds more than its part and one of them. With
     "bf16" a sharded model computes in bfloat16, over float32 weights and reductions; one process has `autocast`.
     ConfigError where the model's shape does not divide by `cfg.tensor`.
     """
-    cfg = cfg or ParallelConfig()
+    device, cfg, precision = placement
     buffers = dict(model.named_buffers())
     if _mesh is not None and cfg.tensor > 1:
         _cut_matrices(model, _mesh["tensor"], cfg.tensor)
@@ -301,18 +303,6 @@ def place(
         model.get_buffer(name).copy_(buffer)
     _fill(model, weights)
     return model
-
-
-class Placement(NamedTuple):
-    """How all models of a run are placed."""
-
-    device: torch.device
-    cfg: ParallelConfig | None = None
-    precision: str = "fp32"
-
-    def place(self, model: M, weights: Iterable[tuple[str, Tensor]]) -> M:
-        """`place` of a model and its weights."""
-        return place(model, weights, *self)
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stopping(real: Any) -> Any:
     def update(*arguments: Any) -> Any:
-        if arguments[4] == 2:
+        if arguments[5] == 2:
             raise Stopped
         return real(*arguments)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from puna import losses, optim, parallel
 from puna.config import ConfigError
-from puna.data import loader, shards
+from puna.data import loader, rollouts, shards
 from puna.generate import actor_critic
 from puna.generate.actor_critic import Models
 from puna.model.reward import RewardModel, ValueHead
@@ -57,7 +57,7 @@ def test_h_a_head_of_zeros_values_everything_at_0(cfg: PPOConfig, kind: Any) -> 
     assert isinstance(models.value, ValueHead if kind == "shared" else RewardModel)
     rollout, _, _ = ppo.collect(cfg, models, helpers.prompts(6), 0)
     assert not rollout.values.any()
-    ppo.update(cfg, models, optimizer_of(cfg, models), rollout, 0, 5)
+    ppo.update(cfg, models, optimizer_of(cfg, models), rollout, cfg.beta, 0, 5)
     assert ppo.collect(cfg, models, helpers.prompts(6), 1)[0].values.any()
 
 
@@ -78,7 +78,7 @@ def test_a_shared_critic_teaches_the_policys_body(cfg: PPOConfig) -> None:
     for coefficient in (0.0, 1.0):
         nothing = torch.zeros_like(rollout.values)  # no advantage: what reaches the body comes from the values
         weighted = replace(cfg, value_coefficient=coefficient)
-        ppo.accumulate(weighted, models, rollout, nothing, rollout.values + 1, list(range(6)))
+        ppo.accumulate(weighted, models, rollout, ppo.Targets(nothing, rollout.values + 1), list(range(6)))
         grad = models.policy.layers[0].attention.wq.weight.grad  # type: ignore[union-attr]
         assert isinstance(grad, Tensor)
         grads.append(float(grad.abs().max()))
@@ -103,7 +103,7 @@ def test_t_a_shared_critics_warm_up_leaves_the_body(cfg: PPOConfig) -> None:
     models = moved(cfg)
     before = {name: x.clone() for name, x in models.policy.state_dict().items()}
     rollout, _, _ = ppo.collect(cfg, models, helpers.prompts(6), 0)
-    ppo.update(cfg, models, optimizer_of(cfg, models), rollout, 0, 5)
+    ppo.update(cfg, models, optimizer_of(cfg, models), rollout, cfg.beta, 0, 5)
     assert all(torch.equal(x, before[name]) for name, x in models.policy.state_dict().items())
     assert models.value.score.weight.any()
 
@@ -115,7 +115,7 @@ def test_r_kl_in_one_sum_is_on_the_score(cfg: PPOConfig) -> None:
     cfg = replace(cfg, kl="sequence", beta=0.3)
     models, told = moved(cfg), {}
     rollout, _, _ = ppo.collect(cfg, models, helpers.prompts(8), 0)
-    ppo.advantages_and_returns(cfg, rollout, lambda **tensors: told.update(tensors))
+    ppo.advantages_and_returns(cfg, rollout, cfg.beta, lambda **tensors: told.update(tensors))
     kl = losses.sequence_kl(rollout.logprobs, rollout.reference_logprobs, rollout.action_mask)
     assert kl.abs().max() > 1e-3
     for row, rewards in enumerate(told["rewards"]):
@@ -124,8 +124,8 @@ def test_r_kl_in_one_sum_is_on_the_score(cfg: PPOConfig) -> None:
         assert float(rewards[last]) == pytest.approx(float(rollout.scores[row] - 0.3 * kl[row]), abs=1e-6)
 
 
-def test_s_an_adaptive_beta_follows_kl(cfg: PPOConfig, tmp_path: Path) -> None:
-    cfg = replace(cfg, out=tmp_path, kl_target=0.5, kl_horizon=80)
+def test_s_an_adapted_beta_follows_kl(cfg: PPOConfig, tmp_path: Path) -> None:
+    cfg = replace(cfg, out=tmp_path, kl_target=0.5, kl_horizon=80, dump=tmp_path / "dump", dump_iteration=2)
     ppo.run(cfg)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     beta = 0.01
@@ -133,6 +133,8 @@ def test_s_an_adaptive_beta_follows_kl(cfg: PPOConfig, tmp_path: Path) -> None:
         assert line["beta"] == beta
         beta *= 1 + min(max(line["kl"] / 0.5 - 1, -0.2), 0.2) * 8 / 80
     assert len({line["beta"] for line in lines}) == 5
+    facts = rollouts.read(tmp_path / "dump").facts
+    assert (facts["beta"], facts["beta_after"]) == (lines[2]["beta"], lines[3]["beta"]), "that of the dumped rewards"
 
 
 # Scores and advantages
@@ -169,8 +171,8 @@ def test_u_clips_stop_at_their_size(cfg: PPOConfig) -> None:
     assert 0 < int(rollout.finished.sum()) < 24
     close(rollout.scores[rollout.finished].abs().max(), torch.tensor(0.5))
     close(rollout.scores[~rollout.finished].min(), torch.tensor(-3.5))  # the penalty comes after the clip
-    advantages, _ = ppo.advantages_and_returns(cfg, rollout)
-    free, _ = ppo.advantages_and_returns(replace(cfg, advantage_clip=0.0), rollout)
+    advantages, _ = ppo.advantages_and_returns(cfg, rollout, cfg.beta)
+    free, _ = ppo.advantages_and_returns(replace(cfg, advantage_clip=0.0), rollout, cfg.beta)
     assert float(free.abs().max()) > 0.7
     close(advantages, free.clamp(-0.7, 0.7))
 
@@ -222,7 +224,16 @@ def test_every_gradient_step_has_windows_of_its_own(
     models, shard = ppo.load(cfg, CPU), shards.read_shard(text, helpers.tokenizer())
     rollout, _, _ = ppo.collect(cfg, models, helpers.prompts(7), 0)
     for iteration in range(3):  # two mini-batches, twice; none in the warm-up
-        ppo.update(cfg, models, optimizer_of(cfg, models), rollout, iteration, 3, text=shard)
+        ppo.update(
+            cfg,
+            models,
+            optimizer_of(cfg, models),
+            rollout,
+            cfg.beta,
+            iteration,
+            3,
+            text=shard,
+        )
     assert asked == list(range(4, 12))
 
 
@@ -290,7 +301,7 @@ def test_z_every_choice_resumes_bit_for_bit(
     real, found = ppo.update, []
 
     def update(*arguments: Any) -> Any:
-        if arguments[4] == kill and not found:
+        if arguments[5] == kill and not found:
             found.append(1)
             raise Killed
         return real(*arguments)

@@ -65,14 +65,14 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
 
 
-def advantages_of(cfg: PPOConfig, rollout: Rollout) -> tuple[Tensor, Tensor]:
+def advantages_of(cfg: PPOConfig, rollout: Rollout) -> ppo.Targets:
     rewards = losses.token_rewards(
         rollout.scores, rollout.logprobs, rollout.reference_logprobs, rollout.action_mask, cfg.beta
     )
     advantages, returns = losses.generalized_advantages(
         rewards, rollout.values, rollout.action_mask, cfg.gamma, cfg.lam
     )
-    return losses.whiten(advantages, rollout.action_mask), returns
+    return ppo.Targets(losses.whiten(advantages, rollout.action_mask), returns)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -107,7 +107,7 @@ def test_b_ratio_is_one_on_the_first_minibatch(cfg: PPOConfig, models: Models, m
             replace(cfg, micro_batch_tokens=micro_batch_tokens),
             models,
             rollout,
-            *advantages_of(cfg, rollout),
+            advantages_of(cfg, rollout),
             members=[5, 0, 3, 6],
         )
     assert len(largest) > 2 and max(largest) < 1e-5
@@ -172,12 +172,20 @@ def test_l_advantages_are_whitened_over_counted_tokens(
 ) -> None:
     rollout, given = rolled_out(cfg, models), []
 
-    def spy(cfg: PPOConfig, models: Models, rollout: Rollout, *advantages_and_returns: Any) -> dict[str, float]:
-        given.append(advantages_and_returns[:2])
+    def spy(cfg: PPOConfig, models: Models, rollout: Rollout, targets: ppo.Targets, *rest: Any) -> dict[str, float]:
+        given.append(targets)
         return {}
 
     monkeypatch.setattr(ppo, "accumulate", spy)
-    ppo.update(cfg, models, optim.adamw(cfg.optim, optim.groups(models.policy, cfg.optim)), rollout, 0, 1)
+    ppo.update(
+        cfg,
+        models,
+        optim.adamw(cfg.optim, optim.groups(models.policy, cfg.optim)),
+        rollout,
+        cfg.beta,
+        0,
+        1,
+    )
     assert len(given) == 2, "two mini-batches of one whitening"
     mask, (advantages, returns) = rollout.action_mask, given[0]
     assert float(advantages[mask].mean()) == pytest.approx(0, abs=1e-5)
@@ -207,8 +215,8 @@ def test_n_losses_are_clipped_and_the_values_halved(cfg: PPOConfig, models: Mode
     rollout = rolled_out(cfg, models)
     perturb(models.policy, 0.05)
     perturb(models.value, 0.05)
-    advantages, returns = advantages_of(cfg, rollout)
-    numbers = ppo.accumulate(cfg, models, rollout, advantages, returns, list(range(8)))
+    targets = advantages, returns = advantages_of(cfg, rollout)
+    numbers = ppo.accumulate(cfg, models, rollout, targets, list(range(8)))
     expected = dict.fromkeys(("policy_loss", "value_loss", "clip_fraction", "approximate_kl", "entropy"), 0.0)
     with torch.no_grad():
         logp, values = models.policy(rollout.tokens).log_softmax(-1), models.value.values(rollout.tokens)
@@ -233,7 +241,7 @@ def test_o_tokens_weigh_the_same_however_a_minibatch_is_cut(cfg: PPOConfig, mode
     taken = []
     for micro_batch_tokens in (1, 80, 10**6):
         part = replace(cfg, micro_batch_tokens=micro_batch_tokens)
-        numbers = ppo.accumulate(part, models, rollout, *advantages_of(cfg, rollout), list(range(8)))
+        numbers = ppo.accumulate(part, models, rollout, advantages_of(cfg, rollout), list(range(8)))
         taken.append((gradients(models.policy, models.value), numbers))
     for grads, numbers in taken[1:]:
         assert numbers == pytest.approx(taken[0][1], rel=1e-5, abs=1e-6)
@@ -307,7 +315,7 @@ def test_t_critic_warm_up_leaves_the_policy(cfg: PPOConfig, models: Models) -> N
 
     for iteration in range(3):
         policy, value = weights()
-        ppo.update(cfg, models, optimizer, rolled_out(cfg, models), iteration, 3)
+        ppo.update(cfg, models, optimizer, rolled_out(cfg, models), cfg.beta, iteration, 3)
         assert torch.equal(weights()[0], policy) == (iteration < 2)
         assert not torch.equal(weights()[1], value)
 
@@ -357,8 +365,8 @@ def test_w_tokens_are_never_tokenised_again(cfg: PPOConfig, models: Models, monk
 def test_x_numbers_count_action_tokens_alone(cfg: PPOConfig, models: Models) -> None:
     rollout = rolled_out(cfg, models)
     perturb(models.policy)
-    advantages, returns = advantages_of(cfg, rollout)
-    expected = ppo.accumulate(cfg, models, rollout, advantages, returns, list(range(8)))
+    targets = advantages_of(cfg, rollout)
+    expected = ppo.accumulate(cfg, models, rollout, targets, list(range(8)))
     expected_gradients = gradients(models.policy, models.value)
 
     def soiled(x: Tensor) -> Tensor:
@@ -372,8 +380,8 @@ def test_x_numbers_count_action_tokens_alone(cfg: PPOConfig, models: Models) -> 
         rollout.scores,
         rollout.finished,
     )
-    actual = ppo.accumulate(cfg, models, dirty, soiled(advantages), soiled(returns), list(range(8)))
+    actual = ppo.accumulate(cfg, models, dirty, ppo.Targets(*map(soiled, targets)), list(range(8)))
     assert actual == pytest.approx(expected, rel=1e-5)
     for one, other in zip(gradients(models.policy, models.value), expected_gradients, strict=True):
         close(one, other, 1e-6)
-    close(advantages_of(cfg, dirty)[0][:, :-4], advantages)
+    close(advantages_of(cfg, dirty).advantages[:, :-4], targets.advantages)

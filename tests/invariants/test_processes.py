@@ -19,7 +19,7 @@ from puna import checkpoint, parallel
 from puna.config import ConfigError
 from puna.data import shards
 from puna.formats import huggingface
-from puna.generate.held_out import kept_policy
+from puna.generate.held_out import policy_path
 from puna.optim import OptimConfig
 from puna.parallel import ParallelConfig
 from puna.run_folder import read_metrics
@@ -160,7 +160,7 @@ def killed(run: Path, copy: Path) -> None:
     """A copy of a run whose stages are as if they had been killed after the first of their checkpoints."""
     shutil.copytree(run, copy)
     best = json.loads((copy / "ppo/done/ppo.json").read_text())["best_iteration"]
-    shutil.copytree(copy / "ppo/model", kept_policy(copy / "ppo", best))
+    shutil.copytree(copy / "ppo/model", policy_path(copy / "ppo", best))
     for stage in list(STAGES)[:4]:
         shutil.rmtree(copy / stage / "model")
         (copy / stage / f"done/{stage}.json").unlink()

@@ -224,7 +224,7 @@ def test_a_whole_iteration(temperature: float, tmp_path: Path) -> None:
     orders = [np.random.default_rng((cfg.seed, 3, epoch)).permutation(10).tolist() for epoch in range(2)]
     plain_iteration(cfg, policy, critic, models.reference, answers, scores, orders)
     groups = [optim.groups(model, cfg.optim) for model in (models.policy, models.value)]
-    numbers = ppo.update(cfg, models, optim.adamw(cfg.optim, *groups), rollout, 3, 5)
+    numbers = ppo.update(cfg, models, optim.adamw(cfg.optim, *groups), rollout, cfg.beta, 3, 5)
     assert 0 < numbers["clip_fraction"] < 1 and numbers["grad_norm"] > 1, "clipping plays its part"
     for expected, actual in ((policy, models.policy), (critic, models.value)):
         weights = actual.state_dict()

@@ -96,7 +96,7 @@ def test_ranks_send_each_other_their_own_rows_alone(tmp_path: Path) -> None:
     cfg = helpers.grpo_config(tmp_path)
     models = grpo.load(cfg, CPU)
     rollout, _ = grpo.collect(cfg, models, helpers.prompts(2), 0)
-    for row in grpo.read_rows(cfg, models, rollout.tokens, rollout.action_mask, range(8)):
+    for row in grpo.old_and_reference_logprobs(cfg, models, rollout.tokens, rollout.action_mask, range(8)):
         assert row.untyped_storage().nbytes() == row.numel() * row.element_size(), "pickled with its storage"
 
 

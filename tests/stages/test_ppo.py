@@ -224,7 +224,7 @@ def interrupted_at(last: int) -> Any:
     real = ppo.update
 
     def update(*arguments: Any) -> Any:
-        if arguments[4] == last:
+        if arguments[5] == last:
             raise KeyboardInterrupt
         return real(*arguments)
 
@@ -249,7 +249,7 @@ def test_no_mini_batch_is_far_smaller_than_the_others(tmp_path: Path, monkeypatc
     sizes, real = [], ppo.accumulate
 
     def spy(*arguments: Any) -> Any:
-        sizes.append(len(arguments[5]))
+        sizes.append(len(arguments[4]))
         return real(*arguments)
 
     monkeypatch.setattr(ppo, "accumulate", spy)
@@ -263,7 +263,7 @@ def test_logits_are_made_for_actions_alone() -> None:
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     logits = actor_critic.action_logits(policy, tokens, mask)
     assert logits.shape == (6, helpers.VOCAB), "six actions"
-    logprobs = actor_critic.at_places(losses.token_logprobs(logits, tokens[:, 1:][mask], 0.8), mask)
+    logprobs = actor_critic.scatter(losses.token_logprobs(logits, tokens[:, 1:][mask], 0.8), mask)
     expected = (policy(tokens)[:, :-1] / 0.8).log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
     torch.testing.assert_close(logprobs, expected * mask, rtol=0, atol=1e-5)
     assert not logprobs[~mask].any()
@@ -276,7 +276,7 @@ def test_the_reference_and_the_reward_models_stay(tmp_path: Path) -> None:
     before = [[p.clone() for p in model.parameters()] for model in frozen]
     optimizer = ppo.optim.adamw(cfg.optim, *(ppo.optim.groups(m, cfg.optim) for m in (models.policy, models.value)))
     rollout, _, _ = ppo.collect(cfg, models, helpers.prompts(8), 0)
-    ppo.update(cfg, models, optimizer, rollout, 0, 5)
+    ppo.update(cfg, models, optimizer, rollout, cfg.beta, 0, 5)
     for model, weights in zip(frozen, before, strict=True):
         assert all(torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
         assert all(p.grad is None for p in model.parameters())
@@ -375,7 +375,7 @@ def test_settings_that_cannot_be_meant_are_refused(changes: dict[str, Any], said
 def test_text_without_a_window_is_refused(tmp_path: Path) -> None:
     cfg = helpers.ppo_config(tmp_path, pretrain_data=tmp_path / "text", pretrain_coefficient=1.0)
     with pytest.raises(ConfigError, match="no token shard"):
-        ppo.read_text(cfg, helpers.tokenizer())
+        ppo.run(cfg)
 
 
 def test_a_reward_model_of_a_shorter_context_is_refused(tmp_path: Path) -> None:

@@ -41,5 +41,5 @@ def sizes(n: int) -> list[int]:
 
 
 def kl(n: int) -> float:
-    """How far the best of n answers is from one, in nats: log n - (n - 1) / n, of which it is at most so much."""
+    """An upper bound in nats on KL(best of n || one answer): log n - (n - 1) / n (Stiennon et al. 2020)."""
     return math.log(n) - (n - 1) / n

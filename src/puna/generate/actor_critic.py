@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from puna import losses, parallel
 from puna.config import ConfigError
-from puna.data import packing, rollouts
+from puna.data import packing, rollouts, shards
 from puna.data.prompts import Prompt
 from puna.data.rollouts import Record
+from puna.data.shards import Shard
 from puna.formats import huggingface
 from puna.generate.engine import LocalEngine
 from puna.generate.scoring import Judges, Scorer
+from puna.generate.vllm import VLLMEngine
 from puna.generate.weights import pack, whole
 from puna.model.reward import RewardModel, ValueHead
 from puna.model.transformer import Transformer
-from puna.parallel import ParallelConfig, Placement
+from puna.parallel import Placement
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
 from puna.types import Completion, Engine
@@ -55,58 +57,50 @@ class Models:
         return nn.ModuleDict({"policy": self.policy, "value": self.value})
 
 
-def load(
-    init: Path,
-    rewards: tuple[Path, Path, Path | None],
-    kind: Critic,
-    precision: str,
-    device: torch.device,
-    cfg: ParallelConfig | None = None,
-) -> Models:
+def load(init: Path, rewards: tuple[Path, Path, Path | None], kind: Critic, placement: Placement) -> Models:
     """Policy and reference at `init`, the critic, and the frozen reward models: helpfulness, safety, perhaps gold.
 
     ConfigError where a reward model cannot read what the policy writes, or
     several processes are to share a critic that shares the policy's body.
     """
     tokenizer = huggingface.load_tokenizer(init)
-    how = Placement(device, cfg, precision)
-    helpfulness, safety, gold = (scorer(path, init, tokenizer, how) if path else None for path in rewards)
+    helpfulness, safety, gold = (scorer(path, init, tokenizer, placement) if path else None for path in rewards)
     assert helpfulness and safety
-    policy = how.place(*huggingface.open_model(init))
+    policy = parallel.place(*huggingface.open_model(init), placement)
     return Models(
         policy=policy,
-        value=critic(kind, init, rewards[0], how),
-        reference=how.place(*huggingface.open_model(init)).eval().requires_grad_(False),
+        value=critic(kind, init, rewards[0], placement),
+        reference=parallel.place(*huggingface.open_model(init), placement).eval().requires_grad_(False),
         helpfulness=helpfulness,
         safety=safety,
         engine=LocalEngine(policy, tokenizer),
         tokenizer=tokenizer,
-        device=device,
-        precision=precision,
+        device=placement.device,
+        precision=placement.precision,
         gold=gold,
     )
 
 
-def scorer(path: Path, init: Path, tokenizer: Tokenizer, how: Placement) -> Scorer:
+def scorer(path: Path, init: Path, tokenizer: Tokenizer, placement: Placement) -> Scorer:
     """A frozen reward model that judges the policy at `init`.
 
     ConfigError where it cannot read what the policy writes.
     """
     huggingface.check_alike(path, tokenizer, huggingface.read_config(init).max_seq_len)
-    model = how.place(*huggingface.open_reward_model(path)).requires_grad_(False)
-    return Scorer(model, tokenizer, precision=how.precision)
+    model = parallel.place(*huggingface.open_reward_model(path), placement).requires_grad_(False)
+    return Scorer(model, tokenizer, precision=placement.precision)
 
 
-def critic(kind: Critic, init: Path, reward: Path, how: Placement) -> RewardModel | ValueHead:
-    """The value function that a policy at `init` begins with."""
+def critic(kind: Critic, init: Path, reward: Path, placement: Placement) -> RewardModel | ValueHead:
+    """The value function that a policy at `init` begins with. ConfigError where several processes are to share one."""
     if kind == "reward":
-        return how.place(*huggingface.open_reward_model(reward))
+        return parallel.place(*huggingface.open_reward_model(reward), placement)
     dim = huggingface.read_config(init).dim
     if kind == "zero_head":
-        return how.place(*huggingface.open_body(init, torch.zeros(1, dim)))
+        return parallel.place(*huggingface.open_body(init, torch.zeros(1, dim)), placement)
     if parallel.world_size() > 1:
         raise ConfigError("critic 'shared' runs on one process: use another, or start without torchrun")
-    return ValueHead(dim).to(how.device)
+    return ValueHead(dim).to(placement.device)
 
 
 # Answers and their scores ---------------------------------------------------------------------------------------------
@@ -122,9 +116,20 @@ class Sampled(NamedTuple):
 
 
 def sample(
-    models: Models, prompts: Sequence[Prompt], seed: int, max_new_tokens: int, temperature: float, threshold: float
+    models: Models,
+    prompts: Sequence[Prompt],
+    seed: int,
+    max_new_tokens: int,
+    temperature: float,
+    threshold: float,
+    precision: str,
 ) -> Sampled:
-    """One answer of the engine to each prompt, from the whole distribution, and its scores."""
+    """One answer of the policy to each prompt, from the whole distribution, and its scores.
+
+    `precision` ("fp32", "bf16") is that of the weights that a LocalEngine samples with.
+    """
+    served = isinstance(models.engine, VLLMEngine)  # which takes a sharded policy without gathering it here
+    models.engine.update_weights(models.policy if served else sampler(models.policy, precision, models.device))
     began = time.perf_counter()
     prompt_ids = [chat.encode_prompt(prompt["messages"], models.tokenizer) for prompt in prompts]
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -187,7 +192,7 @@ def action_logits(model: Transformer, tokens: Tensor, mask: Tensor, precision: s
         return model(tokens, only=F.pad(mask, (0, 1)))  # type: ignore[no-any-return]
 
 
-def at_places(x: Tensor, mask: Tensor) -> Tensor:
+def scatter(x: Tensor, mask: Tensor) -> Tensor:
     """N numbers at their places among (B, T - 1), 0 elsewhere."""
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, x)
 
@@ -195,10 +200,10 @@ def at_places(x: Tensor, mask: Tensor) -> Tensor:
 def action_logprobs(model: Transformer, tokens: Tensor, mask: Tensor, temperature: float, precision: str) -> Tensor:
     """log pi of every action at its place, (B, T - 1), with its gradient; tokens (B, T), mask (B, T - 1)."""
     logits = action_logits(model, tokens, mask, precision)
-    return at_places(losses.token_logprobs(logits, tokens[:, 1:][mask], temperature), mask)
+    return scatter(losses.token_logprobs(logits, tokens[:, 1:][mask], temperature), mask)
 
 
-def read_rollout(
+def logprobs_and_values(
     models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_tokens: int, record: Record
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Before any training: log pi and log pi_0 of every action, and the values, (B, T - 1) each, on the CPU.
@@ -209,16 +214,18 @@ def read_rollout(
 
     def read(first: int, rows: Sequence[int]) -> Sequence[Tensor]:
         part = list(rows)
-        found = _read(models, tokens[part], mask[part], temperature, max_tokens, record)
-        return [row.clone() for row in found.unbind(1)]  # a view would be sent with all that it is a view of
+        read = _logprobs_and_values(models, tokens[part], mask[part], temperature, max_tokens, record)
+        return [row.clone() for row in read.unbind(1)]  # a view is gathered with all that it is a view of
 
     logprobs, reference, values = torch.stack(parallel.spread(read, range(len(tokens))), dim=1)
     return logprobs, reference, values
 
 
 @torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
-def _read(models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_tokens: int, record: Record) -> Tensor:
-    """What `read_rollout` finds of this rank's rows, (3, B, T - 1)."""
+def _logprobs_and_values(
+    models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_tokens: int, record: Record
+) -> Tensor:
+    """What `logprobs_and_values` finds of this rank's rows, (3, B, T - 1)."""
     lengths = packing.acted_lengths(mask)
     logprobs, reference, values = (torch.zeros(mask.shape) for _ in range(3))
     for members in packing.passes(lengths, max_tokens):
@@ -226,9 +233,9 @@ def _read(models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_
         part, acted = tokens[members, :end].to(models.device), mask[members, : end - 1].to(models.device)
         logits, value = forward(models, part, acted)
         of_reference = action_logits(models.reference, part, acted, models.precision)
-        for told, x in ((logprobs, logits), (reference, of_reference)):
+        for out, x in ((logprobs, logits), (reference, of_reference)):
             of_actions = losses.token_logprobs(x, part[:, 1:][acted], temperature)
-            told[members, : end - 1] = at_places(of_actions, acted).cpu()
+            out[members, : end - 1] = scatter(of_actions, acted).cpu()
         values[members, : end - 1] = value.cpu()
         if record is not rollouts.ignore:
             record(logits=logits[: rollouts.SHOWN], logits_at=rollouts.places(members, acted)[: rollouts.SHOWN])
@@ -236,7 +243,7 @@ def _read(models: Models, tokens: Tensor, mask: Tensor, temperature: float, max_
 
 
 @torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
-def read_alone(models: Models, tokens: Tensor, mask: Tensor, temperature: float, record: Record) -> None:
+def record_unpadded(models: Models, tokens: Tensor, mask: Tensor, temperature: float, record: Record) -> None:
     """Record what a dump is checked against: a few rows read without pads, and the reward model's score of each state.
 
     tokens (B, T), mask (B, T - 1).
@@ -251,6 +258,16 @@ def read_alone(models: Models, tokens: Tensor, mask: Tensor, temperature: float,
             scores = models.helpfulness.model.values(part)  # (1, T)
         record(alone_at=rollouts.places([row], acted), alone_rewards=scores[:, :-1][acted], alone_score=scores[:, -1])
         record(alone_logprobs=losses.token_logprobs(logits, part[:, 1:][acted], temperature))
+
+
+def read_text(path: Path, models: Models, seq_len: int) -> Shard:
+    """The token shard of PPO-ptx. ConfigError where it, or the model's context, is shorter than a window."""
+    text, context = shards.read_sound(path, models.tokenizer), models.policy.config.max_seq_len
+    if seq_len > min(context, len(text.tokens) - 1):
+        raise ConfigError(
+            f"pretrain_seq_len is {seq_len}: {path} has {len(text.tokens)} tokens, the model's context {context}"
+        )
+    return text
 
 
 def accumulate_text(models: Models, inputs: Tensor, targets: Tensor, coefficient: float, max_tokens: int) -> float:

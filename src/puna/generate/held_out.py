@@ -28,12 +28,12 @@ class Best(NamedTuple):
     reward: float = -math.inf
 
 
-def kept_policy(folder: Path, iteration: int) -> Path:
+def policy_path(folder: Path, iteration: int) -> Path:
     """Where the policy of a measurement that was the best is kept: a killed run may need the one before it."""
     return folder / "best" / f"{iteration:04d}"
 
 
-def keep_answers(
+def save_answers(
     prompts: Sequence[dict[str, Any]], completions: Sequence[Completion], rewards: Tensor, path: Path
 ) -> None:
     """Write the answers to P prompts and their rewards (P,), a line each, for later judges; of all ranks one does."""
@@ -46,14 +46,14 @@ def keep_answers(
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def keep_policy(
+def save_policy(
     policy: Transformer, tokenizer: Tokenizer, folder: Path, iteration: int, provenance: dict[str, Any]
 ) -> None:
     """Save the policy of a measurement that is the best so far; all ranks call this.
 
     Earlier ones stay as far as a run that is killed may go back to them: to its oldest checkpoint.
     """
-    path = kept_policy(folder, iteration)
+    path = policy_path(folder, iteration)
     huggingface.save_model(policy, tokenizer, path, provenance=provenance | {"iteration": iteration})
     if parallel.is_main():
         oldest = min(checkpoint.steps(folder / "checkpoints"), default=0)
@@ -77,7 +77,7 @@ def publish(folder: RunFolder, stage: str, best: Best, *, left_out: int) -> None
         raise DataError("no held-out measurement gave a number: the reward models' scores are not finite")
     if parallel.is_main():
         with folders.replacing(folder.path / "model") as model:
-            shutil.copytree(kept_policy(folder.path, best.iteration), model, dirs_exist_ok=True)
+            shutil.copytree(policy_path(folder.path, best.iteration), model, dirs_exist_ok=True)
         folder.mark_done(stage, best_iteration=best.iteration, held_out_reward=best.reward, left_out=left_out)
         shutil.rmtree(folder.path / "best")
     parallel.barrier()

@@ -260,9 +260,10 @@ class DecodePass:
     def _lone_blocks(
         self, ids: Ids, rows: Ids, filled: Ids, parts: Ids, which: NDArray[np.bool_]
     ) -> tuple[Tensor | int, Tensor, Tensor]:
-        """Blocks that one row reads: which (a number: the first so many), their rows and their masks.
+        """The blocks that one row alone reads: their ids, the row that reads each, and its mask.
 
-        Where they fill most of the cache's beginning it is read as it lies, for a selection would copy it.
+        Where they make up at least half of the cache's first n blocks, the ids are the number n instead: all of those
+        are read in place, for a selection would copy them.
         """
         high = int(ids.max()) + 1 if len(ids) else 0
         if len(ids) * 2 >= high:

@@ -32,7 +32,7 @@ PREFILL_TOKENS = 2048
 """Tokens, padding included, of one prefill pass: enough to fill the cores, little enough to wait for."""
 
 PAST_TOKENS = 16384
-"""Tokens, padding included, that a prefill pass of several prompts may have behind it: they are copied for it."""
+"""Cached tokens, padding included, that the prompts of one prefill pass may attend to: the pass copies them."""
 
 Watch = Callable[[Answer, Token, str], None]
 """Told of a drawn token: its answer, the token, and the text that it makes certain."""
@@ -44,7 +44,9 @@ def shape(model: Transformer) -> ModelConfig:
 
 
 def tokens_of(config: ModelConfig, sequences: int) -> int:
-    """Of a cache that is never full: the model's context, a prompt's last block and its copy for each sequence."""
+    """Tokens of a cache that so many sequences cannot fill: for each, the model's context, and two blocks more for a
+    prompt's last block and its copy.
+    """
     return sequences * BLOCK * (blocks_of(config.max_seq_len) + 2)
 
 

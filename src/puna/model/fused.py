@@ -24,7 +24,11 @@ ROWS = 64  # of the kernel's: those whose part of a norm's gradient is summed ap
 
 
 def attends(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attend` runs, and pays: a thread takes a row's key head, and bfloat16 needs products of them."""
+    """Whether `attend` can run on these tensors, and is faster than torch's attention.
+
+    It is for few keys and at least as many (row, key head) pairs as threads, each of which takes one pair; in bfloat16
+    only where the processor multiplies it. q (B, H, T, E), k and v (B, K, S, E).
+    """
     pays = k.shape[2] <= SHORT and len(k) * k.shape[1] >= torch.get_num_threads()
     return pays and kernels.runs(q, k, v) and (q.dtype == torch.float32 or _multiplies_bf16())
 

@@ -21,7 +21,8 @@ from puna.model import fused
 CHUNK = 512
 """Tokens whose logits exist at once: with 1024 an update holds a ninth more, at the same speed (docs/log.md)."""
 LARGE = 2**20
-"""Logits of a forward pass from which on chunks are faster with compiled passes; elsewhere they save memory."""
+"""Logits (N x V) of a forward pass from which on `chunked_loss` is used: then it is faster where the kernels are
+compiled, and elsewhere saves memory."""
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

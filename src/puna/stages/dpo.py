@@ -6,8 +6,8 @@
 3. Measure on held-out comparisons how often beta (log pi - log pi_ref), the reward that the policy stands for, is
    higher for the chosen answer.
 
-What both answers begin with cancels in the loss and is left out of every number. Ours: AdamW in place of RMSprop; both
-models read a batch one after the other, so that the reference is never stored.
+Tokens that both answers begin with cancel in the loss, and are left out of every sum. Ours: AdamW in place of RMSprop;
+the reference's log-probabilities are computed batch by batch beside the policy's, not once ahead and stored.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from puna.data import comparisons, loader, packing, readers
 from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.model.transformer import Transformer
+from puna.parallel import Placement
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
 from puna.text.tokenizer import Tokenizer
 
@@ -75,7 +76,7 @@ class DPOConfig:
     """bf16: matrix products in bfloat16 over float32 weights."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 50
-    """steps between checkpoints; 0 writes one on SIGTERM alone."""
+    """steps between checkpoints, and one after the last; 0 writes one on SIGTERM alone."""
     checkpoints_kept: int = 2
     """the newest ones; older ones are removed."""
     limit: int = 0
@@ -104,9 +105,9 @@ def run(cfg: DPOConfig) -> Path:
             context = huggingface.read_config(cfg.init).max_seq_len
             huggingface.check_alike(cfg.reference, tokenizer, context, huggingface.CAUSAL)
         train, test, counts = prepare(cfg, tokenizer)
-        how = parallel.Placement(device, cfg.parallel, cfg.precision)
-        policy = how.place(*huggingface.open_model(cfg.init))
-        reference = how.place(*huggingface.open_model(cfg.reference or cfg.init)).requires_grad_(False)
+        placement = Placement(device, cfg.parallel, cfg.precision)
+        policy = parallel.place(*huggingface.open_model(cfg.init), placement)
+        reference = parallel.place(*huggingface.open_model(cfg.reference or cfg.init), placement).requires_grad_(False)
         optimizer = optim.adamw(cfg.optim, optim.groups(policy, cfg.optim))
         steps = loader.steps_of_epochs(len(train), cfg.batch_size, cfg.epochs, cfg.seed, parallel.data_size())
         start, _ = checkpoint.resume(folder.path / "checkpoints", policy, optimizer)
@@ -135,7 +136,11 @@ def run(cfg: DPOConfig) -> Path:
 
 
 def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair], dict[str, int]]:
-    """1: the training pairs, shuffled, the held-out ones, and counts: of pairs too long, and `readers.counts`."""
+    """1: the training pairs, shuffled, the held-out ones, and what the done marker says of them.
+
+    "left_out" counts training pairs that are too long, "set_aside" unusable lines, "skipped: REASON" rows without a
+    preference. DataError where no pair is left.
+    """
     read = comparisons.read(cfg.data, cfg.format, tokenizer, cfg.out)
     held = comparisons.read(cfg.test, cfg.format, tokenizer, cfg.out) if cfg.test else ReadResult()
     own, test = read.records, held.records

@@ -1,8 +1,8 @@
 """Ghost Attention (paper 3.3, A.3.5): dialogs in which an instruction given once holds to the end.
 
-1. Take the user's turns of many-turn dialogs, and an instruction for each (two combined now and then; half the time in
-   its short form, "Figure: Napoleon."): the dialog's own, or made of figures, hobbies and languages that the model
-   itself lists, so that it knows them.
+1. Take the user turns of dialogs of many turns, and an instruction for each dialog: its own, or one made of public
+   figures, hobbies and languages that the model itself was asked to list. Some instructions combine two; half are
+   shortened ("Figure: Napoleon.").
 2. Put the instruction on *every* user turn and let the newest model answer turn by turn.
 3. Write the dialog with the instruction on the first turn only, and zero loss on all turns but the last answer.
 
@@ -53,8 +53,8 @@ class GhostAttentionConfig:
     min_turns: int = 2
     """user turns of the shortest cut."""
     invent: tuple[str, ...] = ()
-    """kinds of instructions (keys of KINDS) to make of what the model lists (paper: hobbies and figures); none takes
-    each script's own."""
+    """kinds of instructions (keys of KINDS) made from lists that the model writes (paper: hobbies, figures); empty
+    takes each script's own instruction."""
     invented: int = 32
     """items to keep of a kind's list, and a quarter of the answers asked for it."""
     combined_share: float = 0.25

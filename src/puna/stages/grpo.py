@@ -3,8 +3,8 @@
 For each iteration:
 1. Sample a group of G answers to each prompt of the batch from the policy, at temperature 1 and uncut.
 2. Score them as PPO does: R_c, R~ = whiten(logit(R_c)) over the batch, a penalty where EOS is missing.
-3. An answer's advantage, the same for all of its tokens, is its place in its group. "grpo": the score less the group's
-   mean, over the group's deviation. "rloo": the score, less beta times its KL, less the mean of the group's others.
+3. All tokens of an answer have one advantage, relative to its group. "grpo": (R~ - the group's mean) / the group's
+   deviation. "rloo": R~ - beta KL of the answer, minus the mean of the same over the other answers of its group.
 4. One gradient step a mini-batch on PPO's clipped loss; "grpo" adds beta times KL (k3) to it.
 Every few iterations the mean reward on held-out prompts is measured; the best policy is kept, and training stops when
 it has not improved for a while.
@@ -32,9 +32,10 @@ from puna.data.prompts import Prompt, apart, fitting, read_prompts
 from puna.formats import huggingface
 from puna.generate.actor_critic import action_logprobs, draw, sampler, scorer
 from puna.generate.engine import LocalEngine
-from puna.generate.held_out import Best, keep_answers, keep_policy, mean_score, publish
+from puna.generate.held_out import Best, mean_score, publish, save_answers, save_policy
 from puna.generate.scoring import Judges
 from puna.model.transformer import Transformer
+from puna.parallel import Placement
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
@@ -103,7 +104,7 @@ class GRPOConfig:
     patience: int = 4
     """stop after so many measurements without a new best; 0 never stops early."""
     checkpoint_every: int = 10
-    """iterations between checkpoints; 0 writes one on SIGTERM alone."""
+    """iterations between checkpoints, and one after the last; 0 writes one on SIGTERM alone."""
     checkpoints_kept: int = 2
     """the newest ones; older ones are removed."""
     threads: int = 0
@@ -167,8 +168,8 @@ def run(cfg: GRPOConfig) -> Path:
         epochs = math.ceil(cfg.iterations / (len(prompts) // size))
         batches = loader.steps_of_epochs(len(prompts), size, epochs, cfg.seed, multiple=size)[: cfg.iterations]
         trained = nn.ModuleDict({"policy": models.policy})
-        start, kept = checkpoint.resume(folder.path / "checkpoints", trained, optimizer)
-        best = Best(**kept)
+        start, extra = checkpoint.resume(folder.path / "checkpoints", trained, optimizer)
+        best = Best(**extra)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="grpo")
         progress = Progress(cfg.advantage, len(batches), unit="iteration", start=start)
         often = cfg.checkpoint_every, cfg.checkpoints_kept, len(batches)
@@ -195,12 +196,12 @@ def run(cfg: GRPOConfig) -> Path:
 def load(cfg: GRPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, both reward models frozen."""
     tokenizer = huggingface.load_tokenizer(cfg.init)
-    how = parallel.Placement(device, cfg.parallel, cfg.precision)
+    placement = Placement(device, cfg.parallel, cfg.precision)
     rewards = cfg.reward_helpfulness, cfg.reward_safety
-    helpfulness, safety = (scorer(path, cfg.init, tokenizer, how) for path in rewards)
+    helpfulness, safety = (scorer(path, cfg.init, tokenizer, placement) for path in rewards)
     judges = Judges(helpfulness, safety, cfg.threshold)
-    policy = how.place(*huggingface.open_model(cfg.init))
-    reference = how.place(*huggingface.open_model(cfg.init)).eval().requires_grad_(False)
+    policy = parallel.place(*huggingface.open_model(cfg.init), placement)
+    reference = parallel.place(*huggingface.open_model(cfg.init), placement).eval().requires_grad_(False)
     return Models(policy, reference, judges, LocalEngine(policy, tokenizer), tokenizer, device)
 
 
@@ -226,7 +227,9 @@ def collect(
     prompt_ids, completions, scores = sample(cfg, models, prompts, cfg.group_size, cfg.seed + 1 + iteration)
     answers = [completion.tokens for completion in completions]
     tokens, _, action_mask = packing.pad_answers(prompt_ids, answers, models.tokenizer.pad_id)
-    read = parallel.spread(lambda first, rows: read_rows(cfg, models, tokens, action_mask, rows), range(len(tokens)))
+    read = parallel.spread(
+        lambda first, rows: old_and_reference_logprobs(cfg, models, tokens, action_mask, rows), range(len(tokens))
+    )
     logprobs, reference = torch.stack(read, dim=1)
     finished = torch.tensor([completion.finished for completion in completions])
     whitened = losses.whiten(losses.logit(scores["reward"])) - cfg.missing_eos_penalty * ~finished
@@ -243,7 +246,7 @@ def collect(
 
 
 @torch.no_grad()  # not inference_mode: what a sharded model gathers in it could not be trained with again
-def read_rows(
+def old_and_reference_logprobs(
     cfg: GRPOConfig, models: Models, tokens: Tensor, action_mask: Tensor, rows: Sequence[int]
 ) -> Sequence[Tensor]:
     """log pi and log pi_0 of every action of some rows, (2, T - 1) each, 0 elsewhere, on the CPU."""
@@ -252,9 +255,9 @@ def read_rows(
     for members in packing.passes(lengths, cfg.micro_batch_tokens):
         end, part = max(lengths[i] for i in members), [rows[i] for i in members]
         ids, mask = tokens[part, :end].to(models.device), action_mask[part, : end - 1].to(models.device)
-        for kept, model in zip(found, (models.policy, models.reference), strict=True):
-            kept[members, : end - 1] = action_logprobs(model, ids, mask, cfg.temperature, cfg.precision).cpu()
-    return [row.clone() for row in found.unbind(1)]  # a view would be sent with all that it is a view of
+        for logprobs, model in zip(found, (models.policy, models.reference), strict=True):
+            logprobs[members, : end - 1] = action_logprobs(model, ids, mask, cfg.temperature, cfg.precision).cpu()
+    return [row.clone() for row in found.unbind(1)]  # a view is gathered with all that it is a view of
 
 
 def advantages(cfg: GRPOConfig, scores: Tensor, kl: Tensor) -> Tensor:
@@ -269,15 +272,14 @@ def update(
 ) -> dict[str, float]:
     """4: one gradient step a mini-batch; the iteration's numbers, averaged over mini-batches."""
     began = time.perf_counter()
-    sums: dict[str, float] = {}
+    steps: list[dict[str, float]] = []
     shuffled = cfg.inner_epochs, (cfg.seed, iteration), parallel.data_size()
     mini_batches = loader.steps_of_epochs(len(rollout.tokens), cfg.mini_batch_size, *shuffled)
     for members in mini_batches:
         numbers = accumulate(cfg, models, rollout, members.tolist())
         norm, _ = optim.clip_and_step([models.policy], optimizer, cfg.optim, iteration, n_steps)
-        for name, number in (numbers | {"grad_norm": norm}).items():
-            sums[name] = sums.get(name, 0.0) + number
-    averages = {name: value / len(mini_batches) for name, value in sums.items()}
+        steps.append(numbers | {"grad_norm": norm})
+    averages = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
     return averages | {"seconds_update": time.perf_counter() - began}
 
 
@@ -311,9 +313,9 @@ def measure(
 ) -> Best:
     """Score the policy on held-out prompts, keep their answers for later judges, and save the policy if it is best."""
     _, completions, scores = sample(cfg, models, held_out, 1, cfg.seed)
-    keep_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
+    save_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
     reward = mean_score(losses.logit(scores["reward"]), completions, cfg.missing_eos_penalty)
     if not reward > best.reward:  # so that what is not a number is never the best
         return best
-    keep_policy(models.policy, models.tokenizer, folder, iteration, {"stage": cfg.advantage, "parent": str(cfg.init)})
+    save_policy(models.policy, models.tokenizer, folder, iteration, {"stage": cfg.advantage, "parent": str(cfg.init)})
     return Best(iteration, reward)

@@ -18,13 +18,14 @@ the batch's mean and deviation; lambda 0.95; pi_0 is the policy that PPO starts 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,16 +34,16 @@ from torch import Tensor
 from puna import checkpoint, config, losses, monitors, optim, parallel
 from puna.checkpoint import Saver
 from puna.config import ConfigError
-from puna.data import loader, packing, prompts, rollouts, shards
+from puna.data import loader, packing, prompts, rollouts
 from puna.data.prompts import Prompt
 from puna.data.rollouts import Record
 from puna.data.shards import Shard
-from puna.formats import huggingface
 from puna.generate import actor_critic
 from puna.generate.actor_critic import Critic, Models, Sampled
-from puna.generate.held_out import Best, keep_answers, keep_policy, mean_score, publish
+from puna.generate.held_out import Best, mean_score, publish, save_answers, save_policy
 from puna.generate.vllm import VLLMEngine
 from puna.losses import Moments
+from puna.parallel import Placement
 from puna.run_folder import Metrics, Progress, RunFolder, read_metrics
 from puna.text.tokenizer import Tokenizer
 from puna.types import Rollout
@@ -97,11 +98,11 @@ class PPOConfig:
     logit_scores: bool = True
     """undo the sigmoid before scores are whitened (paper 3.2.3)."""
     whiten: Literal["batch", "running", "none"] = "batch"
-    """whose mean and deviation whiten the scores: the batch's, or those of all batches so far; no mean is kept."""
+    """subtract the mean and divide by the deviation of the batch's scores, or of all batches' so far ("running")."""
     score_clip: float = 0.0
     """largest size of a whitened score; 0 clips none."""
     advantage_clip: float = 0.0
-    """largest size of a whitened advantage; 0 clips none."""
+    """clamp whitened scores, and whitened advantages, to plus or minus this; 0 does not."""
     missing_eos_penalty: float = 1.0
     """subtracted from the whitened score of an answer that did not end."""
     gamma: float = 1.0
@@ -109,8 +110,8 @@ class PPOConfig:
     lam: float = 0.95
     """lambda of generalized advantage estimation."""
     critic: Critic = "reward"
-    """what the value function starts from: the helpfulness reward model, or the policy's body under a head of zeros, in
-    a model of its own ("zero_head") or on the policy itself ("shared")."""
+    """what the value function starts from: "reward", the helpfulness reward model; "zero_head", a copy of the policy's
+    body with a head of zeros; "shared", such a head on the policy's own body."""
     critic_warmup: int = 0
     """iterations that train the critic alone; patience is counted and beta adapted after them."""
     value_lr_scale: float = 1.0
@@ -139,7 +140,7 @@ class PPOConfig:
     """fp32 keeps the first ratio of an iteration at 1 to the last digits."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     sample_precision: Literal["fp32", "bf16"] = "fp32"
-    """of the weights that sample; bf16 is faster, and draws from what is scored to about two digits."""
+    """of the weights that sample; bf16 is faster, its probabilities agree with the trainer's to about two digits."""
     evaluate_every: int = 10
     """iterations between held-out measurements."""
     held_out_prompts: int = 64
@@ -155,7 +156,7 @@ class PPOConfig:
     dump_iteration: int = 1
     """which one; at 0 the policy is the reference."""
     checkpoint_every: int = 10
-    """iterations between checkpoints; 0 writes one on SIGTERM alone."""
+    """iterations between checkpoints, and one after the last; 0 writes one on SIGTERM alone."""
     checkpoints_kept: int = 2
     """the newest ones; older ones are removed."""
     vllm: str = ""
@@ -194,6 +195,13 @@ class State:
     best_reward: float = -math.inf
 
 
+class Targets(NamedTuple):
+    """What the losses of a rollout aim at, (B, T - 1) each."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
 def run(cfg: PPOConfig) -> Path:
     """Train and return the best policy's folder."""
     device = parallel.start(cfg.threads, cfg.parallel)
@@ -204,17 +212,14 @@ def run(cfg: PPOConfig) -> Path:
             return model_path
         models = load(cfg, device)
         asked, held_out, left_out = read(cfg, models.tokenizer, models.engine.context)
-        text = read_text(cfg, models.tokenizer) if cfg.pretrain_data else None
-        optimizer = optim.adamw(
-            cfg.optim,
-            optim.groups(models.policy, cfg.optim),
-            optim.groups(models.value, cfg.optim, cfg.value_lr_scale),
-        )
+        text = actor_critic.read_text(cfg.pretrain_data, models, cfg.pretrain_seq_len) if cfg.pretrain_data else None
+        scaled = optim.groups(models.value, cfg.optim, cfg.value_lr_scale)
+        optimizer = optim.adamw(cfg.optim, optim.groups(models.policy, cfg.optim), scaled)
         size = min(cfg.batch_size, len(asked))
         epochs = math.ceil(cfg.iterations / (len(asked) // size))
         batches = loader.steps_of_epochs(len(asked), size, epochs, cfg.seed, multiple=size)[: cfg.iterations]
-        start, kept = checkpoint.resume(folder.path / "checkpoints", models.trained, optimizer)
-        state = State(**kept | {"moments": Moments(**kept["moments"])}) if kept else State(cfg.beta)
+        start, extra = checkpoint.resume(folder.path / "checkpoints", models.trained, optimizer)
+        state = State(**extra | {"moments": Moments(**extra["moments"])}) if extra else State(cfg.beta)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="ppo")
         parallel.barrier()  # all ranks know the same lines, or they might not stop together
         history = read_metrics(metrics.path) if start else []
@@ -231,17 +236,18 @@ def run(cfg: PPOConfig) -> Path:
                         break
                 record = rollouts.Recorder() if cfg.dump and iteration == cfg.dump_iteration else rollouts.ignore
                 began = time.perf_counter()
-                now, batch = replace(cfg, beta=state.beta), [asked[i] for i in batches[iteration]]
-                rollout, numbers, moments = collect(now, models, batch, iteration, state.moments, record)
-                numbers |= update(now, models, optimizer, rollout, iteration, len(batches), record, text)
+                batch = [asked[i] for i in batches[iteration]]
+                rollout, numbers, moments = collect(cfg, models, batch, iteration, state.moments, record)
+                numbers |= update(cfg, models, optimizer, rollout, state.beta, iteration, len(batches), record, text)
                 rate = numbers["tokens_per_second"] = int(rollout.action_mask.sum()) / (time.perf_counter() - began)
                 target = cfg.kl_target if iteration >= cfg.critic_warmup else 0.0
-                beta = losses.adaptive_beta(state.beta, numbers["kl"], target, cfg.kl_horizon, size)
+                beta = losses.adaptive_kl_beta(state.beta, numbers["kl"], target, cfg.kl_horizon, size)
                 state = replace(state, beta=beta, moments=moments)
                 if cfg.dump and isinstance(record, rollouts.Recorder):
-                    record.write(cfg.dump, now, models.tokenizer, iteration=iteration, beta_after=beta)
+                    facts = {"iteration": iteration, "beta": numbers["beta"], "beta_after": beta}
+                    record.write(cfg.dump, cfg, models.tokenizer, **facts)
                 history.append(numbers)
-                for sentence in monitors.begun(history):
+                for sentence in monitors.new_signs(history):
                     progress.warn(sentence)
                 metrics.log(step=iteration, **numbers, warnings=" ".join(monitors.signs(history).values()))
                 progress.update(reward=numbers["reward"], kl=numbers["kl"], tokens_per_second=rate)
@@ -268,24 +274,12 @@ def read(cfg: PPOConfig, tokenizer: Tokenizer, context: int) -> tuple[list[Promp
     return fit, [held_out[i] for i in order[: cfg.held_out_prompts]], left_out
 
 
-def read_text(cfg: PPOConfig, tokenizer: Tokenizer) -> Shard:
-    """The text of PPO-ptx. ConfigError where it, or the model's context, holds no window of it."""
-    assert cfg.pretrain_data is not None
-    text, context = shards.read_sound(cfg.pretrain_data, tokenizer), huggingface.read_config(cfg.init).max_seq_len
-    if cfg.pretrain_seq_len > min(context, len(text.tokens) - 1):
-        raise ConfigError(
-            f"pretrain_seq_len is {cfg.pretrain_seq_len}: {cfg.pretrain_data} has {len(text.tokens)} tokens, "
-            f"the model's context {context}"
-        )
-    return text
-
-
 def load(cfg: PPOConfig, device: torch.device) -> Models:
     """Policy and reference from `init`, the critic that is asked for, all reward models frozen."""
     if cfg.dump and parallel.world_size() > 1:
         raise ConfigError("a dump is of one process: leave `dump` out, or start without torchrun")
     rewards = cfg.reward_helpfulness, cfg.reward_safety, cfg.gold
-    models = actor_critic.load(cfg.init, rewards, cfg.critic, cfg.precision, device, cfg.parallel)
+    models = actor_critic.load(cfg.init, rewards, cfg.critic, Placement(device, cfg.parallel, cfg.precision))
     if cfg.vllm:
         dtype = torch.bfloat16 if cfg.sample_precision == "bf16" else None
         return replace(models, engine=VLLMEngine(cfg.vllm, models.tokenizer, cfg.out / "sampled_with", dtype))
@@ -294,10 +288,8 @@ def load(cfg: PPOConfig, device: torch.device) -> Models:
 
 def sample(cfg: PPOConfig, models: Models, asked: Sequence[Prompt], seed: int) -> Sampled:
     """1 and 2: one answer of the policy to each prompt, and its scores."""
-    served = isinstance(models.engine, VLLMEngine)  # which takes a sharded policy without gathering it here
-    policy = models.policy if served else actor_critic.sampler(models.policy, cfg.sample_precision, models.device)
-    models.engine.update_weights(policy)
-    return actor_critic.sample(models, asked, seed, cfg.max_new_tokens, cfg.temperature, cfg.threshold)
+    settings = cfg.max_new_tokens, cfg.temperature, cfg.threshold, cfg.sample_precision
+    return actor_critic.sample(models, asked, seed, *settings)
 
 
 def collect(
@@ -314,18 +306,20 @@ def collect(
     answers = [completion.tokens for completion in completions]
     tokens, _, action_mask = packing.pad_answers(prompt_ids, answers, models.tokenizer.pad_id)
     finished = torch.tensor([completion.finished for completion in completions])
-    whitened, moments = whitened_scores(cfg, scores["reward"], moments)
-    read = actor_critic.read_rollout(models, tokens, action_mask, cfg.temperature, cfg.micro_batch_tokens, record)
-    actor_critic.read_alone(models, tokens, action_mask, cfg.temperature, record)
-    rollout = Rollout(tokens, action_mask, *read, whitened - cfg.missing_eos_penalty * ~finished, finished)
-    record(**rollout._asdict(), combined=scores["reward"], helpfulness=scores["helpfulness"], bounded=whitened)
-    for completion in completions if record is not rollouts.ignore else ():
-        record(sampled=torch.tensor(completion.tokens), sampled_logprobs=torch.tensor(completion.logprobs))
+    clipped, moments = whitened_scores(cfg, scores["reward"], moments)
+    read = actor_critic.logprobs_and_values(
+        models, tokens, action_mask, cfg.temperature, cfg.micro_batch_tokens, record
+    )
+    actor_critic.record_unpadded(models, tokens, action_mask, cfg.temperature, record)
+    rollout = Rollout(tokens, action_mask, *read, clipped - cfg.missing_eos_penalty * ~finished, finished)
+    record(**rollout._asdict(), combined=scores["reward"], helpfulness=scores["helpfulness"], bounded=clipped)
+    if record is not rollouts.ignore:
+        sampled, drawn_at = itertools.chain(*answers), itertools.chain(*(c.logprobs for c in completions))
+        record(sampled=torch.tensor(list(sampled)), sampled_logprobs=torch.tensor(list(drawn_at)))
     kl = losses.sequence_kl(rollout.logprobs, rollout.reference_logprobs, action_mask)
     numbers = {name: float(score.mean()) for name, score in scores.items()}
     numbers |= {
         "kl": float(kl.mean()),
-        "beta": cfg.beta,
         "length": float(action_mask.sum(dim=1).float().mean()),
         "repetition": statistics.fmean(map(monitors.repeated_share, answers)),
         "finished": float(finished.float().mean()),
@@ -336,17 +330,29 @@ def collect(
 
 
 def whitened_scores(cfg: PPOConfig, rewards: Tensor, moments: Moments) -> tuple[Tensor, Moments]:
-    """2: the combined rewards (B,), whitened and clipped, before any penalty; and the moments with this batch's."""
-    scores = logits_of(cfg, rewards)
+    """2: the combined rewards (B,) as PPO sees them, before any penalty, and the moments with theirs."""
+    scores = raw_scores(cfg, rewards)
     moments = moments.with_batch(scores)
     if cfg.whiten != "none":
         scores = losses.whiten(scores) if cfg.whiten == "batch" else moments.whiten(scores)
     return losses.clip(scores, cfg.score_clip), moments
 
 
-def logits_of(cfg: PPOConfig, rewards: Tensor) -> Tensor:
-    """The rewards' logits (B,), which are what is whitened; with `logit_scores` off the rewards themselves."""
-    return losses.logit(rewards) if cfg.logit_scores else rewards
+def raw_scores(cfg: PPOConfig, scores: Tensor) -> Tensor:
+    """Scores (B,) in the space in which they are whitened."""
+    return losses.logit(scores) if cfg.logit_scores else scores
+
+
+def advantages_and_returns(cfg: PPOConfig, rollout: Rollout, beta: float, record: Record = rollouts.ignore) -> Targets:
+    """3: rewards with the KL weight `beta`, GAE, and its advantages whitened over the batch."""
+    scores, policies = rollout.scores, (rollout.logprobs, rollout.reference_logprobs, rollout.action_mask)
+    if cfg.kl == "sequence":
+        scores, beta = scores - beta * losses.sequence_kl(*policies), 0.0
+    rewards = losses.token_rewards(scores, *policies, beta)
+    raw, returns = losses.generalized_advantages(rewards, rollout.values, rollout.action_mask, cfg.gamma, cfg.lam)
+    advantages = losses.clip(losses.whiten(raw, rollout.action_mask), cfg.advantage_clip)
+    record(rewards=rewards, raw_advantages=raw, returns=returns, advantages=advantages)
+    return Targets(advantages, returns)
 
 
 def update(
@@ -354,20 +360,21 @@ def update(
     models: Models,
     optimizer: torch.optim.Optimizer,
     rollout: Rollout,
+    beta: float,
     iteration: int,
     n_steps: int,
     record: Record = rollouts.ignore,
     text: Shard | None = None,
 ) -> dict[str, float]:
-    """3 and 4: advantages, then one gradient step a mini-batch; the iteration's numbers, averaged over tokens."""
+    """3 and 4: advantages, then one gradient step a mini-batch; the iteration's numbers, averaged over mini-batches."""
     began = time.perf_counter()
-    advantages, returns = advantages_and_returns(cfg, rollout, record)
+    targets = advantages_and_returns(cfg, rollout, beta, record)
     record(policy_weights=models.policy.norm.weight[None], critic_weights=models.value.score.weight)
-    sums: dict[str, float] = {}
+    steps: list[dict[str, float]] = []
     shuffled = cfg.inner_epochs, (cfg.seed, iteration), parallel.data_size()
     mini_batches = loader.steps_of_epochs(len(rollout.tokens), cfg.mini_batch_size, *shuffled)
     for place, members in enumerate(mini_batches, start=iteration * len(mini_batches)):
-        numbers = accumulate(cfg, models, rollout, advantages, returns, members.tolist(), record)
+        numbers = accumulate(cfg, models, rollout, targets, members.tolist(), record)
         record(**{f"update_{name}": torch.tensor([number]) for name, number in numbers.items()})
         if iteration < cfg.critic_warmup:
             models.policy.zero_grad(set_to_none=True)
@@ -376,32 +383,20 @@ def update(
             weighted = cfg.pretrain_coefficient, cfg.micro_batch_tokens
             numbers["pretrain_loss"] = actor_critic.accumulate_text(models, *windows, *weighted)
         norm, _ = optim.clip_and_step([models.policy, models.value], optimizer, cfg.optim, iteration, n_steps)
-        for name, number in (numbers | {"grad_norm": norm}).items():
-            sums[name] = sums.get(name, 0.0) + number
+        steps.append(numbers | {"grad_norm": norm})
     record(policy_weights=models.policy.norm.weight[None], critic_weights=models.value.score.weight)
-    residual = (returns - rollout.values)[rollout.action_mask].var() / returns[rollout.action_mask].var()
-    averages = {name: value / len(mini_batches) for name, value in sums.items()}
-    return averages | {"explained_variance": 1 - float(residual), "seconds_update": time.perf_counter() - began}
-
-
-def advantages_and_returns(cfg: PPOConfig, rollout: Rollout, record: Record = rollouts.ignore) -> tuple[Tensor, Tensor]:
-    """3: whitened advantages, and returns, (B, T - 1) each."""
-    scores, told, beta = rollout.scores, (rollout.logprobs, rollout.reference_logprobs, rollout.action_mask), cfg.beta
-    if cfg.kl == "sequence":
-        scores, beta = scores - beta * losses.sequence_kl(*told), 0.0
-    rewards = losses.token_rewards(scores, *told, beta)
-    raw, returns = losses.generalized_advantages(rewards, rollout.values, rollout.action_mask, cfg.gamma, cfg.lam)
-    advantages = losses.clip(losses.whiten(raw, rollout.action_mask), cfg.advantage_clip)
-    record(rewards=rewards, raw_advantages=raw, returns=returns, advantages=advantages)
-    return advantages, returns
+    averages = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    returns = targets.returns[rollout.action_mask]
+    residual = (returns - rollout.values[rollout.action_mask]).var() / returns.var()
+    averages |= {"explained_variance": 1 - float(residual), "beta": beta}
+    return averages | {"seconds_update": time.perf_counter() - began}
 
 
 def accumulate(
     cfg: PPOConfig,
     models: Models,
     rollout: Rollout,
-    advantages: Tensor,
-    returns: Tensor,
+    targets: Targets,
     members: list[int],
     record: Record = rollouts.ignore,
 ) -> dict[str, float]:
@@ -415,11 +410,11 @@ def accumulate(
         tokens = rollout.tokens[rows, :end].to(models.device)
         mask, old, old_values, advantage, target = (
             field[rows, : end - 1].to(models.device)
-            for field in (rollout.action_mask, rollout.logprobs, rollout.values, advantages, returns)
+            for field in (rollout.action_mask, rollout.logprobs, rollout.values, *targets)
         )
         logits, values = actor_critic.forward(models, tokens, mask)
         of_actions, entropies = losses.logprobs_and_entropy(logits, tokens[:, 1:][mask], cfg.temperature)
-        logprobs = actor_critic.at_places(of_actions, mask)
+        logprobs = actor_critic.scatter(of_actions, mask)
         policy_loss = (losses.policy_loss(logprobs, old, advantage, cfg.clip) * mask).sum() / count
         value_loss = (losses.value_loss(values, old_values, target, cfg.value_clip) * mask).sum() / count
         parallel.backward(policy_loss + cfg.value_coefficient * value_loss)
@@ -439,9 +434,9 @@ def measure(
 ) -> State:
     """Score the policy on held-out prompts, keep their answers for later judges, and save the policy if it is best."""
     _, completions, scores, _ = sample(cfg, models, held_out, cfg.seed)
-    keep_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
-    reward = mean_score(logits_of(cfg, scores["reward"]), completions, cfg.missing_eos_penalty)
+    save_answers(held_out, completions, scores["reward"], folder / f"held_out/{iteration:04d}.jsonl")
+    reward = mean_score(raw_scores(cfg, scores["reward"]), completions, cfg.missing_eos_penalty)
     if not reward > state.best_reward:  # so that what is not a number is never the best
         return state
-    keep_policy(models.policy, models.tokenizer, folder, iteration, {"stage": "ppo", "parent": str(cfg.init)})
+    save_policy(models.policy, models.tokenizer, folder, iteration, {"stage": "ppo", "parent": str(cfg.init)})
     return replace(state, best_iteration=iteration, best_reward=reward)

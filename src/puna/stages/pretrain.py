@@ -29,6 +29,7 @@ from puna.data import loader, readers, shards
 from puna.formats import huggingface
 from puna.model.moe import MixtureOfExperts
 from puna.model.transformer import ModelConfig, Transformer
+from puna.parallel import Placement
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
 from puna.text import tokenizer as tokenizers
@@ -58,14 +59,14 @@ class PretrainConfig:
     steps: int = 400
     """gradient steps."""
     validation_share: float = 0.01
-    """share of documents held out, at most 0.5: every n-th, n the whole number next to 1/share; a prepared folder has
-    its own."""
+    """share of documents held out for validation, at most 0.5: every n-th document, with n = 1 / share rounded. A
+    prepared folder has its own validation part."""
     optim: optim.OptimConfig = field(default_factory=lambda: optim.OptimConfig(lr=3e-3, warmup_steps=40))
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: matrix products in bfloat16 over float32 weights; over several processes all between them too."""
+    """bf16: matrix products in bfloat16, weights in float32; over several processes all activations are bfloat16."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 100
-    """steps between checkpoints; 0 writes one on SIGTERM alone."""
+    """steps between checkpoints, and one after the last; 0 writes one on SIGTERM alone."""
     checkpoints_kept: int = 2
     """the newest ones; older ones are removed."""
     threads: int = 0
@@ -91,7 +92,7 @@ def run(cfg: PretrainConfig) -> Path:
         tokenizer, train, validation = prepare(cfg, folder.path / "data")
         model = Transformer.without_weights(cfg.model)
         weights = model.initial_weights(torch.Generator(device).manual_seed(cfg.seed))
-        model = parallel.place(model, weights, device, cfg.parallel, cfg.precision)
+        model = parallel.place(model, weights, Placement(device, cfg.parallel, cfg.precision))
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
         start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
         metrics = Metrics(folder.path / "metrics.jsonl", resume_step=start - 1, stage="pretrain")

@@ -36,6 +36,7 @@ from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.generate.scoring import Scorer, distribution, scale_of
 from puna.model.reward import RewardModel, initial_head
+from puna.parallel import Placement
 from puna.run_folder import Metrics, Progress, RunFolder, write_atomically
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ class RewardConfig:
     out: Path
     """the stage's folder; run again to resume."""
     init: Path
-    """the chat model to start from (paper: a chat checkpoint knows what the answers know)."""
+    """the chat model to start from (paper 3.2.2: a chat checkpoint, so that the reward model knows what it knows)."""
     data: tuple[Path, ...]
     """comparisons of the model's own kind."""
     other: tuple[Path, ...] = ()
@@ -78,7 +79,7 @@ class RewardConfig:
     """bf16: matrix products in bfloat16 over float32 weights."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 50
-    """steps between checkpoints; 0 writes one on SIGTERM alone."""
+    """steps between checkpoints, and one after the last; 0 writes one on SIGTERM alone."""
     checkpoints_kept: int = 2
     """the newest ones; older ones are removed."""
     limit: int = 0
@@ -117,7 +118,7 @@ def run(cfg: RewardConfig) -> Path:
             return model_path
         tokenizer = huggingface.load_tokenizer(cfg.init)
         train, test, counts = prepare(cfg, tokenizer)
-        model = parallel.place(*begin(cfg), device, cfg.parallel, cfg.precision)
+        model = parallel.place(*begin(cfg), Placement(device, cfg.parallel, cfg.precision))
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
         steps = loader.steps_of_epochs(len(train), cfg.batch_size, cfg.epochs, cfg.seed, parallel.data_size())
         schedule = optim.with_warmup(cfg.optim, 0.03, len(steps))
@@ -158,9 +159,11 @@ def begin(cfg: RewardConfig) -> tuple[RewardModel, Iterator[tuple[str, Tensor]]]
 
 
 def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Preference], dict[str, float]]:
-    """1: the mixed training pairs, the held-out comparisons, and counts.
+    """1: the mixed training pairs, the held-out comparisons, and what the done marker says of them.
 
-    They are of pairs too long, of safety comparisons that prefer harm, the other's share, and `readers.counts`.
+    "left_out" counts training pairs that are too long, "set_aside" unusable lines of all files, "skipped: REASON" rows
+    without a preference, "prefer_harm" safety comparisons that prefer an unsafe answer; "other_share" is the share of
+    the other kind among the training pairs. DataError where no pair is left.
     """
     read = [comparisons.read(cfg.data, cfg.format, tokenizer, cfg.out)]
     read += [

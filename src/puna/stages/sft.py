@@ -27,6 +27,7 @@ from puna.data import loader, packing, readers
 from puna.data.packing import Packed
 from puna.formats import huggingface
 from puna.model.transformer import Transformer
+from puna.parallel import Placement
 from puna.run_folder import Metrics, Progress, RunFolder
 from puna.text import chat
 from puna.text.tokenizer import Tokenizer
@@ -58,7 +59,7 @@ class SFTConfig:
     """bf16: matrix products in bfloat16 over float32 weights."""
     parallel: parallel.ParallelConfig = field(default_factory=parallel.ParallelConfig)
     checkpoint_every: int = 200
-    """steps between checkpoints; 0 writes one on SIGTERM alone."""
+    """steps between checkpoints, and one after the last; 0 writes one on SIGTERM alone."""
     checkpoints_kept: int = 2
     """the newest ones; older ones are removed."""
     threads: int = 0
@@ -79,7 +80,7 @@ def run(cfg: SFTConfig) -> Path:
             return model_path
         tokenizer = huggingface.load_tokenizer(cfg.init)
         rows, counts = prepare(cfg, tokenizer)
-        model = parallel.place(*huggingface.open_model(cfg.init), device, cfg.parallel, cfg.precision)
+        model = parallel.place(*huggingface.open_model(cfg.init), Placement(device, cfg.parallel, cfg.precision))
         optimizer = optim.adamw(cfg.optim, optim.groups(model, cfg.optim))
         steps = loader.steps_of_epochs(len(rows.tokens), cfg.batch_size, cfg.epochs, cfg.seed, parallel.data_size())
         start, _ = checkpoint.resume(folder.path / "checkpoints", model, optimizer)
@@ -105,7 +106,11 @@ def run(cfg: SFTConfig) -> Path:
 
 
 def prepare(cfg: SFTConfig, tokenizer: Tokenizer) -> tuple[Packed, dict[str, int]]:
-    """1 and 2: the packed rows, and counts: of dialogs too long for one, and `readers.counts`."""
+    """1 and 2: the packed rows, and what the done marker says of them.
+
+    "left_out" counts dialogs that are too long, "set_aside" unusable lines, "skipped: REASON" rows without a dialog.
+    DataError where no dialog is left.
+    """
     result = readers.read(
         cfg.data,
         cfg.format,
