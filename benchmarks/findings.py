@@ -144,7 +144,8 @@ def two_models(lab: Lab) -> Iterator[Finding]:
     """3.2.2: helpfulness and safety pull apart, so each has a model."""
     files = {name: lab.json(f"v5/reward_{name}/config.json") for name in ("helpfulness", "safety")}
     both = [path for name in files for path in files[name]["data"]]
-    limit = sum(table["limit"] for table in files.values())
+    limits = [table["limit"] for table in files.values()]
+    limit = sum(limits) if all(limits) else 0  # 0 is no limit
     mixed = lab.reward_model("one_model", "reward_helpfulness", data=both, other=[], other_share=0.0, limit=limit)
     tokenizer, model = tokenizers.load(mixed / "model"), huggingface.load_reward_model(mixed / "model")
     for name, table in files.items():
