@@ -65,6 +65,7 @@ def measured_peak(cfg: PretrainConfig) -> int:
             optim.clip_and_step([model], optimizer, cfg.optim, step, 2)
     assert profiled.profiler is not None
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    parallel.start()  # as others expect it
     held = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
     return int(held.max())
 

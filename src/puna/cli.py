@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
@@ -188,6 +189,8 @@ def _take_table(name: str, rest: list[str]) -> str | None:
     table = table or (rest.pop(place) if place < len(rest) else "")
     if not table or table.startswith("-") or not rest or rest[0].startswith("-"):
         raise ConfigError(f"{flag} names a table of a recipe: puna {name} RECIPE.toml {flag} NAME")
+    if rest[0].endswith(".json") and table not in config.read_json_object(Path(rest[0])):
+        raise ConfigError(f"{rest[0]}: no table [{table}]")
     return table
 
 

@@ -218,7 +218,7 @@ def _read_table(file: Path, section: str | None, smoke: bool = False) -> tuple[d
     if file.suffix == ".json":  # one stage's resolved config: the file is the table
         return recipe, None
     tables = ", ".join(f"[{name}]" for name, value in recipe.items() if isinstance(value, dict)) or "none"
-    raise ConfigError(f"{file}: no table [{section}]; tables there: {tables}; --table NAME takes one of them")
+    raise ConfigError(f"{file}: no table [{section}]; tables there: {tables}")
 
 
 def _extended(file: Path, above: Sequence[Path] = ()) -> dict[str, Any]:

@@ -151,7 +151,8 @@ def sequence_kl(logprobs: Tensor, reference: Tensor, mask: Tensor) -> Tensor:
 def adaptive_kl_beta(beta: float, kl: float, target: float, horizon: int, n: int) -> float:
     """The KL weight after n answers of mean KL `kl` (Ziegler et al. 2019, 2.2).
 
-    It grows where KL is above the target and shrinks below, by at most a fifth in `horizon` answers.
+    It grows where KL is above the target and shrinks below, by at most a fifth in `horizon` answers. A target of 0 is
+    none: beta stays.
     """
     if not target:
         return beta

@@ -49,7 +49,7 @@ def test_other_items_in_a_begun_folder_are_refused(tmp_path: Path) -> None:
     parts = tmp_path / "out/parts"
     map_shards(work, items, 2, parts)
     for other in (items[:4], items[::-1], [*items[:4], items[4] | {"id": "p5"}]):
-        with pytest.raises(ConfigError, match=r"out was begun with other inputs than these: use another --out, or rem"):
+        with pytest.raises(ConfigError, match=r"out was begun with other inputs than these: use another --out, or giv"):
             map_shards(work, other, 2, parts)
     (parts / "items.sha256").unlink()  # as before there was one
     assert map_shards(work, items, 2, parts) == items

@@ -54,7 +54,7 @@ def map_shards(
     """`work(number, shard)` of every shard of `items`, joined in order; a shard already in `folder` is not redone.
 
     `said` is told the number of items after each shard. Raises ConfigError where the shards in `folder` are of other
-    items than these (which are JSON-ready).
+    items than these.
     """
     _check_items(items, folder)
     shards = (items[begin : begin + shard_size] for begin in range(0, len(items), shard_size))
@@ -65,12 +65,11 @@ def _check_items(items: Iterable[Any], folder: Path) -> None:
     """Note the items' digest in the folder; ConfigError where its shards were begun with other items."""
     digest = hashlib.sha256()
     for item in items:
-        digest.update(json.dumps(item).encode() + b"\n")
+        digest.update(json.dumps(item, default=str).encode() + b"\n")
     noted = folder / "items.sha256"
     if noted.exists() and noted.read_text() != digest.hexdigest() and any(folder.glob("*.jsonl")):
         raise ConfigError(
-            f"{folder.parent} was begun with other inputs than these: use another --out, or remove {folder} to do its "
-            "work again"
+            f"{folder.parent} was begun with other inputs than these: use another --out, or give it these again"
         )
     if os.environ.get("RANK", "0") == "0":  # of several processes one writes
         write_atomically(noted, digest.hexdigest())

@@ -31,7 +31,7 @@ def trace(folder: Path) -> list[Step]:
         evaluation = next(filter(None, measured), {}) if has_stage else {}
         steps.append(Step(folder, provenance, settings, evaluation, _seconds(stage)))
         parent = str(provenance.get("parent") or "")
-        found = [place for place in (Path(parent), started_in(stage, settings) / parent) if parent and place.is_dir()]
+        found = [place for place in (started_in(stage, settings) / parent, Path(parent)) if parent and place.is_dir()]
         if not found:
             break
         folder = found[0]

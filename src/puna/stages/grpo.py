@@ -51,9 +51,9 @@ class GRPOConfig:
     init: Path
     """the policy to start from, also the reference pi_0."""
     reward_helpfulness: Path
-    """a reward model's folder."""
+    """the helpfulness reward model's folder."""
     reward_safety: Path
-    """another's."""
+    """the safety reward model's folder."""
     prompts: tuple[Path, ...]
     """prompt files."""
     safety_prompts: tuple[Path, ...] = ()

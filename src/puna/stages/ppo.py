@@ -58,9 +58,9 @@ class PPOConfig:
     init: Path
     """the policy to start from, also the reference pi_0."""
     reward_helpfulness: Path
-    """a reward model's folder."""
+    """the helpfulness reward model's folder."""
     reward_safety: Path
-    """another's."""
+    """the safety reward model's folder."""
     prompts: tuple[Path, ...]
     """prompt files."""
     safety_prompts: tuple[Path, ...] = ()
@@ -102,7 +102,7 @@ class PPOConfig:
     score_clip: float = 0.0
     """largest size of a whitened score; 0 clips none."""
     advantage_clip: float = 0.0
-    """clamp whitened scores, and whitened advantages, to plus or minus this; 0 does not."""
+    """largest size of a whitened advantage; 0 clips none."""
     missing_eos_penalty: float = 1.0
     """subtracted from the whitened score of an answer that did not end."""
     gamma: float = 1.0

@@ -46,9 +46,9 @@ class RejectionSamplingConfig:
     init: Path
     """the newest chat model."""
     reward_helpfulness: Path
-    """a reward model's folder."""
+    """the helpfulness reward model's folder."""
     reward_safety: Path
-    """another's."""
+    """the safety reward model's folder."""
     prompts: tuple[Path, ...]
     """prompt files."""
     safety_prompts: tuple[Path, ...] = ()
