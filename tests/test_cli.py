@@ -120,7 +120,11 @@ def test_a_command_takes_another_table_of_the_recipe(
             "puna: error: --table names a table of a recipe: puna fake RECIPE.toml --table NAME\n"
         )
     assert cli.main(["fake", str(recipe), "--table", "fkae"]) == 2
-    assert "no table [fkae]; tables there: [fake], [fake_safety]; --table NAME takes" in capsys.readouterr().err
+    assert "no table [fkae]; tables there: [fake], [fake_safety]\n" in capsys.readouterr().err
+    resolved = tmp_path / "config.json"
+    resolved.write_text('{"out": "a", "steps": 3}')
+    assert cli.main(["fake", str(resolved), "--table", "fkae"]) == 2
+    assert "config.json: no table [fkae]" in capsys.readouterr().err
 
 
 def test_a_shipped_recipes_reward_models_have_tables(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,13 @@ def test_other_items_in_a_begun_folder_are_refused(tmp_path: Path) -> None:
     for shard in parts.glob("*.jsonl"):
         shard.unlink()
     assert map_shards(work, items[:4], 2, parts) == items[:4], "nothing was done of the others"
+
+
+def test_items_may_hold_what_json_has_no_word_for(tmp_path: Path) -> None:
+    items = [{"id": i, "asked": datetime(2026, 1, day)} for i, day in enumerate((1, 2))]
+    assert map_shards(lambda number, shard: [{"id": item["id"]} for item in shard], items, 1, tmp_path)
+    with pytest.raises(ConfigError, match="begun with other inputs"):
+        map_shards(lambda number, shard: [], [items[0], items[1] | {"asked": datetime(2026, 1, 3)}], 1, tmp_path)
 
 
 def test_any_text_survives(tmp_path: Path) -> None:
