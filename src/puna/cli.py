@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple
 
@@ -170,10 +169,9 @@ def _run(arguments: list[str]) -> int:
     is_recipe = bool(rest) and field != "recipe" and rest[0].endswith((".toml", "config.json"))
     if field and rest and not rest[0].startswith("-") and not is_recipe:
         rest.insert(0, f"--{field}")
-    if has_table:
-        section = _take_table(name, rest) or section
-    module = importlib.import_module(command.module)
-    cfg: Any = config.load(getattr(module, command.config), rest, section, prog=f"puna {name} [{takes}]")
+    table = _take_table(name, rest) if has_table else None
+    module, prog = importlib.import_module(command.module), f"puna {name} [{takes}]"
+    cfg: Any = config.load(getattr(module, command.config), rest, table or section, prog=prog, named=table is not None)
     result = module.run(cfg)
     if result is not None:
         print(result)
@@ -189,8 +187,6 @@ def _take_table(name: str, rest: list[str]) -> str | None:
     table = table or (rest.pop(place) if place < len(rest) else "")
     if not table or table.startswith("-") or not rest or rest[0].startswith("-"):
         raise ConfigError(f"{flag} names a table of a recipe: puna {name} RECIPE.toml {flag} NAME")
-    if rest[0].endswith(".json") and table not in config.read_json_object(Path(rest[0])):
-        raise ConfigError(f"{rest[0]}: no table [{table}]")
     return table
 
 

@@ -84,18 +84,25 @@ class _Place:
         return ConfigError(f"{file}{what} {key!r}{section}{rest}")
 
 
-def load(config_class: type[T], argv: Sequence[str], section: str | None = None, *, prog: str | None = None) -> T:
+def load(
+    config_class: type[T],
+    argv: Sequence[str],
+    section: str | None = None,
+    *,
+    prog: str | None = None,
+    named: bool = False,
+) -> T:
     """The config that an optional recipe (first of `argv`, .toml or .json) and the flags after it describe.
 
     `section` names the recipe's table, dotted for a table in a table; None takes the whole file. A config.json
-    that `save` wrote serves as a recipe. Relative paths stay relative to the current directory. `--help` prints
-    and exits 0; every mistake is a ConfigError.
+    that `save` wrote serves as a recipe: whole where it has no such table, unless the user has `named` one. Relative
+    paths stay relative to the current directory. `--help` prints and exits 0; every mistake is a ConfigError.
     """
     flags, place = list(argv), _Place()
     table: dict[str, Any] = {}
     if flags and not flags[0].startswith("-"):
         file = Path(flags.pop(0))
-        table, section = _read_table(file, section, smoke="--smoke" in flags)
+        table, section = _read_table(file, section, smoke="--smoke" in flags, named=named)
         place = _Place(str(file), section)
     values = _checked(table, _leaves(config_class), place)
     if flags:
@@ -199,7 +206,9 @@ def _said(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=lambda it: str(it) if isinstance(it, Path) else to_dict(it))
 
 
-def _read_table(file: Path, section: str | None, smoke: bool = False) -> tuple[dict[str, Any], str | None]:
+def _read_table(
+    file: Path, section: str | None, *, smoke: bool = False, named: bool = False
+) -> tuple[dict[str, Any], str | None]:
     """A recipe's table and the name it was found under (None: the whole file).
 
     A recipe's [smoke] holds overrides of its other tables, taken with the flag `--smoke`.
@@ -215,7 +224,7 @@ def _read_table(file: Path, section: str | None, smoke: bool = False) -> tuple[d
         table = table.get(part) if isinstance(table, dict) else None
     if isinstance(table, dict):
         return table, section
-    if file.suffix == ".json":  # one stage's resolved config: the file is the table
+    if file.suffix == ".json" and not named:  # one stage's resolved config: the file is the table
         return recipe, None
     tables = ", ".join(f"[{name}]" for name, value in recipe.items() if isinstance(value, dict)) or "none"
     raise ConfigError(f"{file}: no table [{section}]; tables there: {tables}")

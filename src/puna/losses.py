@@ -213,9 +213,10 @@ def ratio_stats(logprobs: Tensor, old: Tensor, mask: Tensor, clip: float) -> dic
     k3 estimate of KL(pi_old || pi) in nats, finite where the ratio underflows.
     """
     log_ratio = logprobs - old
+    change = log_ratio.expm1()  # ratio - 1
     return {
-        "clip_fraction": ((log_ratio.expm1().abs() > clip) * mask).sum(),
-        "approximate_kl": ((log_ratio.expm1() - log_ratio) * mask).sum(),
+        "clip_fraction": ((change.abs() > clip) * mask).sum(),
+        "approximate_kl": ((change - log_ratio) * mask).sum(),
     }
 
 

@@ -59,6 +59,19 @@ def read(files: Sequence[Path], format: str, tokenizer: Tokenizer, out: Path) ->
     return readers.read(files, format, kind="comparisons", check=sound, quarantine=out / "bad_lines.jsonl")
 
 
+def read_apart(
+    data: Sequence[Path], test: Sequence[Path], format: str, tokenizer: Tokenizer, out: Path
+) -> tuple[list[Preference], list[Preference], list[ReadResult]]:
+    """The comparisons to train on, those to measure on, and what was read; without test files the second are those of a
+    HELD_OUT share of the prompts of `data`. Else as `read`.
+    """
+    own = read(data, format, tokenizer, out)
+    if not test:
+        return *split(own.records, HELD_OUT, operator.attrgetter("prompt")), [own]
+    apart = read(test, format, tokenizer, out)
+    return own.records, apart.records, [own, apart]
+
+
 def split(records: Sequence[T], share: float, prompt: Callable[[T], Dialog]) -> tuple[list[T], list[T]]:
     """Those to train on, and those of a share of the prompts, held out: by a prompt's text alone, so that what is
     measured on in one round or file is trained on in none. None is held out where that would leave none.

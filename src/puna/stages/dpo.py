@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +28,6 @@ from puna import checkpoint, config, losses, optim, parallel
 from puna.checkpoint import Saver
 from puna.config import ConfigError, DataError, positive, within
 from puna.data import comparisons, loader, packing, readers
-from puna.data.readers import ReadResult
 from puna.formats import huggingface
 from puna.model.transformer import Transformer
 from puna.parallel import Placement
@@ -141,11 +139,7 @@ def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair
     "left_out" counts training pairs that are too long, "set_aside" unusable lines, "skipped: REASON" rows without a
     preference. DataError where no pair is left.
     """
-    read = comparisons.read(cfg.data, cfg.format, tokenizer, cfg.out)
-    held = comparisons.read(cfg.test, cfg.format, tokenizer, cfg.out) if cfg.test else ReadResult()
-    own, test = read.records, held.records
-    if not cfg.test:
-        own, test = comparisons.split(own, comparisons.HELD_OUT, operator.attrgetter("prompt"))
+    own, test, read = comparisons.read_apart(cfg.data, cfg.test, cfg.format, tokenizer, cfg.out)
     order = np.random.default_rng(cfg.seed).permutation(len(own))
     train = [own[i] for i in order[: cfg.limit or None]]
     longest = min(cfg.max_len, huggingface.read_config(cfg.init).max_seq_len)
@@ -156,7 +150,7 @@ def prepare(cfg: DPOConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[Pair
     if not fitting:
         files = ", ".join(map(str, cfg.data))
         raise DataError(f"no pair of {files} fits {longest} tokens (max_len, or the model's context if that is less)")
-    return fitting, held_out, {"left_out": len(train) - len(fitting)} | readers.counts(read, held)
+    return fitting, held_out, {"left_out": len(train) - len(fitting)} | readers.counts(*read)
 
 
 def update(

@@ -165,16 +165,12 @@ def prepare(cfg: RewardConfig, tokenizer: Tokenizer) -> tuple[list[Pair], list[P
     without a preference, "prefer_harm" safety comparisons that prefer an unsafe answer; "other_share" is the share of
     the other kind among the training pairs. DataError where no pair is left.
     """
-    read = [comparisons.read(cfg.data, cfg.format, tokenizer, cfg.out)]
-    read += [
-        comparisons.read(files, cfg.format, tokenizer, cfg.out) if files else ReadResult()
-        for files in (cfg.test, cfg.other)
-    ]
-    own, test, other = (result.records for result in read)
+    own, test, read = comparisons.read_apart(cfg.data, cfg.test, cfg.format, tokenizer, cfg.out)
+    read.append(comparisons.read(cfg.other, cfg.format, tokenizer, cfg.out) if cfg.other else ReadResult())
+    other = read[-1].records
     rng = np.random.default_rng(cfg.seed)
     if not cfg.test:
-        by_prompt = comparisons.HELD_OUT, operator.attrgetter("prompt")
-        (own, test), (other, _) = comparisons.split(own, *by_prompt), comparisons.split(other, *by_prompt)
+        other, _ = comparisons.split(other, comparisons.HELD_OUT, operator.attrgetter("prompt"))
     harmful = sum(map(comparisons.rewards_harm, [*own, *other]))
     own, other = ([p for p in part if not comparisons.rewards_harm(p)] for part in (own, other))
     if harmful and not own:
